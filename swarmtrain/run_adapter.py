@@ -37,7 +37,7 @@ class AdapterSection(Section):
     alpha: float = Field(32.0, gt=0, le=65_536, description="The product is multiplied by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of a product's inputs that are set to zero while training.")  # fmt: skip
     targets: tuple[str, ...] = Field((), strict=False, max_length=64, description='Names of the layers that get a product, as `peft` takes them, such as `q_proj`; or `["all-linear"]`. Empty: those that `peft` adapts in this family, or all linear layers of a family that it does not know.')  # fmt: skip
-    group_rank: int = Field(0, ge=0, le=1024, description="The R components are cut into groups of this rank, which are merged apart. A volunteer with less memory or a slower link trains only some of them in each round (`join --rank`). Divides `rank` into at most 16 groups. 0: a quarter of `rank`, or what divides it.")  # fmt: skip
+    group_rank: int = Field(0, ge=0, le=1024, description="The R components are cut into groups of this rank, which are merged apart. A weaker volunteer, or one with a slower link, trains only some of them in each round (`join --rank`). Divides `rank` into at most 16 groups. 0: a quarter of `rank`, or what divides it.")  # fmt: skip
     modules: tuple[str, ...] = Field((), strict=False, max_length=4096, description="Filled in by the bootstrap: names of the layers that get a product.")  # fmt: skip
     num_parameters: int = Field(0, ge=0, lt=2**63, description="Filled in by the bootstrap: numbers in all A and B.")
 

@@ -88,6 +88,7 @@ def command(
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,
+        report_to=options.report_to,
         accept_clock=options.accept_clock,
         only_announced=options.only_announced,
         started=started,

@@ -63,6 +63,12 @@ def _schedule_doubts(run: RunFile, cost: Estimate) -> list[str]:
 def _data_doubts(run: RunFile, corpus_bytes: Sequence[int | None]) -> list[str]:
     found = []
     held_out, context = run.data.held_out_bytes, run.model.context_tokens
+    number = run.model.vocabulary_size
+    if run.model.tokenizer == "bytes" and number > 256 and not run.model.from_scratch:
+        found.append(
+            f'model.tokenizer = "bytes" with the weights of a model of {number} tokens: its tokens 0 to 255 mean other '
+            "text, unless it was trained on bytes; leave model.tokenizer out for the model's own"
+        )
     if held_out < max(32_768, 16 * context):
         found.append(
             f"data.held_out_bytes = {held_out} is small: the held-out loss will be noisy; {max(32_768, 16 * context)} "

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from swarmtrain.cli.common import THREADS, example
 from swarmtrain.cli.device_options import DEVICE
 from swarmtrain.cli.exported_model import MODEL_DIR, load_for_use
+from swarmtrain.cli.option_errors import OptionsError
 
 if TYPE_CHECKING:
     from swarmtrain.model.export import ExportedModel
+    from swarmtrain.peer.model_files.fetcher import FilesPlace
     from swarmtrain.protocol.devices import DeviceRequest
 
 __all__ = ["command"]
 
 _LEAST_INVITE = 40
 """Characters of an invite at least: the run's hash alone has more. Shorter words are names of folders."""
+_LOWEST_PRIORITY = 19
 
 
 @click.command(
@@ -28,9 +34,17 @@ _LEAST_INVITE = 40
         "swarmtrain generate MODEL --tokens 500 --temperature 0",
         "swarmtrain generate MODEL --device cpu",
         "swarmtrain generate INVITE --prompt 'def '",
+        "swarmtrain generate --dir FOLDER --prompt 'def '",
     ),
 )
-@click.argument("source", metavar="MODEL|INVITE")
+@click.argument("source", metavar="[MODEL|INVITE]", required=False)
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    metavar="FOLDER",
+    help="Use the newest model of a peer's folder, also while the peer trains.",
+)
 @click.option("--prompt", default="def ", show_default=True, help="Text to continue.")
 @click.option(
     "--tokens",
@@ -64,8 +78,11 @@ _LEAST_INVITE = 40
     is_flag=True,
     help="With INVITE: use the other peers' clock even if it differs from this machine's by more than ten minutes.",
 )
+@click.pass_context
 def command(
-    source: str,
+    ctx: click.Context,
+    source: str | None,
+    directory: Path | None,
     prompt: str,
     tokens: int,
     temperature: float,
@@ -78,38 +95,80 @@ def command(
     """Continue a prompt with a model.
 
     MODEL is its folder, an export or any model of Hugging Face. With INVITE, takes the newest state from any live peer of the run, as `export` does.
+
+    With --dir, takes the newest model from a peer's folder: the final one, a bootstrap's archive, or the state that a
+    volunteer wrote after its last round. The peer may be training: it is not asked, and beside it this command runs at
+    the lowest priority, on one thread of the processor unless --threads or --device says otherwise.
     """
     from swarmtrain.cli.background import say
     from swarmtrain.cli.progress import long_work
     from swarmtrain.errors import UserError
     from swarmtrain.peer.checkpoints.export import Sampling, sample_text
+    from swarmtrain.peer.lifecycle.folder_lock import is_in_use
+    from swarmtrain.protocol.devices import DeviceRequest
 
+    if (source is None) == (directory is None):
+        raise OptionsError("give MODEL, INVITE or --dir FOLDER, one of them", code="options-conflict")
     if not prompt:
         raise UserError("the prompt is empty; give at least one character with --prompt", code="empty-prompt")
-    exported = _exported(source, model_dir, accept_clock)
+    if directory is not None and is_in_use(directory):
+        _give_way()
+        threads = threads or 1
+        if ctx.get_parameter_source("device") is ParameterSource.DEFAULT:
+            device = DeviceRequest("cpu")
+    exported = (
+        _of_peer(directory, model_dir, accept_clock) if source is None else _named(source, model_dir, accept_clock)
+    )
     with long_work("writing", tokens, "tokens") as advance:
         text = sample_text(exported, prompt, Sampling(tokens, temperature, seed, threads or 0, device), advance, say)
     click.echo(text)
 
 
-def _exported(source: str, model_dir: Path | None, accept_clock: bool) -> ExportedModel:
-    """Return the model of a folder, or that of a swarm as it is now."""
-    import platformdirs
+def _give_way() -> None:
+    """Take the lowest priority, so that the peer that runs here trains as before."""
+    import os
 
+    os.nice(_LOWEST_PRIORITY)
+
+
+def _named(source: str, model_dir: Path | None, accept_clock: bool) -> ExportedModel:
+    """Return the model of a folder, or that of a swarm as it is now."""
     from swarmtrain.cli.background import say
-    from swarmtrain.cli.stop_signals import stop_on_signals
     from swarmtrain.network.discovery.invite import invite_in, parse_invite
-    from swarmtrain.peer.checkpoints.export import model_of_swarm, onlooker_place
-    from swarmtrain.peer.lifecycle.node import Interrupted
+    from swarmtrain.peer.checkpoints.export import model_of_swarm
 
     if Path(source).exists() or len(invite_in(source)) < _LEAST_INVITE or not invite_in(source).startswith("st"):
         return load_for_use(Path(source), model_dir)
     invite = parse_invite(source)
-    try:
-        with stop_on_signals() as stop:
-            place = onlooker_place(platformdirs.user_cache_path("swarmtrain"), model_dir, stop)
-            exported = model_of_swarm(invite, place, accept_clock=accept_clock)
-    except Interrupted:
-        raise click.Abort from None
+    with _place(model_dir) as place:
+        exported = model_of_swarm(invite, place, accept_clock=accept_clock)
     say(f"the swarm's model after {exported.run_tokens} tokens:")
     return exported
+
+
+def _of_peer(directory: Path | None, model_dir: Path | None, accept_clock: bool) -> ExportedModel:
+    """Return the newest model of a peer of this machine."""
+    from swarmtrain.cli.background import say
+    from swarmtrain.peer.checkpoints.export import model_of_folder
+
+    assert directory is not None
+    with _place(model_dir) as place:
+        exported, what = model_of_folder(directory, place, accept_clock=accept_clock)
+    say(f"{what}:")
+    return exported
+
+
+@contextmanager
+def _place(model_dir: Path | None) -> Iterator[FilesPlace]:
+    """Yield where this machine may have the files of a run's model. Ctrl-C ends the command meanwhile."""
+    import platformdirs
+
+    from swarmtrain.cli.stop_signals import stop_on_signals
+    from swarmtrain.peer.checkpoints.export import onlooker_place
+    from swarmtrain.peer.lifecycle.node import Interrupted
+
+    try:
+        with stop_on_signals() as stop:
+            yield onlooker_place(platformdirs.user_cache_path("swarmtrain"), model_dir, stop)
+    except Interrupted:
+        raise click.Abort from None

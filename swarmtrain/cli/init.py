@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from swarmtrain.cli.common import example
-from swarmtrain.cli.run_files import examples
+from swarmtrain.cli.run_files import example_scripts, examples
 from swarmtrain.errors import UserError
 
 __all__ = ["command"]
@@ -25,7 +25,7 @@ def command(path: Path, name: str) -> None:
     """Write a commented run file for you to edit.
 
     PATH is the file to write, or an existing folder, in which the file is called run.toml; without PATH, it writes
-    run.toml here. It never overwrites a file.
+    run.toml here. A script that writes an example's text comes with it. It never overwrites a file.
     """
     import shlex
 
@@ -40,11 +40,23 @@ def command(path: Path, name: str) -> None:
             f"{path}: already exists, and is not overwritten; give another PATH", code="file-exists"
         ) from None
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error.strerror}; give another PATH", code="file-not-written"
-        ) from None
+        raise _not_written(path, error) from None
+    for script in example_scripts(name):
+        beside = path.parent / script.name
+        try:
+            _write_new(beside, script.read_text(encoding="utf-8"))
+        except FileExistsError:
+            pass  # of an earlier `init`, or the person's own
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise _not_written(beside, error) from None
+        click.echo(f"{shlex.quote(one_line(str(beside)))} writes the example's text, in the folder where it is started")
     where = shlex.quote(one_line(str(path)))
     click.echo(f"wrote {where}; what it trains and costs: swarmtrain check {where}")
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be written: {error.strerror}; give another PATH", code="file-not-written")
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from swarmtrain.peer.lifecycle.stop import StopFlag
     from swarmtrain.protocol.limits import Limits
 
-__all__ = ["command"]
+__all__ = ["command", "free_directory"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _POLL_INTERVAL_S = 0.5
@@ -125,7 +125,7 @@ def _limit_options(function: _F) -> _F:
     help="Folder of your own text, for runs that train on text or JSON lines.",
 )
 @click.option("--model-dir", cls=KeptOption, type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, which are then not fetched if they are the run's.")  # fmt: skip
-@click.option("--rank", cls=KeptOption, type=click.IntRange(1, 1024), metavar="N", help="If the run trains an adapter: train only N of its components in each round, other ones in the next. Less memory, and less to send.  [default: all]")  # fmt: skip
+@click.option("--rank", cls=KeptOption, type=click.IntRange(1, 1024), metavar="N", help="If the run trains an adapter: train only N of its components in each round, other ones in the next. Fewer gradients to compute and to send.  [default: all]")  # fmt: skip
 @click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, hidden=True, metavar="PCT", help="For a rehearsal: percentage of the pulls from this peer that break off midway; the same pulls for the same --name.")  # fmt: skip
 @click.option("--first-stages", callback=_stages, default="", hidden=True, metavar="N,...", help="For a rehearsal: stages of a pipeline to take first, whatever the run needs.")  # fmt: skip
 @peer_options
@@ -160,12 +160,16 @@ def command(
             )
         invite = invite or _word_in(invite_file, options.stop)
         parsed = parse_invite(invite) if invite else None
-        directory = _free_directory(options, parsed.run_sha256 if parsed is not None else None)
+        directory = free_directory(options, parsed.run_sha256 if parsed is not None else None)
         parsed = parsed or _of_folder(directory)
         kept, started = restore(directory, ("join",))
         options = options.with_kept(kept)
         limits, on, data = _with_kept(limits, kept), on.with_kept(kept), kept.get("data", data)
         model_dir, rank = kept.get("model_dir", model_dir), kept.get("rank", rank)
+        from swarmtrain.peer.service.managers import keep_service_limits
+
+        if problem := keep_service_limits(directory, started.options):
+            say(problem)
     import platformdirs
 
     from swarmtrain.cli.background import outputs_to_log
@@ -192,6 +196,7 @@ def command(
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,
+        report_to=options.report_to,
         only_announced=options.only_announced,
         num_served_by=_serving(fail_pulls / 100),
         model_folder=model_dir,
@@ -271,7 +276,7 @@ def _of_folder(directory: Path) -> Invite:
     return Invite(kept.sha256, folder.kept_peers(), kept.run.needs)
 
 
-def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
+def free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
     """Choose the peer's folder: `--dir`, else this user's folder for volunteers, or a numbered one beside it.
 
     A numbered one is used while the usual one is in use or holds another run than `run_sha256`. Without a run and a

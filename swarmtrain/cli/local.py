@@ -21,6 +21,7 @@ from swarmtrain.cli.device_options import DeviceOptions, device_options
 from swarmtrain.cli.option_errors import OptionsError
 from swarmtrain.cli.page_address import CommandWithPage, PageAddress, web_option
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
+from swarmtrain.cli.tracker_options import report_to_option
 from swarmtrain.errors import RunTimeError, with_code
 from swarmtrain.words import counted
 
@@ -83,10 +84,11 @@ _LOST_TIMES = 8
 @swarm_options.LOSS
 @swarm_options.CHURN
 @click.option("--faults", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE.toml", help="Rehearsal file with links, churn and timed faults; the options above override it.")  # fmt: skip
-@click.option("--compare-alone", is_flag=True, help="Afterwards, train one volunteer alone at full speed, for as many steps as the fastest volunteer took.")  # fmt: skip
+@click.option("--compare-alone", is_flag=True, help="Afterwards, train one volunteer alone at full speed, on as many tokens as the fastest volunteer.")  # fmt: skip
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder of your own text, to which the run's data paths are relative.  [default: the run file's folder]")  # fmt: skip
 @click.option("--model-dir", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, for the volunteers; see `swarmtrain join`.")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the peers' files and the trained model.  [default: runs/NAME-TIME]")  # fmt: skip
+@report_to_option(click.Option)
 @click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines to standard output.")
 @web_option(click.Option, "Serve a page for browsers that shows the swarm.")
 @click.option(
@@ -115,6 +117,7 @@ def command(
     data: Path | None,
     model_dir: Path | None,
     directory: Path | None,
+    report_to: tuple[str, ...],
     as_json: bool,
     web: PageAddress | None,
     log_level: str,
@@ -122,8 +125,9 @@ def command(
     """Run a bootstrap and volunteers here until the run ends.
 
     The peers are real processes that talk over real sockets; one display shows them all. At the end it prints a sample
-    of generated text, each volunteer's share and the held-out loss. Press Ctrl-C once to end the volunteers and then
-    the bootstrap, twice to end all at once. To continue the run, start it again with the same --dir.
+    of generated text (of conversations, an answer to a held-out question), each volunteer's share and the held-out
+    loss. Press Ctrl-C once to end the volunteers and then the bootstrap, twice to end all at once. To continue the run,
+    start it again with the same --dir.
     """
     from swarmtrain.cli.common import errors_as_events
     from swarmtrain.cli.stop_signals import stop_on_signals
@@ -162,11 +166,15 @@ def command(
         common = ["--threads", str(threads), *on.words(), *undisturbed, "--data", str(base), "--log-level", log_level]
         common += [f"--fail-pulls={fail_pulls}"] if fail_pulls else []
         common += ["--model-dir", str(model_dir)] if model_dir is not None else []
+        tracked = [f"--report-to={tracker}" for tracker in report_to]
+        common += tracked
+        if "tensorboard" in report_to:
+            click.echo(f"curves of all peers: tensorboard --logdir {shlex.quote(str(directory))}", err=True)
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         extra = [
             each + ([f"--rank={rank}"] if rank else []) for each, rank in zip(extra, ranks or peers * (0,), strict=True)
         ]
-        plan = _Plan([given.argument, "--data", str(base)], run, directory, extra, as_json, rehearsal, web)
+        plan = _Plan([given.argument, "--data", str(base), *tracked], run, directory, extra, as_json, rehearsal, web)
         try:
             with _page(plan) as page:
                 trained = _train(plan, stop, page)
@@ -382,13 +390,13 @@ def _watch(
 ) -> tuple[dict[str, _Part], DoneEvent | None]:
     """Start all peers and show their events to the end; return (each volunteer's work, the last event of a peer that
     measured the model)."""
+    from swarmtrain.cli.progress import said_meanwhile
     from swarmtrain.events import DoneEvent, InviteEvent
 
     company, place = ["--wait-for", str(len(plan.extra))], swarm.place("bootstrap", limited=False)
     swarm.start("bootstrap", ["bootstrap", *plan.run_arguments, *place, *company])
-    invite, seen = swarm.wait_for_invite()
-    for event in seen:
-        emit(event)
+    with said_meanwhile(lambda: "the bootstrap is preparing the run"):
+        invite, _ = swarm.wait_for_invite(show=emit)
     page.start()
     parts = {name: _Part(name) for name in plan.names}
     for name, extra in zip(parts, plan.extra, strict=True):
@@ -410,21 +418,28 @@ def _watch(
 
 
 def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
+    """Print what the model writes after the beginning of a held-out document, and how to let it write more."""
     model = directory / "bootstrap" / "model"
-    click.echo(f"a sample of {_SAMPLE_TOKENS} tokens from the model:", err=True)
     from swarmtrain.cli.exported_model import load_for_use
     from swarmtrain.cli.progress import long_work
-    from swarmtrain.peer.checkpoints.export import Sampling, sample_text
+    from swarmtrain.data.sample_prompt import sample_prompt
+    from swarmtrain.peer.checkpoints.export import Sampling, sample_text, tokenizer_of
+    from swarmtrain.peer.lifecycle.folder import PeerFolder
 
+    published = PeerFolder(directory / "bootstrap").kept_run()
+    assert published is not None, "the bootstrap kept its run"
+    exported = load_for_use(model)
+    prompt = sample_prompt(published.run, published.held_out, tokenizer_of(exported))
+    click.echo(f"a sample of up to {_SAMPLE_TOKENS} tokens from the model:", err=True)
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
         sampling = Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0])
-        text = sample_text(load_for_use(model), "def ", sampling, advance)
+        text = sample_text(exported, prompt, sampling, advance)
     click.echo(text, err=as_json)
     click.echo(model_line(model), err=as_json)
 
 
 def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, stop: StopFlag) -> tuple[_Part, float]:
-    """Train one volunteer alone at full speed for as many inner steps as the fastest took, with a progress bar.
+    """Train one volunteer alone at full speed on as many tokens as the fastest, with a progress bar.
 
     Return (its work, its held-out loss).
     """
@@ -439,6 +454,7 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
     from swarmtrain.peer.lifecycle.folder import PeerFolder
     from swarmtrain.peer.lifecycle.node import PeerSettings
     from swarmtrain.protocol.limits import Limits
+    from swarmtrain.words import count_in_words
 
     settings = PeerSettings(
         directory=directory,
@@ -454,13 +470,13 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
     )
     published = PeerFolder(directory / "bootstrap").kept_run()
     assert published is not None, "the bootstrap kept its run"
-    steps, began_s = trained.most_tokens // published.run.tokens_per_step, time.monotonic()
+    tokens, began_s = trained.most_tokens, time.monotonic()
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(f"one volunteer alone, {steps} steps", total=steps)
+        bar = progress.add_task(f"one volunteer alone, {count_in_words(tokens)} tokens", total=tokens)
 
-        def advance(num_steps: int) -> None:
+        def advance(num_tokens: int) -> None:
             stop.check()
-            progress.advance(bar, num_steps)
+            progress.advance(bar, num_tokens)
 
         def tell(event: Event) -> None:
             event = stamped(event, time.time(), "", settings.name)
@@ -469,7 +485,8 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
             else:
                 progress.console.print(to_plain_line(event), markup=False, highlight=False)
 
-        loss = train_alone(published, steps, settings, advance, tell)
+        found = train_alone(published, tokens, settings, advance, tell)
     if trained.emit.display is None:
-        trained.emit(AloneEvent(held_out_loss=loss, inner_steps=steps, wall_s=time.monotonic() - began_s))
-    return _Part(settings.name, tokens=steps * published.run.tokens_per_step), loss
+        wall_s = time.monotonic() - began_s
+        trained.emit(AloneEvent(held_out_loss=found.loss, inner_steps=found.inner_steps, wall_s=wall_s))
+    return _Part(settings.name, tokens=found.tokens), found.loss

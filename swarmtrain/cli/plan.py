@@ -178,6 +178,8 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
     }
     if run.merge.kind.has_server:
         del rows["merging"]
+    if any(source.has_samples for source in run.data.mixture):
+        rows["whole run"] = f"at least {rows['whole run']}; only tokens that are learnt count"
     head = f"run {run.run.name} with {counted(found.num_peers, 'volunteer')}, {_links_in_words(links)}"
     return [head, *(f"  {name:<10} {text}" for name, text in rows.items())]
 

@@ -16,7 +16,10 @@ from swarmtrain.errors import RunFileError
 if TYPE_CHECKING:
     from swarmtrain.run import RunFile
 
-__all__ = ["GivenRun", "examples", "run_argument", "run_examples"]
+__all__ = ["GivenRun", "example_scripts", "examples", "run_argument", "run_examples"]
+
+_SCRIPTS = {"finetune": ("docstrings.py",)}
+"""Scripts that write the text of an example."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -68,10 +71,18 @@ class GivenRun:
 
 def examples() -> dict[str, Path]:
     """Map names to the run files that came with this installation; in a clone, to those in `examples`."""
+    return {path.stem: path for path in sorted(_folder().glob("*.toml"))}
+
+
+def example_scripts(name: str) -> list[Path]:
+    """Return the scripts that belong to an example: they write its text."""
+    return [_folder() / script for script in _SCRIPTS.get(name, ())]
+
+
+def _folder() -> Path:
     package = Path(swarmtrain.__file__).resolve().parent
     clone = package.parent
-    folder = clone / "examples" if (clone / "pyproject.toml").is_file() else package / "examples"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return clone / "examples" if (clone / "pyproject.toml").is_file() else package / "examples"
 
 
 def _given(ctx: click.Context, param: click.Parameter, value: str) -> GivenRun:

@@ -22,7 +22,7 @@ from swarmtrain.data.tokenizer_file import TokenizerFile
 from swarmtrain.data.tokens import Tokenizer, Tokens
 from swarmtrain.errors import RunFileError
 
-__all__ = ["DocumentEncoder", "EncodedCorpus", "EncodedDocument", "joined_documents"]
+__all__ = ["DocumentEncoder", "EncodedCorpus", "EncodedDocument", "joined_documents", "nothing_to_learn"]
 
 
 class EncodedDocument(NamedTuple):
@@ -155,3 +155,12 @@ def joined_documents(found: Iterable[list[EncodedDocument]]) -> EncodedCorpus:
     starts = np.cumsum([0, *(len(each) for each in tokens[:-1])], dtype=np.int64)
     is_target = None if targets[0] is None else np.concatenate(targets)
     return EncodedCorpus(np.concatenate(tokens), is_target, starts, left_out)
+
+
+def nothing_to_learn(which: str) -> RunFileError:
+    """Return the error of samples of which none teaches anything; `which` says how many of which, for a message."""
+    return RunFileError(
+        f"data.format: of {which} none has anything to learn, such as a turn of the assistant or a completion; correct "
+        "the roles or the fields, or give other data",
+        code="nothing-to-learn",
+    )

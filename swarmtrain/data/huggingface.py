@@ -77,6 +77,11 @@ class HubRows:
         self._rows = _load(section, base, revision)
 
     @property
+    def name(self) -> str:
+        """Name of the data set, for messages. See `StreamedRows`."""
+        return self._section.dataset
+
+    @property
     def fingerprint(self) -> str | None:
         """Identity of the content; None if it is unknown."""
         return _fingerprint(self._section, self._revision, self._rows)

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from swarmtrain.data import huggingface
 from swarmtrain.data.batches import Batches, Windows
@@ -33,7 +35,7 @@ from swarmtrain.data.corpus import (
     read_documents,
     too_little_text,
 )
-from swarmtrain.data.document_encoder import DocumentEncoder, EncodedCorpus, joined_documents
+from swarmtrain.data.document_encoder import DocumentEncoder, EncodedCorpus, joined_documents, nothing_to_learn
 from swarmtrain.data.documents import survey
 from swarmtrain.data.held_out import held_out_tokens
 from swarmtrain.data.mixture import MixedBatches, PeerPlace, SequenceSource, peer_seed
@@ -176,9 +178,14 @@ def _named_tokenizer(run: RunFile, base: Path, model_files: Path | None) -> Name
         return None
     found = find_tokenizer(run.model.tokenizer, base, model_files)
     if found.tokenizer.vocabulary_size > run.model.vocabulary_size:
+        number, most = found.tokenizer.vocabulary_size, run.model.vocabulary_size
+        name = run.model.tokenizer
+        if run.model.is_built_in:
+            said = f"model.vocabulary_size: {most} with model.tokenizer = {name}, which has {number} tokens; allowed: "
+            raise RunFileError(f"{said}{number} or more", code="keys-disagree")
         raise RunFileError(
-            f"model.vocabulary_size: {run.model.vocabulary_size} with model.tokenizer = {run.model.tokenizer}, which "
-            f"has {found.tokenizer.vocabulary_size} tokens; allowed: {found.tokenizer.vocabulary_size} or more",
+            f'model.tokenizer: "{name}" has {number} tokens, but the model in model.base has {most}; give a tokenizer '
+            f"with {most} at most, or the model that this one belongs to",
             code="keys-disagree",
         )
     return found
@@ -334,6 +341,9 @@ def training_data(
             corpus = prepare_corpus(source, base, held_out, cache_dir, revision)
             name_of = functools.partial(_name_of, source, base, revision)
             encoded = _encoded(corpus, _How(source.format, run.data.packing, name_of), tokenizer, cache_dir)
+            if encoded.num_left_out and not len(encoded.tokens):
+                where = source.dataset or ", ".join(source.paths)
+                raise nothing_to_learn(f'{counted(encoded.num_left_out, "sample")} in "{where}"')
         texts.append(SourceText(encoded=encoded, corpus=corpus))
     return TrainingData(sources=tuple(texts), tokenizer=tokenizer, held_out=held_out, base=base, cache_dir=cache_dir)
 
@@ -373,7 +383,7 @@ def _windows(encoded: EncodedCorpus, run: RunFile) -> Windows:
     return CorpusWindows(encoded, run.model.context_tokens, run.batch_rows)
 
 
-def _stream(run: RunFile, data: TrainingData, place: PeerPlace, number: int) -> SequenceStream:
+def _stream(run: RunFile, data: TrainingData, place: PeerPlace, number: int) -> _NamedStream:
     """Return the stream of source `number`; the log of its places is kept in the cache, by all that it depends on."""
     source, revision = run.data.mixture[number], run.dataset_revisions[number]
     seed = peer_seed(f"{place.run_sha256} {source.name}".rstrip(), place.peer_id)
@@ -391,7 +401,25 @@ def _stream(run: RunFile, data: TrainingData, place: PeerPlace, number: int) -> 
         (documents,) = encoder.encode([document])
         return documents[0].tokens if run.batch_rows == 1 else stacked(documents)
 
-    return SequenceStream(blocks, encode, run.model.context_tokens, PlaceLog(path), run.batch_rows)
+    stream = SequenceStream(blocks, encode, run.model.context_tokens, PlaceLog(path), run.batch_rows)
+    return _NamedStream(stream, source)
+
+
+class _NamedStream:
+    """Stream whose errors name its source. See `SequenceSource`."""
+
+    is_stream, num_shards = True, 0
+
+    def __init__(self, stream: SequenceStream, source: DataSource) -> None:
+        self._stream, self._source = stream, source
+
+    def use_shard(self, shard: int) -> None:
+        """Do nothing: a stream has no shards."""
+
+    def sequences(self, first: int, numbers: npt.NDArray[np.uint64]) -> torch.Tensor:
+        """Return the stream's sequences from number `first` on. Raises RunFileError as `SequenceStream` does."""
+        with _naming(self._source):
+            return self._stream.sequences(first, numbers)
 
 
 def _sample_bytes(held_out_bytes: int) -> int:

@@ -29,10 +29,11 @@ import torch
 
 from swarmtrain.algorithm.batch import join_rows
 from swarmtrain.data.cache import load_array, store_array
-from swarmtrain.data.document_encoder import EncodedDocument
+from swarmtrain.data.document_encoder import EncodedDocument, nothing_to_learn
 from swarmtrain.data.overlap import HeldOutIndex
 from swarmtrain.data.tokens import Tokens
 from swarmtrain.errors import RunFileError
+from swarmtrain.words import counted
 
 __all__ = ["BLOCK_ROWS", "PlaceLog", "SequenceStream", "StreamPlace", "StreamedRows", "TextBlocks", "stacked"]
 
@@ -45,6 +46,9 @@ _START_ROWS = 2000
 _REWOUND_CALLS = 4
 """Calls whose sequences can be asked for again: those that a prefetching thread may be ahead, and one more."""
 
+_MOST_LEFT_OUT = 100_000
+"""Samples in a row without anything to learn after which a data set of any size is given up."""
+
 _LOGGED_PLACES = 256
 """Most places in a log. Of a hundred thousand blocks it has one within 5 % of the way back to any of them."""
 
@@ -53,6 +57,11 @@ _log = logging.getLogger(__name__)
 
 class StreamedRows(Protocol):
     """Rows of a data set, in files that can be read one by one."""
+
+    @property
+    def name(self) -> str:
+        """Name of the data set, for messages."""
+        ...
 
     @property
     def num_files(self) -> int:
@@ -87,6 +96,11 @@ class TextBlocks:
 
     def __init__(self, rows: StreamedRows, held_out: bytes, seed: int, *, are_samples: bool = False) -> None:
         self._rows, self._index, self._seed, self._are_samples = rows, HeldOutIndex(held_out), seed, are_samples
+
+    @property
+    def name(self) -> str:
+        """Name of the data set, for messages."""
+        return self._rows.name
 
     def from_place(self, place: StreamPlace) -> Iterator[tuple[StreamPlace, list[bytes]]]:
         """Yield (place, documents) of each block from `place` on. A document may be b"".
@@ -213,8 +227,8 @@ class SequenceStream:
         """Return the sequences from number `first` on, as many as there are `numbers`, int64 (n, T + 1) or
         (n, rows, T + 1).
 
-        Sequences of the last few calls may be asked for again. Raises RunFileError if the data set is unreadable or has
-        no text; the next call then begins with the same sequences.
+        Sequences of the last few calls may be asked for again. Raises RunFileError if the data set is unreadable, has
+        no text, or nothing to learn; the next call then begins with the same sequences.
         """
         if first > self._next or self._next < 0:
             self._seek(first)
@@ -261,14 +275,30 @@ class SequenceStream:
         self._next = first
 
     def _encoded(self, num_tokens: int, place: StreamPlace) -> Iterator[Tokens]:
-        """Yield the tokens of each document from `place` on, which has `num_tokens` before it."""
+        """Yield the tokens of each document from `place` on, which has `num_tokens` before it.
+
+        Raises RunFileError if those of a whole pass, or `_MOST_LEFT_OUT` in a row, have none.
+        """
+        epoch, is_empty_pass, num_left_out = place.epoch, place == (place.epoch, 0, 0), 0
         for at, documents in self._blocks.from_place(place):
             self._log.add(num_tokens, at)
+            if at.epoch != epoch:
+                if is_empty_pass and num_left_out:
+                    raise self._nothing_to_learn(num_left_out)
+                epoch, is_empty_pass = at.epoch, True
             for text in documents:
-                if text:
-                    tokens = self._encode(text if text.endswith(b"\n") else text + b"\n")
+                if not text:
+                    continue
+                tokens = self._encode(text if text.endswith(b"\n") else text + b"\n")
+                if tokens.shape[-1]:
+                    is_empty_pass, num_left_out = False, 0
                     num_tokens += tokens.shape[-1]
                     yield tokens
+                elif (num_left_out := num_left_out + 1) >= _MOST_LEFT_OUT:
+                    raise self._nothing_to_learn(num_left_out)
+
+    def _nothing_to_learn(self, num_samples: int) -> RunFileError:
+        return nothing_to_learn(f'{counted(num_samples, "sample")} read of "{self._blocks.name}"')
 
 
 def stacked(documents: Sequence[EncodedDocument]) -> Tokens:

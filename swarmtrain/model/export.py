@@ -348,7 +348,10 @@ def _instead(folder: Path) -> str:
     for peer in (folder, folder / "bootstrap", *sorted(folder.glob("*"))):
         if any((peer / "checkpoints").glob("*.safetensors")):
             where = shlex.quote(str(peer))
-            return f"`swarmtrain export --dir {where} --to my-model` makes one of the newest checkpoint there"
+            return (
+                f"`swarmtrain export --dir {where} --to my-model` makes one of the newest checkpoint there, and "
+                f"`swarmtrain generate --dir {where}` uses it as it is"
+            )
     return _GIVE
 
 

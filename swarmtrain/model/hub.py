@@ -36,6 +36,7 @@ Advance = Callable[[int], None]
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _NAME = re.compile(rf"({_WORD}/{_WORD})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,95}}))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CALL_S = 10.0
 _POLL_INTERVAL_S = 0.1
 _MAX_REASON = 200
@@ -60,6 +61,18 @@ class HubSnapshot:
     folder: Path
     commit: str
     names: tuple[str, ...]
+
+    def check_hash(self, name: str, sha256: str) -> None:
+        """Raise RunFileError if a file's SHA-256 is not the one by which the hub names it. It names large files so; the
+        library does not compare them.
+        """
+        path = (self.folder / name).resolve()
+        if _SHA256.fullmatch(path.name) and path.name != sha256:
+            raise RunFileError(
+                f"model.base: {name} is not what the hub has (its SHA-256 is {sha256[:12]}..., the hub's "
+                f"{path.name[:12]}...): it was damaged on its way or on the disk; delete {path} and start again",
+                code="hub-file-damaged",
+            )
 
 
 @dataclass(frozen=True)

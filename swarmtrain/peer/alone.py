@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
@@ -21,17 +23,26 @@ from swarmtrain.peer.training.session import RoundReport, Session, Start
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 
-__all__ = ["train_alone"]
+__all__ = ["TrainedAlone", "train_alone"]
 
 ALONE = "alone"
+
+
+class TrainedAlone(NamedTuple):
+    """What one volunteer did alone."""
+
+    loss: float
+    """Held-out loss, in nats per byte."""
+    tokens: int
+    """Tokens that count, as in `run.total_tokens`."""
+    inner_steps: int
 
 
 @dataclass
 class _Nobody:
     """Exchange of a peer that trains alone: the mean is its own round."""
 
-    inner_steps: int
-    left: int
+    run: RunFile
     _own: LocalUpdate | None = None
 
     def hold(self, states: Sequence[OuterState]) -> None:
@@ -41,14 +52,15 @@ class _Nobody:
         pass
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
-        return Start(inner_steps=min(self.inner_steps, self.left), num_peers=1)
+        # A step has at most so many targets. Where it has fewer, more rounds follow.
+        left = math.ceil((self.run.run.total_tokens - progress.run_tokens) / self.run.tokens_per_step)
+        return Start(inner_steps=max(1, min(self.run.merge.inner_steps, left)), num_peers=1)
 
     def step_done(self, inner_steps_done: int) -> None:
         pass
 
     def publish(self, contribution: LocalUpdate) -> None:
         self._own = contribution
-        self.left -= contribution.inner_steps
 
     def collect(self, fragment: int = 0) -> Averaged | Replaced:
         assert self._own is not None
@@ -59,19 +71,19 @@ class _Nobody:
 
 def train_alone(
     published: PublishedRun,
-    inner_steps: int,
+    tokens: int,
     settings: PeerSettings,
     advance: Callable[[int], None],
     emit: Callable[[Event], None],
-) -> float:
-    """Return the held-out loss, in nats per byte, of one volunteer that takes `inner_steps` inner steps by itself.
+) -> TrainedAlone:
+    """Train one volunteer by itself until it has had `tokens` that count; return what came of it.
 
     It chooses its device and precision as a volunteer with these settings does, and tells `emit` what it trains on. Its
-    schedule runs over exactly those steps, and it merges with nobody: an outer rate of 1 without momentum leaves plain
-    AdamW. `advance` is called after each round with the number of steps it took.
+    schedule runs over exactly those tokens, and it merges with nobody: an outer rate of 1 without momentum leaves plain
+    AdamW. `advance` is called after each round with the number of its tokens.
     """
     use_threads(settings.limits.threads)
-    run = _lone_run(published.run, inner_steps)
+    run = _lone_run(published.run, tokens)
     limits = (settings.limits.memory_bytes, settings.vram_bytes)
     chosen = choose_compute(run, settings.device, settings.precision, *limits, settings.base_bits)
     compute, told = chosen.compute, ComputeReport(run, chosen, emit)
@@ -82,21 +94,25 @@ def train_alone(
     place = PeerPlace(run_sha256=published.sha256, peer_id=ALONE)
     batches = training_batches(run, data, place)
 
-    def report(finished: RoundReport) -> None:
-        advance(finished.contribution.inner_steps)
+    num_steps = 0
 
-    exchange = _Nobody(run.merge.inner_steps, inner_steps)
+    def report(finished: RoundReport) -> None:
+        nonlocal num_steps
+        num_steps += finished.contribution.inner_steps
+        advance(finished.contribution.tokens)
+
     loop = loop_class(compute)(run, model, batches, compute=compute, told_smaller=told.smaller)
-    session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=report)
+    session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=_Nobody(run), report=report)
     try:
         loop.train(session)
     finally:
         loop.close()
-    return held_out_loss(model, session.replica.state.theta, published, data.tokenizer).nats_per_byte
+    loss = held_out_loss(model, session.replica.state.theta, published, data.tokenizer).nats_per_byte
+    return TrainedAlone(loss, session.replica.own_tokens, num_steps)
 
 
-def _lone_run(run: RunFile, inner_steps: int) -> RunFile:
+def _lone_run(run: RunFile, tokens: int) -> RunFile:
     alone = {"outer_learning_rate": 1.0, "outer_momentum": 0.0, "momentum_ramp_rounds": 0, "pacing": False}
     merge = run.merge.model_copy(update={**alone, "fragments": 1})
-    total = run.run.model_copy(update={"total_tokens": inner_steps * run.tokens_per_step})
+    total = run.run.model_copy(update={"total_tokens": tokens})
     return run.model_copy(update={"merge": merge, "run": total})

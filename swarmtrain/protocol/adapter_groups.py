@@ -2,8 +2,8 @@
 
 A LoRA adapter of rank R has R components, each a column of B times a row of A. They are cut into groups of equal rank.
 With gossip each group is one fragment of what is merged; with synchronous rounds a pseudo-gradient contains some of the
-groups. A volunteer with less memory or a slower link trains only some groups in a round, and other ones in the next
-round. Tensors are grouped by their names, so that whoever has a tensor table has the groups.
+groups. A weaker volunteer, or one with a slower link, trains only some groups in a round, and other ones in the next.
+Tensors are grouped by their names, so that whoever has a tensor table has the groups.
 
 Everything here is pure.
 """

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from codes import codes_in
+from fake_peer import FakePeer, living
 
 from swarmtrain.cli.main import run
 from swarmtrain.cli.progress import long_work, said_meanwhile
@@ -19,7 +21,10 @@ from swarmtrain.data.tokens import BpeTokenizer, ByteTokenizer, Tokenizer
 from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import build_model
+from swarmtrain.model.language_model import LanguageModel
+from swarmtrain.peer.checkpoints import export
 from swarmtrain.peer.lifecycle import node
+from swarmtrain.protocol.devices import DeviceRequest
 from swarmtrain.run import ModelSection, PublishedSection, parse_run, published_bytes
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
@@ -78,6 +83,43 @@ def test_the_loss_on_each_source_of_the_run_is_told(
         (Path(model) / "run.toml").write_bytes(other)
         assert run(["eval", model, "--json"]) == 0
         assert "sources" not in json.loads(capsys.readouterr().out), "which part is whose is not known"
+
+
+def test_a_peer_that_trains_is_given_way_to(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`generate --dir` beside a running peer: lowest priority, one thread, the processor; as asked if it was asked."""
+    niced: list[int] = []
+    devices: list[str] = []
+    move = export.move_model
+
+    def moved(found: LanguageModel, request: DeviceRequest, *words: object) -> None:
+        devices.append(str(request))
+        move(found, request, *words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("os.nice", niced.append)
+    monkeypatch.setattr(export, "move_model", moved)
+    monkeypatch.setattr(node, "_SMALL_PARAMETERS", 10)
+    threads: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    command = ["generate", "--dir", str(tmp_path), "--tokens", "3", "--prompt", "some"]
+    assert run(command) == 0
+    assert not niced and devices == ["auto"] and not threads, "nobody runs here"
+    with living(FakePeer(tmp_path).start()):
+        assert run(command) == 0
+        assert niced == [19] and devices[1:] == ["cpu"] and threads == [1]
+        assert run([*command, "--threads", "2", "--device", "auto"]) == 0
+    assert devices[2:] == ["auto"] and threads[1:] == [2]
+    out, err = capsys.readouterr()
+    first, second, third = out.splitlines()
+    assert first == second == third and first.startswith("some"), "it writes the same text"
+    assert err.count("the run's final model, after 1 tokens:\n") == 3
+
+
+@pytest.mark.parametrize("words", [[], ["MODEL", "--dir", "."]])
+def test_a_model_is_named_in_one_way(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", *words]) == 2
+    assert codes_in(capsys.readouterr().err) == ["options-conflict"]
 
 
 TEXT = "some text, größer than before and gröber than after\n".encode() * 12

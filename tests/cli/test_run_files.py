@@ -14,11 +14,12 @@ from own_sources import ROOT
 from swarmtrain.cli import run_files
 from swarmtrain.cli.main import cli
 from swarmtrain.cli.main import run as run_command
+from swarmtrain.cli.run_files import example_scripts
 from swarmtrain.extras import EXTRAS
 from swarmtrain.run import load_run
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NAMES = ["diloco", "gpt-124m", "own-text", "own-weights", "pipeline", "stdlib-gpt"]
+NAMES = ["diloco", "finetune", "gpt-124m", "own-text", "own-weights", "pipeline", "stdlib-gpt"]
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +97,15 @@ def test_init_writes_any_example_wherever_it_is_told(name: str, tmp_path: Path) 
     assert "swarmtrain check 'my runs/run.toml'" in (tmp_path / "my runs" / "run.toml").read_text()
 
 
+def test_init_writes_the_script_that_writes_the_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("run.toml", "second.toml"):
+        assert run_command(["init", name, "--example", "finetune"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("docstrings.py writes the example's text, in the folder where it is started\n")
+        (tmp_path / "docstrings.py").write_text("mine")
+    assert (tmp_path / "docstrings.py").read_text() == "mine"
+
+
 def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.toml").write_text("mine")
     for path, code in (("run.toml", "file-exists"), ("nowhere/run.toml", "file-not-written")):
@@ -119,8 +129,9 @@ def test_init_leaves_no_part_of_a_file_on_a_full_disk(tmp_path: Path, capsys: py
 
 def test_the_wheel_has_each_example() -> None:
     included = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert included == {f"examples/{name}.toml": f"swarmtrain/examples/{name}.toml" for name in NAMES}
-    assert sorted(path.stem for path in (ROOT / "examples").glob("*.toml")) == NAMES
+    files = {f"{name}.toml" for name in NAMES} | {path.name for name in NAMES for path in example_scripts(name)}
+    assert included == {f"examples/{name}": f"swarmtrain/examples/{name}" for name in files}
+    assert {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} == files
 
 
 def test_what_messages_say_to_install_is_what_the_extras_install() -> None:

@@ -179,6 +179,24 @@ def test_a_streamed_data_set_of_conversations_is_cut_alike_after_a_resume(tmp_pa
             assert (tokens[:, 1:][positions[:, 1:] == 0] == first).all(), "conversations begin with a role"
 
 
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_own_conversations_of_which_nothing_is_learnt_are_named_and_counted(tmp_path: Path, streaming: str) -> None:
+    library = pytest.importorskip("datasets")
+    rows = [chat(number) for number in range(300)]
+    asks = [{"messages": chat(number)["messages"][:2]} for number in range(1000, 1200)]
+    for name, each in (("good", rows), ("asks", asks)):
+        library.Dataset.from_list(each).save_to_disk(str(tmp_path / name / "set"))
+        write_tokenizer(tmp_path / name / "base", PLAIN)
+    run = run_of(
+        'held_out_bytes = 4096\n[[data.sources]]\nname = "talk"\nsource = "datasets"\ndataset = "set"\n'
+        f'format = "chat"\nstreaming = {streaming}\n'
+    )
+    published = publishable_data(run, tmp_path / "good")
+    with raises_code("nothing-to-learn", RunFileError, "source talk", "200 samples", '"set"'):
+        text, tokenizer = published.held_out.text, published.tokenizer_bytes
+        batches_of(run, training_data(run, tmp_path / "asks", text, tokenizer, None)).next_batch()
+
+
 @pytest.mark.parametrize(
     ("data", "model", "code"),
     [
@@ -205,6 +223,14 @@ def test_what_cannot_be_published_is_one_line_and_check_says_so_too(
     with raises_code(code, RunFileError):
         publishable_data(run, folder)
     assert code in [problem.code for problem in first_look(run, folder).problems]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_of_hugging_face_is_one_line(folder: Path) -> None:
+    run = run_of(CHAT, NAMED)
+    model = run.model.model_copy(update={"source": "huggingface", "base": "x", "vocabulary_size": 299})
+    run = run.model_copy(update={"model": model})
+    with raises_code("keys-disagree", RunFileError, "has 300 tokens, but the model in model.base has 299"):
+        publishable_data(run, folder)
 
 
 def test_a_conversation_that_a_template_refuses_is_named_by_its_file_and_line(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ FILES = (25, 3, 0, 40, 11)
 class Rows:
     """Data set in memory that counts what is read of it."""
 
-    num_files = len(FILES)
+    name, num_files = "owner/set", len(FILES)
     num_rows = sum(FILES)
 
     def __init__(self) -> None:
@@ -132,6 +132,26 @@ def test_a_stream_without_text_is_an_error_and_no_endless_loop() -> None:
     for _ in range(2):
         with raises_code("only-held-out-text", RunFileError):
             sequences(stream, 0, 1)
+
+
+@pytest.mark.parametrize(("most", "num_samples"), [(100_000, 67), (30, 30)])
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_samples_that_teach_nothing_are_given_up(
+    monkeypatch: pytest.MonkeyPatch, most: int, num_samples: int, has_begun: bool
+) -> None:
+    monkeypatch.setattr(streams, "_MOST_LEFT_OUT", most)
+    taught = iter([b"all that there is to learn"] if has_begun else [])
+    rows = Rows()
+    stream = SequenceStream(TextBlocks(rows, b"", 5), lambda _: ByteTokenizer().encode(next(taught, b"")), 15)
+    if has_begun:
+        assert bytes(sequences(stream, 0, 1)[0].tolist()) == b"all that there i"
+    for _ in range(2):  # the trainer may ask again
+        read = rows.read
+        with raises_code("nothing-to-learn", RunFileError, 'samples read of "owner/set"') as caught:
+            sequences(stream, int(has_begun), 1)
+        assert rows.read - read <= 2 * rows.num_rows + 6, "at most the rest of a pass, a whole one, and a block"
+        counted = int(str(caught.value).split()[2])
+        assert counted == most if most == 30 else num_samples <= counted < 2 * num_samples
 
 
 def test_an_error_of_the_data_set_costs_no_sequence() -> None:

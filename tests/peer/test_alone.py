@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -12,14 +13,14 @@ from codes import raises_code
 from swarmtrain.errors import UserError
 from swarmtrain.events import DeviceEvent, Event
 from swarmtrain.network.swarm import PublishedRun
-from swarmtrain.peer.alone import train_alone
+from swarmtrain.peer.alone import TrainedAlone, train_alone
 from swarmtrain.peer.lifecycle.node import PeerSettings
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.protocol.devices import DeviceRequest, PrecisionRequest
 from swarmtrain.protocol.limits import Limits
-from swarmtrain.run import RunFile
+from swarmtrain.run import DataSection, RunFile
 
-STEPS = 12
+TOKENS = 12 * 64
 WORDS = ["one", "volunteer", "alone", "learns", "what", "a", "swarm", "would"]
 HELD_OUT = " ".join(random.Random(7).choices(WORDS, k=100)).encode()
 
@@ -40,8 +41,10 @@ def published(tmp_path: Path) -> PublishedRun:
     return PublishedRun(b"", "ab" * 32, run, HELD_OUT, b"")
 
 
-def alone(published: PublishedRun, folder: Path, precision: PrecisionRequest) -> tuple[float, list[Event], list[int]]:
-    """Train; returns the held-out loss, what was told, and the steps of each round."""
+def alone(
+    published: PublishedRun, folder: Path, precision: PrecisionRequest
+) -> tuple[TrainedAlone, list[Event], list[int]]:
+    """Train; returns what came of it, what was told, and the tokens of each round."""
     told: list[Event] = []
     rounds: list[int] = []
     settings = PeerSettings(
@@ -55,7 +58,7 @@ def alone(published: PublishedRun, folder: Path, precision: PrecisionRequest) ->
     )
     before = torch.get_num_threads()
     try:
-        return train_alone(published, STEPS, settings, rounds.append, told.append), told, rounds
+        return train_alone(published, TOKENS, settings, rounds.append, told.append), told, rounds
     finally:
         torch.set_num_threads(before)
 
@@ -68,12 +71,13 @@ def test_it_computes_in_the_precision_asked_for_and_says_so(
     monkeypatch.setattr(ModelLoop, "train", lambda loop, session: (loops.append(loop), train(loop, session))[1])
     losses = []
     for precision in ("fp32", "bf16", "fp32"):
-        loss, told, rounds = alone(published, tmp_path, precision)
+        found, told, rounds = alone(published, tmp_path, precision)
         (event,) = told
-        assert isinstance(event, DeviceEvent) and rounds == [4, 4, 4]
+        assert isinstance(event, DeviceEvent) and rounds == [256, 256, 256]
+        assert (found.tokens, found.inner_steps) == (TOKENS, 12)
         assert (event.device, event.precision, event.microbatch_sequences) == ("cpu", precision, 4)
         assert loops[-1].compute.precision == precision
-        losses.append(loss)
+        losses.append(found.loss)
     full, lower, again = losses
     assert full == again != lower and lower == pytest.approx(full, rel=0.01) and full < 5.5
 
@@ -83,3 +87,18 @@ def test_a_precision_that_the_run_does_not_allow_is_refused(published: Published
     demanding = PublishedRun(b"", published.sha256, published.run.model_copy(update={"inner": inner}), HELD_OUT, b"")
     with raises_code("precision-demanded", UserError):
         alone(demanding, tmp_path, "bf16")
+
+
+def test_it_trains_on_as_many_tokens_that_count_as_it_is_told(published: PublishedRun, tmp_path: Path) -> None:
+    rng = random.Random(3)
+    pairs = [(" ".join(rng.choices(WORDS, k=6)), rng.choice(WORDS)) for _ in range(400)]
+    lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    data = DataSection(source="jsonl", paths=("pairs.jsonl",), format="prompt-completion")
+    run = published.run.model_copy(update={"data": data})
+    held_out = json.dumps({"completion": "swarm", "prompt": "what learns?"}).encode()
+    samples = PublishedRun(b"", published.sha256, run, held_out, b"")
+    found, _, rounds = alone(samples, tmp_path, "fp32")
+    assert sum(rounds) == found.tokens and TOKENS <= found.tokens < TOKENS + 64
+    assert found.inner_steps > 2 * 12, "most of what is read is prompts"
+    assert len(rounds) < found.inner_steps, "of more steps than one"

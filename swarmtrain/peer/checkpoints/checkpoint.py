@@ -9,10 +9,10 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from google.protobuf.message import DecodeError
@@ -37,9 +37,10 @@ from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Checkpoint", "load_newest", "save"]
+__all__ = ["Checkpoint", "load_newest", "load_newest_weights", "save"]
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,33 @@ def load_newest(
 ) -> tuple[Checkpoint, Written] | None:
     """Return (the newest whole checkpoint, its file); None if there is none. Call `warn` with a sentence for each
     unusable one."""
+    return _newest(folder, warn, lambda kept: _parse(folder, kept, run, num_parameters))
+
+
+def load_newest_weights(
+    folder: CheckpointFolder, num_parameters: int, warn: Callable[[str], None]
+) -> tuple[Tensor, Progress, Written] | None:
+    """Return (theta (P,), its counters, the file) of the newest whole checkpoint; None if there is none.
+
+    The rest of it is checked and not held: three quarters of a volunteer's checkpoint. Call `warn` with a sentence for
+    each unusable one.
+    """
+
+    def parse(kept: StoredCheckpoint) -> tuple[Tensor, Progress]:
+        theta, manifest = _read_tensors(folder.tensors_of(kept), ("theta",))["theta"], kept.manifest
+        if theta.shape != (num_parameters,):
+            raise ValueError("it is of another model")
+        tokens = {"run_tokens": manifest["run_tokens"], "peer_tokens": manifest["peer_tokens"]}
+        return theta, Progress(round=manifest["round"], **tokens)
+
+    found = _newest(folder, warn, parse)
+    return None if found is None else (*found[0], found[1])
+
+
+def _newest(
+    folder: CheckpointFolder, warn: Callable[[str], None], parse: Callable[[StoredCheckpoint], _T]
+) -> tuple[_T, Written] | None:
+    """Return (what `parse` makes of the newest checkpoint that it takes, its file); None if there is none."""
     try:
         entries = list(folder.newest_first())
     except OSError as error:
@@ -138,7 +166,7 @@ def load_newest(
             _log.info("the checkpoint %s is not used: %s", folder.path / entry.name, entry.reason)
     ours = [entry for entry in entries if isinstance(entry, StoredCheckpoint) or not entry.foreign]
     for number, entry in enumerate(ours, start=1):
-        found = _load(folder, entry, run, num_parameters) if isinstance(entry, StoredCheckpoint) else entry
+        found = _load(folder, entry, parse) if isinstance(entry, StoredCheckpoint) else entry
         if not isinstance(found, Unused):
             return found
         then = "the one before it is tried" if number < len(ours) else "there is none before it"
@@ -147,10 +175,10 @@ def load_newest(
 
 
 def _load(
-    folder: CheckpointFolder, kept: StoredCheckpoint, run: RunFile, num_parameters: int
-) -> tuple[Checkpoint, Written] | Unused:
+    folder: CheckpointFolder, kept: StoredCheckpoint, parse: Callable[[StoredCheckpoint], _T]
+) -> tuple[_T, Written] | Unused:
     try:
-        return _parse(folder, kept, run, num_parameters), folder.written(kept)
+        return parse(kept), folder.written(kept)
     except OSError as error:
         reason = f"it cannot be read: {error.strerror}"
     except KeyError as error:
@@ -217,7 +245,9 @@ def _own_part(own: Mapping[str, Any], tensors: Mapping[str, Tensor], num_paramet
     )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors into memory of their own: safetensors may map the file, which will be removed."""
+def _read_tensors(path: Path, names: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Read the tensors, or those of these `names`, into memory of their own: safetensors may map the file, which will
+    be removed.
+    """
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return {name: file.get_tensor(name).clone() for name in names or file.keys()}

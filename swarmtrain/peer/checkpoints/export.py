@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from swarmtrain.data.tokenizer_json import own_tokenizer, tokenizer_json
 from swarmtrain.data.tokenizer_source import bundle_of_files
-from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
+from swarmtrain.data.tokens import Tokenizer, Tokens, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import BadBytesError, NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.events import Event, WarningEvent
 from swarmtrain.model.export import ExportedModel, copy_exported, is_first_format, load_exported, open_regular
@@ -27,17 +27,17 @@ from swarmtrain.model.run_model import build_run_model, empty_model, spec_of
 from swarmtrain.model.run_stages import empty_run_stage, run_stage_shapes
 from swarmtrain.model.sampling import generate
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
-from swarmtrain.network.discovery.invite import Invite
+from swarmtrain.network.discovery.invite import Invite, parse_invite
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
-from swarmtrain.peer.checkpoints.adapter_base import merged_export
-from swarmtrain.peer.checkpoints.checkpoint import load_newest
+from swarmtrain.peer.checkpoints.adapter_base import load_with_base, merged_export
+from swarmtrain.peer.checkpoints.checkpoint import load_newest_weights
 from swarmtrain.peer.checkpoints.files import CheckpointFolder
 from swarmtrain.peer.control.arrival import FileProgress
 from swarmtrain.peer.control.board import StatusBoard
 from swarmtrain.peer.devices.model_device import move_model
-from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
+from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder, running_invite
 from swarmtrain.peer.lifecycle.node import (
     PeerSettings,
     StopFlag,
@@ -57,11 +57,13 @@ from swarmtrain.protocol.devices import DeviceRequest
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import parse_published_untrusted, run_sha256
+from swarmtrain.words import ago_in_words, counted
 
 __all__ = [
     "Sampling",
     "export_from_folder",
     "export_from_swarm",
+    "model_of_folder",
     "model_of_swarm",
     "onlooker_place",
     "sample_text",
@@ -70,6 +72,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
+_LOOKS = 3
+"""Times that checkpoints are looked for, while a running peer replaces them."""
 
 
 def onlooker_place(cache: Path, model_dir: Path | None, stop: StopFlag) -> FilesPlace:
@@ -149,18 +153,45 @@ def _export_checkpoint(folder: PeerFolder, target: Path, place: FilesPlace) -> i
             "swarm by its invite",
             code="stages-only",
         )
-    if published is not None:
-        run, files = published.run, CheckpointFolder(folder.checkpoints_path, published.sha256, None)
-        found = load_newest(files, run, num_trained_parameters(run), lambda message: _log.warning("%s", message))
-        if found is not None:
-            kept, _ = found
-            model = empty_model(spec_of(run, described_model(published, place, None)))
-            save_model(target, model, kept.state.theta, published, kept.progress)
-            return kept.progress.run_tokens
-    raise UserError(
+    found = None if published is None else _checkpointed(folder, published)
+    if published is None or found is None:
+        raise _no_model(folder)
+    model = empty_model(spec_of(published.run, described_model(published, place, None)))
+    save_model(target, model, found.theta, published, found.progress)
+    return found.progress.run_tokens
+
+
+def _no_model(folder: PeerFolder) -> UserError:
+    return UserError(
         f"{folder.path}: has no model yet: a peer keeps a checkpoint from the first merged round on; try again then",
         code="no-model",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpointed:
+    """Weights (P,) in a peer's newest checkpoint, with their counters, and the Unix time of writing."""
+
+    theta: Tensor
+    progress: Progress
+    time: float
+
+
+def _checkpointed(folder: PeerFolder, published: PublishedRun) -> _Checkpointed | None:
+    """Return the weights in the newest checkpoint; None without one.
+
+    The peer may be running: if it has replaced all that were listed before they were read, this looks again.
+    """
+    number, told = num_trained_parameters(published.run), list[str]()
+    for _ in range(_LOOKS):
+        told.clear()
+        files = CheckpointFolder(folder.checkpoints_path, published.sha256, None)
+        found = load_newest_weights(files, number, told.append)
+        if found is not None or not told:
+            break
+    for message in told:
+        _log.warning("%s", message)
+    return None if found is None else _Checkpointed(theta=found[0], progress=found[1], time=found[2].time)
 
 
 def export_from_swarm(
@@ -189,16 +220,64 @@ def export_from_swarm(
 def model_of_swarm(invite: Invite, place: FilesPlace, *, accept_clock: bool = False) -> ExportedModel:
     """Join as an onlooker and return the model of the newest state. Raises as `export_from_swarm` does."""
     pulled = _pulled(invite, place, accept_clock, has_base=True)
-    run = pulled.published.run
-    model = build_run_model(run, pulled.files) if run.adapter.is_used else empty_model(spec_of(run, pulled.files))
+    return _built(pulled.published, pulled.files, pulled.weights, pulled.progress)
+
+
+def model_of_folder(folder: Path, place: FilesPlace, *, accept_clock: bool = False) -> tuple[ExportedModel, str]:
+    """Return the newest model of a peer, by its folder, and in words what it is.
+
+    The peer may be running: only files are read. Taken is the final model, else the archive, else the newest
+    checkpoint. A peer that holds stages of a pipeline has no whole model: then the newest state is taken from the
+    swarm, as by `model_of_swarm`. Raises UserError if there is none.
+    """
+    peer = PeerFolder(folder)
+    for source, what in ((peer.model_path, "final model"), (peer.archive_path, "newest archive")):
+        if description_of(source) is not None:
+            try:
+                exported = load_with_base(source, place)
+            except UserError as error:
+                _log.warning("%s is not used: %s", source, error)
+            else:
+                return exported, f"the run's {what}, after {exported.run_tokens} tokens"
+    published = peer.kept_run()
+    if published is None:
+        raise UserError(
+            f"{folder} is not the folder of a peer, or it has no run yet; `swarmtrain status --all` lists the peers "
+            "here with their folders",
+            code="no-model",
+        )
+    if published.run.pipeline.stages > 1:
+        exported = model_of_swarm(_invite_of(peer, published), place, accept_clock=accept_clock)
+        return exported, f"the swarm's model after {exported.run_tokens} tokens (this peer holds only stages of it)"
+    found = _checkpointed(peer, published)
+    if found is None:
+        raise _no_model(peer)
+    files = described_model(published, place, None, weights=published.run.adapter.is_used)
+    specs = tensor_specs(empty_model(spec_of(published.run, files)).trained_parameters())
+    exported = _built(published, files, named_weights(found.theta, specs), found.progress)
+    ago = ago_in_words(max(0.0, time.time() - found.time))
+    rounds = counted(found.progress.round, "round")
+    return exported, f"the peer's model after {rounds} and {exported.run_tokens} tokens of the run, written {ago}"
+
+
+def _invite_of(folder: PeerFolder, published: PublishedRun) -> Invite:
+    """Return an invite to the peer's run: the running peer's own, else one of the peers that it knew."""
+    if (line := running_invite(folder.path)) is not None:
+        return parse_invite(line)
+    return Invite(published.sha256, folder.kept_peers(), published.run.needs)
+
+
+def _built(
+    published: PublishedRun, files: Path | None, weights: Mapping[str, Tensor], progress: Progress
+) -> ExportedModel:
+    """Build the run's model with these weights."""
+    run = published.run
+    model = build_run_model(run, files) if run.adapter.is_used else empty_model(spec_of(run, files))
     with torch.no_grad():
         for name, parameter in model.trained_parameters():
-            parameter.copy_(pulled.weights[name])
+            parameter.copy_(weights[name])
     return ExportedModel(
-        model=model,
-        tokenizer=pulled.published.tokenizer,
-        held_out=pulled.published.held_out,
-        run_tokens=pulled.progress.run_tokens,
+        model=model, tokenizer=published.tokenizer, held_out=published.held_out, run_tokens=progress.run_tokens
     )
 
 
@@ -306,20 +385,20 @@ class Sampling:
 
 def sample_text(
     exported: ExportedModel,
-    prompt: str,
+    prompt: str | Tokens,
     sampling: Sampling,
     advance: Callable[[int], None] = lambda number: None,
     tell: Callable[[str], None] = lambda words: None,
 ) -> str:
-    """Return the prompt and what the model writes after it, up to the token that ends a text. `advance` is called with
-    1 for each token, `tell` with why a device was passed over.
+    """Return the prompt and what the model writes after it, up to the token that ends a text. `prompt` may be tokens
+    (n,). `advance` is called with 1 for each token, `tell` with why a device was passed over.
 
     Raises UserError if the device asked for is not there or does not work.
     """
     use_threads(sampling.threads or useful_threads(exported.model))
     move_model(exported.model, sampling.device, 1, tell)
     tokenizer = tokenizer_of(exported)
-    tokens = [int(token) for token in tokenizer.encode_prompt(prompt)]
+    tokens = [int(token) for token in (tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt)]
     number, temperature, seed = sampling.num_tokens, sampling.temperature, sampling.seed
     ends = tokenizer.document_end[-1:]
 
@@ -330,7 +409,8 @@ def sample_text(
     written = generate(exported.model, tokens, number, temperature, seed, goes_on)
     if written and written[-1] in ends:
         written.pop()
-    return (prompt.encode() + tokenizer.decode(written)).decode(errors="replace")
+    asked = prompt.encode() if isinstance(prompt, str) else tokenizer.decode(tokens)
+    return (asked + tokenizer.decode(written)).decode(errors="replace")
 
 
 def tokenizer_of(exported: ExportedModel) -> Tokenizer:

@@ -89,6 +89,8 @@ class Pulse:
     inner_steps: int = 0
     num_steps: float = 0.0
     """Inner steps since the process began."""
+    learnt_share: float = 1.0
+    """Share of the tokens read that count, since they are to be learnt; 0 while it is not known."""
     sent_bytes: int = 0
     received_bytes: int = 0
     patience_s: float = _PATIENCE_S
@@ -177,6 +179,8 @@ class StatusBoard:
         self._seen_beats = 0
         self._progressed_s = now()
         self._sums = _Sums()
+        self._learnt_share = 1.0
+        """Of the last pulse."""
 
     def estimate_now(self, status: pb.PeerStatus) -> Estimate | None:
         """Return the expected memory and traffic of this peer, with as many volunteers as `status` shows present; None
@@ -186,9 +190,10 @@ class StatusBoard:
         return estimates(present) if estimates is not None and present else None
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one inner step of this peer; 0 before it takes part in a run."""
-        return 0 if self._watched is None else self._watched.tokens_per_step
+    def tokens_per_step(self) -> float:
+        """Tokens of one inner step of this peer that count: those to be learnt, as in `run.total_tokens`. 0 before it
+        takes part in a run, or if they are not known."""
+        return 0 if self._watched is None else self._watched.tokens_per_step * self._learnt_share
 
     # ------------------------------------------------------------- what it is told
 
@@ -428,6 +433,7 @@ class StatusBoard:
                 self._progressed_s, self._seen_beats = now, self._beats
             if (last := pulse or before) is not None:
                 self._samples.append((now, last))
+                self._learnt_share = last.learnt_share
             while len(self._samples) > 2 and self._samples[1][0] < now - _WINDOW_S:
                 self._samples.popleft()
             return Vitals(
@@ -484,8 +490,9 @@ class StatusBoard:
         """Fill in the speeds: this peer's by its steps, the others' by their counts, or by the speeds that they
         advertise before counts are known.
 
-        The swarm's is the sum. In a pipeline all speeds are by counts, since a step of one stage is only a part of a
-        step.
+        They are in tokens that count: of the tokens that steps read, others are taken to learn from as many as this
+        peer does. The swarm's is the sum. In a pipeline all speeds are by counts, since a step of one stage is only a
+        part of a step.
         """
         known, self._peer_growths = self._peer_growths, {}
         has_ended = status.state in _OVER
@@ -499,7 +506,7 @@ class StatusBoard:
                 item.tokens_per_s = status.own_tokens_per_s
                 continue
             per_s = growth.per_s(now)
-            item.tokens_per_s = _rounded(item.tokens_per_s if per_s is None else per_s)
+            item.tokens_per_s = _rounded(item.tokens_per_s * self._learnt_share if per_s is None else per_s)
             if item.peer == status.peer:
                 status.own_tokens_per_s = item.tokens_per_s
         status.swarm_tokens_per_s = _rounded(sum(item.tokens_per_s for item in status.peers))

@@ -92,7 +92,7 @@ class _Look:
     status: pb.PeerStatus
     counts: EventCounts
     healthy: bool
-    tokens_per_step: int
+    tokens_per_step: float
     memory_bytes: int
     expected: Estimate | None
     """Expected cost of the run for a volunteer, with as many volunteers as are present; None if unknown."""
@@ -168,11 +168,11 @@ METRICS: tuple[_Metric, ...] = (
     _Metric("loss", _GAUGE, "Mean training loss over its last round, in nats per token; of a bootstrap, the median that volunteers report.", _newest_loss),
     _Metric("held_out_loss", _GAUGE, "Last loss that it measured on the run's held-out text, in nats per byte.", lambda look: look.status.held_out_loss or None),
     _Metric("source_held_out_loss", _GAUGE, "The same on the part of each source, where the run has several sources of text.", lambda look: {each.name: each.held_out_loss for each in look.status.source_losses} or None, label="source"),
-    _Metric("tokens", _COUNTER, "Tokens that it has contributed to the run, over all its processes.", lambda look: look.status.own_tokens if look.joined and look.trains else None),
-    _Metric("tokens_per_second", _GAUGE, "Tokens per second that it trains on, over the last half minute.", lambda look: look.status.own_tokens_per_s if look.trains else None),
+    _Metric("tokens", _COUNTER, "Tokens that it has contributed to the run, over all its processes; of samples, those to be learnt, as in `run.total_tokens`.", lambda look: look.status.own_tokens if look.joined and look.trains else None),
+    _Metric("tokens_per_second", _GAUGE, "Such tokens per second, over the last half minute.", lambda look: look.status.own_tokens_per_s if look.trains else None),
     _Metric("run_tokens", _GAUGE, "Tokens that the whole run has been trained on, as far as this peer knows.", lambda look: look.status.run_tokens if look.joined else None),
     _Metric("run_target_tokens", _GAUGE, "Tokens at which the run ends.", lambda look: look.status.total_tokens or None),
-    _Metric("run_tokens_per_second", _GAUGE, "Tokens per second of the whole run, as far as this peer knows.", lambda look: look.status.swarm_tokens_per_s if look.joined else None),
+    _Metric("run_tokens_per_second", _GAUGE, "Tokens per second of the whole run, as far as this peer knows; those that `swarmtrain_run_tokens` counts.", lambda look: look.status.swarm_tokens_per_s if look.joined else None),
     _Metric("rounds", _COUNTER, "Rounds that it has trained and merged since its process began.", _count("rounds")),
     _Metric("inner_steps", _COUNTER, "Inner steps that it took in these rounds.", _count("inner_steps")),
     _Metric("inner_steps_per_second", _GAUGE, "Inner steps per second, over the last half minute.", _inner_steps_per_s),

@@ -229,7 +229,7 @@ def control_session(
         except (RunTimeError, OSError) as error:
             message = f"`swarmtrain status` and the like cannot reach this peer: {error}"
             control.emit(WarningEvent(message=message, code="no-control"))
-        with _metrics(settings, control):
+        with _metrics(settings, control), _curves(folder, settings, control, before):
             yield control
         board.ended(pb.PEER_STATE_DONE, control.reason, 0)
     except StopTraining:  # asked to end before there was anything to end
@@ -260,11 +260,25 @@ def _metrics(settings: PeerSettings, control: ControlSession) -> AbstractContext
     return serving_metrics(settings.metrics, control.board, control.powers().healthy)
 
 
+def _curves(
+    folder: PeerFolder, settings: PeerSettings, control: ControlSession, before: pb.PeerStatus | None
+) -> AbstractContextManager[object]:
+    if not settings.report_to:
+        return nullcontext()
+    from swarmtrain.peer.trackers.recorder import recording
+
+    return recording(folder.path, control.board, settings.report_to, control.emit, before)
+
+
 # ---------------------------------------------------------------- where the board looks
 
 
-def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[], Pulse]:
-    """Return a function that describes what a volunteer is doing in its rounds, read from where it happens."""
+def volunteer_pulse(
+    board: StatusBoard, exchange: SwarmExchange, learnt_share: Callable[[], float]
+) -> Callable[[], Pulse]:
+    """Return a function that describes what a volunteer is doing in its rounds, read from where it happens.
+
+    `learnt_share` returns that of its steps, see `Pulse`."""
     rounds, traffic, limit_s = exchange.swarm.rounds, exchange.swarm.node.traffic, exchange.run.merge.round_limit_s
 
     def pulse() -> Pulse:
@@ -288,6 +302,7 @@ def volunteer_pulse(board: StatusBoard, exchange: SwarmExchange) -> Callable[[],
             inner_steps_done=done,
             inner_steps=steps,
             num_steps=exchange.num_steps,
+            learnt_share=learnt_share(),
             sent_bytes=traffic.sent_bytes,
             received_bytes=traffic.received_bytes,
             patience_s=patience_s,
@@ -307,7 +322,8 @@ def _merging(board: StatusBoard, reason: str, at_most_s: float) -> str:
 
 def bootstrap_pulse(swarm: Swarm, archived: Callable[[], Progress]) -> Callable[[], Pulse]:
     """Return a function that describes what a bootstrap is doing: serving, or waiting for volunteers."""
-    min_peers = swarm.published.run.merge.min_peers
+    run = swarm.published.run
+    min_peers, is_all_learnt = run.merge.min_peers, run.batch_rows == 1
 
     def pulse() -> Pulse:
         volunteers = swarm.membership.volunteers()
@@ -324,6 +340,7 @@ def bootstrap_pulse(swarm: Swarm, archived: Callable[[], Progress]) -> Callable[
             state=pb.PEER_STATE_SERVING,
             doing=doing,
             round=round,
+            learnt_share=float(is_all_learnt),
             sent_bytes=swarm.node.traffic.sent_bytes,
             received_bytes=swarm.node.traffic.received_bytes,
         )

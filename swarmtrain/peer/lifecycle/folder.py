@@ -15,9 +15,12 @@ status.json    the peer's last status
 checkpoints/   the newest three checkpoints of this peer's state: COUNT-round-ROUND.safetensors and .json
                (of stage N of a pipeline in checkpoints/stage-N/)
 started.json   the options it was started with, and whether it is paused
+service-invite.txt  the invite with which a service of the system starts it, until the folder has the run
 port.txt       the port it listened at, if none was asked for
 peers.json     whom it knew
 counts.json    (bootstrap) who has trained on how many tokens by now; of a stage counts-stage-N.json
+trackers.json  (--report-to) the identity of its curves, and how far they are drawn
+tensorboard/   (--report-to tensorboard) its curves; wandb/ those of W&B; TRACKER.log: what the tracker last printed
 archive/       (bootstrap) the run's newest model
 model/         the model at the end
 

@@ -243,11 +243,18 @@ class LocalSwarm:
         """Show a message to the person, as a warning event."""
         self._events.put((next(iter(self.children.values())), WarningEvent(message=message, code="rehearsal")))
 
-    def wait_for_invite(self, limit_s: float = 60.0) -> tuple[InviteEvent, list[Event]]:
-        """Return the bootstrap's invite and the events before it."""
+    def wait_for_invite(
+        self, limit_s: float | None = None, show: Callable[[Event], None] = lambda event: None
+    ) -> tuple[InviteEvent, list[Event]]:
+        """Return the bootstrap's invite and the events up to it; `show` gets them as they come.
+
+        Without a limit it waits as long as the bootstrap works: to download a large model takes hours. Raises
+        RunTimeError if the bootstrap ends first.
+        """
         seen: list[Event] = []
         for event in self.events(limit_s):
             seen.append(event)
+            show(event)
             if isinstance(event, InviteEvent):
                 return event, seen
         raise RunTimeError("the bootstrap printed no invite; see bootstrap.log", code="peer-failed")

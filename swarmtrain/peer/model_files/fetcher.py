@@ -18,7 +18,9 @@ from swarmtrain.errors import BadBytesError, RunFileError, RunTimeError, UserErr
 from swarmtrain.events import WarningEvent
 from swarmtrain.model.hub import HubError, HubModel
 from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.model_files.early_service import serve_files_early
 from swarmtrain.network.model_files.fetch import PeerFetch, RunTarget
+from swarmtrain.network.model_files.served_file import ServedFile
 from swarmtrain.network.model_files.sources import FileSources
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.refusals import Refusals
@@ -140,10 +142,13 @@ def _counted(place: FilesPlace, total_bytes: int) -> Callable[[int], None]:
 
 
 def fetch_and_serve(published: PublishedRun, place: FilesPlace, node: Node, others: SwarmSource | None) -> ModelFolder:
-    """Get the files of the run's model onto this machine (`ModelFileFetcher.fetch`), and serve them from now on."""
-    folder = ModelFileFetcher(published, place).fetch(others)
-    node.served_files = folder.served_files()
-    return folder
+    """Get the files of the run's model onto this machine (`ModelFileFetcher.fetch`), and serve each from the moment at
+    which it is complete and checked: before this peer enters the swarm only if `others` are known."""
+    fetcher = ModelFileFetcher(published, place, node.served_files)
+    if others is not None:
+        fetcher.sources = FileSources(node, fetcher.calls(node), others.through, is_source=True)
+        wait_for(others.network.submit(serve_files_early(node, published, fetcher.sources)), place.stop)
+    return fetcher.fetch(others)
 
 
 @dataclass
@@ -152,12 +157,21 @@ class ModelFileFetcher:
 
     published: PublishedRun
     place: FilesPlace
+    served: dict[str, ServedFile] = field(default_factory=dict)
+    """Each file is entered here, by its SHA-256, when it is complete and checked; and so is its chunk list."""
+    sources: FileSources | None = field(default=None, init=False)
+    """Peers that are asked, if this peer serves files itself; else those of `fetch` are asked by themselves."""
     files: PinnedFiles = field(init=False)
     folder: ModelFolder = field(init=False)
 
     def __post_init__(self) -> None:
         self.files = PinnedFiles.from_bytes_untrusted(self.published.model_files)
-        self.folder = ModelFolder(self.place.cache, self.files)
+        self.folder = ModelFolder(self.place.cache, self.files, self.served)
+
+    def calls(self, node: Node) -> PeerCalls:
+        """Return calls to other peers of the run."""
+        limits = self.published.run.network
+        return PeerCalls(node, self.published.sha256, limits.stall_limit_s, limits.least_bytes_per_s)
 
     def fetch(self, swarm: SwarmSource | None, *, weights: bool = True) -> ModelFolder:
         """Return the folder with all files, or with those that have no weights, each checked by its hash.
@@ -300,14 +314,14 @@ class ModelFileFetcher:
     def _from_peers(self, missing: Sequence[PinnedFile], swarm: SwarmSource) -> None:
         """Fetch files from other peers. Raises RunTimeError if nobody delivers."""
         place, limits = self.place, self.published.run.network
-        calls = PeerCalls(swarm.node, self.published.sha256, limits.stall_limit_s, limits.least_bytes_per_s)
+        calls = self.calls(swarm.node)
         fetch = PeerFetch(
             files=missing,
             disk=Disk(self.folder),
             calls=calls,
             limits=PullLimits(stall_limit_s=limits.stall_limit_s, min_bytes_per_s=limits.min_pull_bytes_per_s),
             blame=Refusals(place.emit).tell,
-            find=FileSources(swarm.node, calls, swarm.through).find,
+            find=(self.sources or FileSources(swarm.node, calls, swarm.through)).find,
         )
         place.progress.begin("fetching the model's files from other peers")
         total = sum(file.size_bytes for file in missing)

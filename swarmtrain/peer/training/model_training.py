@@ -82,7 +82,6 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     """
     run, published = context.run, context.published
     settings = context.settings
-    run.adapter.groups_worth(settings.adapter_rank)  # raises before anything takes time
     check_positions(run.model)
     check_memory(run, num_trained_parameters(run), settings.limits.memory_bytes, settings.device.num_host_ranks)
     limits = (settings.limits.memory_bytes, settings.vram_bytes)
@@ -237,7 +236,8 @@ class ModelTraining:
             recomputes=loop.compute.recomputes,
             num_ranks=loop.compute.num_host_ranks,
         )
-        control.watch(swarm, volunteer_pulse(control.board, self.exchange), self.manager, estimates)
+        pulse = volunteer_pulse(control.board, self.exchange, lambda: self.session.learnt_share)
+        control.watch(swarm, pulse, self.manager, estimates)
 
     def _look_for_others(self) -> None:
         """Search for others for `_ALONE_AFTER_S`, then go on alone. They may just be restarting too, and this peer
@@ -332,9 +332,11 @@ class ModelTraining:
 
     def _tell_started(self, inner_steps: int) -> None:
         """Emit the `started` event when the first round begins."""
-        run = self.context.run
-        if self.compiled is not None and self.session.groups_of_round is None:  # else it would compile for each choice
-            self.compiled.start(self.context.settings.compile, num_parameters(run.model))
+        run, asked = self.context.run, self.context.settings.compile
+        if self.compiled is not None and self.session.groups_of_round is None:
+            self.compiled.start(asked, num_parameters(run.model))
+        elif self.compiled is not None:
+            self.compiled.leave(asked, "each choice of an adapter's groups (--rank) would be compiled anew")
         self.context.emit(
             StartedEvent(
                 inner_steps_per_round=inner_steps,

@@ -367,6 +367,9 @@ class Session:
     """Inner steps of the run's batch per second in the last round, without the time spent publishing and merging."""
     reason: str = field(default="", init=False)
     """Why training ended: "total_tokens" or "interrupted"; empty while it runs."""
+    _num_tokens: int = field(default=0, init=False)
+    """Targets of all steps since the process began, and all tokens that they read."""
+    _num_read_tokens: int = field(default=0, init=False)
     _round: _Round | None = field(default=None, init=False)
     _merging: _Merging | None = field(default=None, init=False)
     """Merges under way: within `_round`, or at the end of the round before if there is none."""
@@ -396,6 +399,14 @@ class Session:
         """True if nothing is left to train."""
         by_count = self.progress.run_tokens >= self.run.run.total_tokens
         return by_count if self.ends is None else self.ends(self.progress)
+
+    @property
+    def learnt_share(self) -> float:
+        """Share of the tokens read since the process began that were targets; of data that have other tokens too, 0
+        before the first step, when it is not known."""
+        if not self._num_read_tokens:
+            return float(self.run.batch_rows == 1)
+        return self._num_tokens / self._num_read_tokens
 
     @property
     def is_in_round(self) -> bool:
@@ -448,6 +459,7 @@ class Session:
         if `next_step` was not called, and RunTimeError when the peer cannot go on.
         """
         read = tokens if read_tokens is None else read_tokens
+        self._num_tokens, self._num_read_tokens = self._num_tokens + tokens, self._num_read_tokens + read
         if (ended := self._ended_round) is not None:
             self._ahead.add(tokens, read, loss, grad_norm, learning_rate)
             num_ahead = self._ahead.read_tokens // self._step_tokens(ended.start)

@@ -13,17 +13,19 @@ import torch
 from codes import raises_code
 
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.errors import RunTimeError
+from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import Event, JoinedEvent, WarningEvent, to_plain_line
 from swarmtrain.model.parameter_count import num_parameters
-from swarmtrain.network.discovery.invite import Invite, InvitedPeer
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.discovery.token_accounting import TokenAccounting
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.rounds.roster import sign_roster
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.bootstrap import publish_run
+from swarmtrain.peer.checkpoints import export
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
-from swarmtrain.peer.checkpoints.export import export_from_folder, onlooker_place
+from swarmtrain.peer.checkpoints.export import export_from_folder, model_of_folder, onlooker_place
+from swarmtrain.peer.checkpoints.files import CheckpointFolder, StoredCheckpoint
 from swarmtrain.peer.checkpoints.manager import (
     CheckpointManager,
     PeersFile,
@@ -32,7 +34,7 @@ from swarmtrain.peer.checkpoints.manager import (
     known_peers,
     run_to_resume,
 )
-from swarmtrain.peer.lifecycle.folder import PeerFolder
+from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
 from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication
@@ -278,6 +280,83 @@ def test_a_model_is_exported_from_a_checkpoint(tmp_path: Path, published: Publis
     place = onlooker_place(tmp_path, None, StopFlag())
     assert export_from_folder(tmp_path / "peer", tmp_path / "model", place) == published.run.tokens_per_step
     assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_the_model_of_a_running_peer_is_its_newest_checkpoint(tmp_path: Path, published: PublishedRun) -> None:
+    """Read while the peer holds its folder. Beside the final model or an archive, those are taken."""
+    folder, place = tmp_path / "peer", onlooker_place(tmp_path, None, StopFlag())
+    with raises_code("no-model", UserError, "is not the folder of a peer"):
+        model_of_folder(folder, place)
+    with peer_folder(folder):
+        kept, _ = manager(folder, published)
+        with raises_code("no-model", UserError, "from the first merged round on"):
+            model_of_folder(folder, place)
+        kept.keep(merged(published, 0.25))
+        kept.keep(merged(published, 0.5))
+        assert kept.checkpointer.flush(LIMIT_S)
+        before = sorted(folder.rglob("*"))
+        exported, what = model_of_folder(folder, place)
+        assert before == sorted(folder.rglob("*")), "nothing is written"
+        kept.close()
+    assert all(bool((tensor == 0.5).all()) for tensor in exported.model.trained_tensors())
+    assert exported.run_tokens == published.run.tokens_per_step and exported.held_out == published.held_out
+    assert what.startswith(f"the peer's model after 1 round and {exported.run_tokens} tokens of the run, written ")
+
+    export_from_folder(folder, folder / "archive", place)
+    assert "newest archive" in model_of_folder(folder, place)[1]
+    export_from_folder(folder, folder / "model", place)
+    assert "final model" in model_of_folder(folder, place)[1]
+    (folder / "model" / "model.safetensors").write_bytes(b"torn")
+    assert "newest archive" in model_of_folder(folder, place)[1], "one that is damaged is passed over"
+
+
+def test_checkpoints_that_the_running_peer_removes_meanwhile_are_looked_for_again(
+    tmp_path: Path, published: PublishedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept, _ = manager(tmp_path / "peer", published)
+    kept.keep(merged(published, 1.0))
+    assert kept.checkpointer.flush(LIMIT_S)
+    read, raced = CheckpointFolder.tensors_of, list[str]()
+
+    def raced_once(folder: CheckpointFolder, found: StoredCheckpoint) -> Path:
+        if not raced:
+            raced.append(found.stem)
+            for path in folder.path.iterdir():
+                path.unlink()
+            kept.keep(merged(published, 2.0))
+            assert kept.checkpointer.flush(LIMIT_S)
+        return read(folder, found)
+
+    monkeypatch.setattr(CheckpointFolder, "tensors_of", raced_once)
+    exported, _ = model_of_folder(tmp_path / "peer", onlooker_place(tmp_path, None, StopFlag()))
+    kept.close()
+    assert raced and not caplog.records
+    assert all(bool((tensor == 2.0).all()) for tensor in exported.model.trained_tensors())
+
+
+def test_who_holds_stages_takes_the_model_from_the_swarm(
+    tmp_path: Path, published: PublishedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the invite of the running peer, else through the peers that it knew."""
+    asked: list[Invite] = []
+
+    def of_swarm(invite: Invite, place: object, *, accept_clock: bool) -> SimpleNamespace:
+        asked.append(invite)
+        return SimpleNamespace(run_tokens=7)
+
+    sections = published.run.pipeline.model_copy(update={"stages": 2})
+    cut = dataclasses.replace(published, run=published.run.model_copy(update={"pipeline": sections}))
+    monkeypatch.setattr(PeerFolder, "kept_run", lambda folder: cut)
+    monkeypatch.setattr(export, "model_of_swarm", of_swarm)
+    own = Invite(published.sha256, (invited(ME, 7),), published.run.needs)
+    folder, place = tmp_path / "peer", onlooker_place(tmp_path, None, StopFlag())
+    with peer_folder(folder) as held:
+        held.keep_peers([invited(BEN, 8)])
+        held.write_invite(f"swarmtrain join {format_invite(own)}")
+        assert "after 7 tokens" in model_of_folder(folder, place)[1]
+    model_of_folder(folder, place)
+    assert [[each.peer for each in invite.peers] for invite in asked] == [[ME], [BEN]]
+    assert {invite.run_sha256 for invite in asked} == {published.sha256}
 
 
 def test_joining_says_where_it_goes_on() -> None:

@@ -247,6 +247,41 @@ def test_the_swarms_speed_is_the_sum_of_the_peers_and_each_is_measured(board: St
     assert board.status().peers[1].tokens_per_s < 60, "it has stopped"
 
 
+def test_speeds_and_the_time_left_count_what_is_learnt(board: StatusBoard, clock: Clock) -> None:
+    me, ben = ({"peer": peer, "present": True, "tokens": 0, "tokens_per_s": 0.0} for peer in (ANNA, BEN))
+    ben["tokens_per_s"] = 100.0  # it says how many steps it takes, and not how many of their tokens it learns from
+    run = {"total_tokens": 10_000, "run_tokens": 0}
+    board.add_looker(lambda status: looker_of(me, ben, **run)(status))
+    board.take(STARTED)
+    pulse = {"num_steps": 0.0, "learnt_share": 0.0}
+    board.watch(
+        Watched(
+            pulse=lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing="", **pulse),
+            peer=ANNA,
+            name="anna",
+            tokens_per_step=100,
+        )
+    )
+    board.tick()
+    assert board.tokens_per_step == 0 and board.status().peers[1].tokens_per_s == 0, "not known before the first step"
+    for second in range(40):
+        clock.now_s += 1.0
+        pulse = {"num_steps": pulse["num_steps"] + 1, "learnt_share": 0.2}
+        board.tick()
+        if second % 10 == 5:
+            me["tokens"] += 200
+            ben["tokens"] += 200
+            run["run_tokens"] += 400
+        status = board.status()
+        assert status.peers[1].tokens_per_s == 20
+        if second > 1:
+            assert (status.own_tokens_per_s, status.swarm_tokens_per_s) == (20, 40)
+    assert board.tokens_per_step == 20
+    left_s = (10_000 - run["run_tokens"]) / 40
+    changed_s = clock.now_s - 4  # when the count grew last
+    assert status.end_time == pytest.approx(1e9 + changed_s + left_s)
+
+
 def test_in_a_pipeline_a_step_of_a_stage_is_no_step_of_the_model(board: StatusBoard, clock: Clock) -> None:
     me = {"peer": ANNA, "present": True, "tokens": 0, "tokens_per_s": 70.0}
     board.add_looker(looker_of(me))

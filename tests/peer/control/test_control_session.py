@@ -267,11 +267,11 @@ def exchange() -> Any:
 def test_a_volunteer_says_what_it_does_and_why(exchange: Any) -> None:
     board = StatusBoard("volunteer", 0.0)
     board.know_name(BEN, "ben")
-    pulse, rounds = volunteer_pulse(board, exchange), exchange.swarm.rounds
+    pulse, rounds = volunteer_pulse(board, exchange, lambda: 0.25), exchange.swarm.rounds
     now = pulse()
     assert now.doing == "training round 12: 31 of 64 steps"
     assert (now.round, now.inner_steps_done, now.inner_steps, now.num_steps) == (12, 31, 64, 99)
-    assert (now.sent_bytes, now.received_bytes, now.patience_s) == (5, 6, 60.0)
+    assert (now.sent_bytes, now.received_bytes, now.patience_s, now.learnt_share) == (5, 6, 60.0, 0.25)
     exchange.swarm.presence.me.steps_per_s = 0.01
     assert pulse().patience_s == 400.0, "steps that take long may take long"
     exchange.swarm.presence.me.steps_per_s = 0.0
@@ -297,7 +297,7 @@ def test_a_bootstrap_says_whom_it_serves_and_for_whom_it_waits() -> None:
     volunteers: list[Any] = []
     members = SimpleNamespace(volunteers=lambda: volunteers)
     node = SimpleNamespace(traffic=SimpleNamespace(sent_bytes=0, received_bytes=0))
-    run = SimpleNamespace(merge=SimpleNamespace(min_peers=2))
+    run = SimpleNamespace(merge=SimpleNamespace(min_peers=2), batch_rows=1)
     swarm: Any = SimpleNamespace(membership=members, node=node, published=SimpleNamespace(run=run))
     progress = Progress()
     pulse = bootstrap_pulse(swarm, lambda: progress)
@@ -310,7 +310,9 @@ def test_a_bootstrap_says_whom_it_serves_and_for_whom_it_waits() -> None:
     volunteers[:] = [SimpleNamespace(round=6), SimpleNamespace(round=7)]
     progress = Progress(round=6)
     assert pulse().doing == "serving 2 volunteers in round 7; the archive holds 6 rounds"
-    assert pulse().state == pb.PEER_STATE_SERVING
+    assert (pulse().state, pulse().learnt_share) == (pb.PEER_STATE_SERVING, 1.0)
+    run.batch_rows = 2  # samples: only volunteers know what of them is learnt
+    assert bootstrap_pulse(swarm, lambda: progress)().learnt_share == 0.0
     volunteers.clear()
     assert pulse().doing == (
         "waiting for 1 volunteer to go on; send them the `swarmtrain join` line; the archive holds 6 rounds"

@@ -93,6 +93,28 @@ def test_a_bootstrap_whose_volunteers_have_all_failed_is_not_waited_for(tmp_path
         swarm.stop()
 
 
+_PREPARING = """
+import json
+print(json.dumps({"event": "warning", "message": "the model is downloaded"}), flush=True)
+print(json.dumps({"event": "invite", "line": "", "invite": "st1", "run_sha256": "", "addresses": []}), flush=True)
+"""
+
+
+def test_the_invite_is_waited_for_as_long_as_the_bootstrap_works(tmp_path: Path) -> None:
+    """However long that is: what it says meanwhile is shown."""
+    swarm, shown = LocalSwarm(tmp_path), list[Event]()
+    swarm.start("bootstrap", [], ("-c", _PREPARING))
+    invite, seen = swarm.wait_for_invite(show=shown.append)
+    assert invite.invite == "st1" and seen == shown
+    assert [type(event) for event in shown] == [WarningEvent, InviteEvent]
+    swarm.stop()
+    swarm = LocalSwarm(tmp_path)
+    swarm.start("bootstrap", [], ("-c", _FAILING))
+    with raises_code("device-unusable", RunTimeError):
+        swarm.wait_for_invite()
+    swarm.stop()
+
+
 def test_the_line_to_go_on_is_what_was_typed_with_its_folder() -> None:
     folder = Path("runs/x 1")
     assert _again(["local", "stdlib-gpt", "--peers", "2"], folder) == (

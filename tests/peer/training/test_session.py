@@ -537,6 +537,7 @@ def test_a_checkpoint_is_the_replica_the_counters_and_what_the_loop_keeps() -> N
 def test_a_round_is_planned_by_what_is_read_and_counts_by_its_targets() -> None:
     run, exchange, reports = run_file(2), Alone(2, 1), list[RoundReport]()
     session = Session(run=run, parameters=parameters(), loop=NoLoop(), exchange=exchange, report=reports.append)
+    assert session.learnt_share == 1.0, "all tokens of a text"
     for targets, loss in ((16, 4.0), (0, 0.0), (48, 2.0), (16, 4.0)):
         ahead = session.next_step()
         assert ahead is not None
@@ -544,7 +545,10 @@ def test_a_round_is_planned_by_what_is_read_and_counts_by_its_targets() -> None:
     assert [own.tokens for own in exchange.published] == [16, 64] and exchange.told == [1, 2, 1, 2]
     assert [own.inner_steps for own in exchange.published] == [2, 2]
     assert [report.loss for report in reports] == [4.0, 2.5], "a step without a target has no loss"
-    assert session.replica.own_tokens == 80
+    assert session.replica.own_tokens == 80 and session.learnt_share == 80 / (4 * STEP)
+    samples = run.model_copy(update={"data": run.data.model_copy(update={"packing": "documents"})})
+    unknown = Session(run=samples, parameters=parameters(), loop=NoLoop(), exchange=exchange, report=reports.append)
+    assert unknown.learnt_share == 0.0
 
 
 @pytest.mark.parametrize(("merged", "skipped"), [(0, 0), (-5, 0), (3 * STEP, 3), (16 * STEP, 16), (16 * STEP + 1, 0)])

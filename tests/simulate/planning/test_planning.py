@@ -421,3 +421,13 @@ def test_every_row_of_the_report_has_its_words() -> None:
         lines = report(run, planned(run, 4), LinksSection())
         assert any(line.startswith("  merging ") for line in lines) == (merge != 'method = "server"')
         assert "no limit on their links" in lines[0]
+
+
+def test_of_samples_the_plan_is_the_least() -> None:
+    samples = '[data]\nsource = "jsonl"\npaths = ["pairs.jsonl"]\nformat = "prompt-completion"\n'
+    texts, pairs = (parse_run(a_text() + data, "r") for data in ("", samples))
+    found = planned(texts, 4)
+    reports = [report(run, found, LinksSection()) for run in (texts, pairs)]
+    of_texts, of_pairs = (next(line for line in lines if line.startswith("  whole run")) for lines in reports)
+    assert "at least" not in of_texts
+    assert of_pairs.replace("at least ", "").removesuffix("; only tokens that are learnt count") == of_texts
