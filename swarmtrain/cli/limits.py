@@ -74,8 +74,8 @@ def command(
 
     Without options, prints the limits. Options change them while the peer runs; limits without an option stay.
     """
+    from swarmtrain.cli.facts import limits_in_words
     from swarmtrain.cli.peers import ask, find_running, tell, title, wire
-    from swarmtrain.cli.screen import limits_in_words
     from swarmtrain.peer.service.managers import keep_service_limits
 
     peer = find_running(which)
