@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +30,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_BYTES = 50_000_000_000
 """Larger files are delivered by another protocol only, which the library speaks."""
 _READ_BYTES = 1 << 20
-_POLL_INTERVAL_S = 0.5
 
 
 class DamagedFileError(Exception):
@@ -163,14 +161,13 @@ def _check_free(folder: Path, num_bytes: int) -> None:
 
 @contextmanager
 def _alone(part: Path, blob: Path) -> Iterator[BinaryIO | None]:
-    """Open a part to read and append, while no other process of this machine does; None once the blob is there."""
+    """Open a part to read and append, while no other thread or process of this machine does; None once the blob is there.
+
+    What is opened may have become the blob meanwhile.
+    """
     while not blob.exists():
         with part.open("a+b") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(_POLL_INTERVAL_S)
-                continue
+            fcntl.flock(stream, fcntl.LOCK_EX)  # waits
             if part.exists() and os.path.samestat(os.fstat(stream.fileno()), part.stat()):
                 yield stream
                 return
