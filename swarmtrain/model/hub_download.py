@@ -109,6 +109,7 @@ class HubBlob:
             except Exception as error:  # boundary to the library, which raises those of many libraries below it
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
+                _log.info("%s of %s broke off: %r", self.name, self.repository, error)
                 again = self._metadata() if stream.seek(0, os.SEEK_END) > here else None
                 if again is None or again.etag != found.etag:
                     raise
@@ -161,7 +162,7 @@ def _check_free(folder: Path, num_bytes: int) -> None:
 
 @contextmanager
 def _alone(part: Path, blob: Path) -> Iterator[BinaryIO | None]:
-    """Open a part to read and append, while no other thread or process of this machine does; None once the blob is there.
+    """Open a part to read and append, while nobody else of this machine does; None once the blob is there.
 
     What is opened may have become the blob meanwhile.
     """
