@@ -196,8 +196,9 @@ def _with_ends(drawn_as: bytes, ends: Mapping[str, int]) -> bytes:
         drawn = json.loads(drawn_as) if drawn_as else {}
     except (ValueError, RecursionError):
         drawn = {}
-    kept = {key: value for key, value in drawn.items() if key not in _NUMBERS_OF_TOKENS} if drawn else {}
-    return _json(kept | ends) if kept or ends else b""
+    kept: dict[str, Any] = drawn if isinstance(drawn, dict) else {}
+    kept = {key: value for key, value in kept.items() if key not in _NUMBERS_OF_TOKENS} | dict(ends)
+    return _json(kept) if kept else b""
 
 
 def _tokenizer_as_it_came(spec: ModelSpec) -> dict[str, bytes]:
