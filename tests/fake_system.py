@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ class FakeSystem:
     def _start(self, unit: str) -> Answer:
         assert unit in self.loaded, "the manager has not read it"
         self.started.append(unit)
-        self.told.setdefault(unit, {"ActiveState": "active", "SubState": "running", "MainPID": "0"})
+        self.told.setdefault(unit, {"ActiveState": "active", "SubState": "running", "MainPID": str(os.getpid())})
         self.on_start(unit)
         return Answer(0)
 

@@ -30,6 +30,7 @@ from swarmtrain.cli.common import (
 from swarmtrain.cli.device_options import DeviceOptions, device_options
 from swarmtrain.cli.kept_options import KeptOption, restore
 from swarmtrain.cli.option_errors import OptionError, OptionsError
+from swarmtrain.cli.page_address import CommandWithPage
 
 if TYPE_CHECKING:
     from swarmtrain.network.discovery.invite import Invite
@@ -100,6 +101,7 @@ def _limit_options(function: _F) -> _F:
 
 @click.command(
     name="join",
+    cls=CommandWithPage,
     epilog=example(
         "swarmtrain join INVITE",
         "swarmtrain join INVITE --name anna --threads 2 --dir ~/swarm",
@@ -107,6 +109,7 @@ def _limit_options(function: _F) -> _F:
         "swarmtrain join INVITE --device cuda:1 --vram 8GB",
         "swarmtrain join INVITE --gpu-share 50 --max-temperature 80",
         "swarmtrain join INVITE --slowdown 2.6",
+        "swarmtrain join INVITE --web",
         "swarmtrain join INVITE --rank 4",
     ),
 )
@@ -171,6 +174,7 @@ def command(
 
     from swarmtrain.cli.background import outputs_to_log
     from swarmtrain.cli.display import PeerDisplay
+    from swarmtrain.cli.page_process import PageProcess
     from swarmtrain.peer.lifecycle.node import PeerSettings
     from swarmtrain.peer.volunteer import run_volunteer
 
@@ -201,8 +205,10 @@ def command(
     )
 
     def live(accept_clock: bool) -> None:
-        with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
-            by_that = dataclasses.replace(settings, accept_clock=accept_clock, show_status=emit.look_at)
+        make_display = functools.partial(PeerDisplay, "swarmtrain join")
+        with PageProcess(options.web, directory) as page, open_sink(options, make_display, directory) as emit:
+            show_status = page.started_by(emit.look_at)
+            by_that = dataclasses.replace(settings, accept_clock=accept_clock, show_status=show_status)
             done = run_volunteer(parsed, by_that, emit, options.stop)
             emit(done)
         say_the_end(done, directory, options, user_directory("volunteer", options.name))

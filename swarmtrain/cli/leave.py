@@ -124,8 +124,8 @@ def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[s
             next_look_s = time.monotonic() + _LOOK_FOR_WARNINGS_S
     if peer.folder is None:
         return f"{peer.address} has ended", 0
+    from swarmtrain.cli.facts import sentence
     from swarmtrain.cli.peers import PeerPhase, look
-    from swarmtrain.cli.screen import sentence
 
     view = look(peer)
     warnings.say(view.status)

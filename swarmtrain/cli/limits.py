@@ -55,7 +55,7 @@ __all__ = ["command"]
     help="Hours in which to train, local time, such as 22-7 or 12-13,18:30-8; any: always.",
 )
 @click.option("--up", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Upload limit in Mbit/s; 0: no limit.")  # fmt: skip
-@click.option("--down", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Download limit in Mbit/s; 0: no limit.")  # fmt: skip
+@click.option("--down", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Limit in Mbit/s of what comes from other peers; 0: none. Models and data sets of the Hugging Face hub come unlimited, as its library knows no limit.")  # fmt: skip
 def command(
     which: WhichPeer,
     threads: int | None,
@@ -74,8 +74,8 @@ def command(
 
     Without options, prints the limits. Options change them while the peer runs; limits without an option stay.
     """
+    from swarmtrain.cli.facts import limits_in_words
     from swarmtrain.cli.peers import ask, find_running, tell, title, wire
-    from swarmtrain.cli.screen import limits_in_words
     from swarmtrain.peer.service.managers import keep_service_limits
 
     peer = find_running(which)

@@ -181,17 +181,18 @@ def definition_of(peer: ServedPeer, manager: ServiceManager) -> ServiceDefinitio
     known = {service.name: service.folder for service in manager.installed()}
     role, run = peer.started.command[0], _run_name(peer.folder)
     gives_way = role == "join"
-    title = peer.started.options.get("--name", ("",))[0] or ("-".join(filter(None, ("" if gives_way else role, run))))
-    name = next((name for name, folder in known.items() if folder == peer.folder), "")
+    peer_name = peer.started.options.get("--name", ("",))[0]
+    title = f"swarmtrain {'volunteer' if gives_way else role} {peer_name}".rstrip() + (f", run {run}" if run else "")
+    wanted = peer_name or "-".join(filter(None, ("" if gives_way else role, run))) or peer.folder.name
+    name = next((name for name, folder in known.items() if folder == peer.folder), "") or free_name(wanted, known)
     variables = f"SWARMTRAIN_{role.upper()}_"
     environment = {key: os.environ[key] for key in _PASSED_ON if os.environ.get(key)}
     environment |= {key: value for key, value in os.environ.items() if key.startswith(variables)}
     caches = [Path(environment[key]).absolute() for key in _PASSED_ON[:3] if key in environment]
     places = [platformdirs.user_cache_path("swarmtrain").parent, *caches, Path(tempfile.gettempdir()), Path("/tmp")]
     return ServiceDefinition(
-        name=name or free_name(title or peer.folder.name, known),
-        title=f"swarmtrain {'volunteer' if gives_way else role} {title or peer.folder.name}"
-        + (f" in the run {run}" if run else ""),
+        name=name,
+        title=title,
         folder=peer.folder,
         command=peer.command,
         environment=environment,

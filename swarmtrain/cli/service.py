@@ -104,7 +104,6 @@ def install(ctx: click.Context, name: str, directory: Path | None, only_print: b
     this user's cache and the folders of temporary files only, if this system allows a user's service that.
     """
     from swarmtrain.cli.background import say
-    from swarmtrain.peer.lifecycle.folder_lock import holder_pid
     from swarmtrain.peer.service.managers import service_files, service_manager
 
     peer = peer_to_serve(name, directory, ctx.meta[_AFTER])
@@ -119,23 +118,23 @@ def install(ctx: click.Context, name: str, directory: Path | None, only_print: b
     if os.environ.get("HF_TOKEN"):
         advice = manager.variable_advice(definition.name)
         say(f"HF_TOKEN of this shell does not go with it; if the run needs it: {advice}")
-    state, process = manager.state(definition.name), holder_pid(peer.folder)
-    folder = shlex.quote(str(peer.folder))
-    if process and process != state.pid:
+    service = next(each for each in manager.installed() if each.name == definition.name)
+    state, folder = manager.state(service.name), shlex.quote(str(service.folder))
+    if process := _beside(service, state):
         click.echo(
-            f"{definition.name} is installed; the peer runs already, as process {process}, and goes on: the system "
-            f"starts it from the next reboot on. To hand it over now: swarmtrain leave --dir {folder} && "
-            f"{manager.start_command(definition.name)}"
+            f"{service.name} is installed; the peer runs already, as process {process}, and goes on: the system starts "
+            f"it from the next reboot on. To hand it over now: swarmtrain leave --dir {folder} && "
+            f"{manager.start_command(service.name)}"
         )
         return
-    if process:
-        click.echo(f"{definition.name} is installed and runs already; what is new holds from its next start on")
+    if state.pid:
+        click.echo(f"{service.name} is installed and runs already; what is new holds from its next start on")
         return
-    manager.start(definition.name)
-    _wait_until_up(manager, next(each for each in manager.installed() if each.name == definition.name))
+    manager.start(service.name)
+    _wait_until_up(manager, service)
     click.echo(
-        f"{definition.name} is installed and runs; look: swarmtrain watch --dir {folder}; "
-        f"stop it for good: swarmtrain service uninstall {definition.name}"
+        f"{service.name} is installed and runs; look: swarmtrain watch --dir {folder}; "
+        f"stop it for good: swarmtrain service uninstall {service.name}"
     )
 
 
@@ -212,6 +211,7 @@ def _as_json(manager: ServiceManager, service: InstalledService, state: ServiceS
         "state": state.phase.value,
         "since": state.since,
         "pid": state.pid or None,
+        "beside": _beside(service, state) or None,
         "restarts": state.restarts,
         "last_exit": state.last_exit or None,
         "exit_code": state.exit_code,
@@ -231,7 +231,9 @@ def _page(manager: ServiceManager, service: InstalledService, state: ServiceStat
     if state.since is not None:
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.since))
         now += f", since {at} ({ago_in_words(max(0.0, time.time() - state.since))})"
-    last = state.last_exit or "none yet"
+    if other := _beside(service, state):
+        now += f"; the peer runs beside it, as process {other}"
+    last = state.last_exit or ("a failure, or it was killed: the log says which" if state.restarts else "none yet")
     last += f"; started again {counted(state.restarts, 'time')}" if state.restarts else ""
     rows = {
         "folder": str(service.folder),
@@ -245,6 +247,14 @@ def _page(manager: ServiceManager, service: InstalledService, state: ServiceStat
     return [service.name, *(f"  {title:<10} {one_line(text)}" for title, text in rows.items())]
 
 
+def _beside(service: InstalledService, state: ServiceState) -> int:
+    """Return the process of the peer if somebody else has started it than the service; 0 if not."""
+    from swarmtrain.peer.lifecycle.folder_lock import holder_pid
+
+    process = holder_pid(service.folder)
+    return 0 if process == state.pid else process
+
+
 def _next_step(manager: ServiceManager, service: InstalledService, state: ServiceState) -> str:
     """Say what a person may want to do now."""
     from swarmtrain.peer.service.definition import WRONG_USE
@@ -254,6 +264,8 @@ def _next_step(manager: ServiceManager, service: InstalledService, state: Servic
     which = f"--dir {shlex.quote(str(service.folder))}"
     if not state.is_enabled:
         return f"`swarmtrain service install {which}` has the system start it again"
+    if _beside(service, state):
+        return f"`swarmtrain leave {which} && {start}` hands the peer over to the service"
     match state.phase:
         case ServicePhase.FAILED if state.exit_code == WRONG_USE:
             return f"`{logs}` says what has to be changed; then `{start}`"

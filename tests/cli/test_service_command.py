@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import stat
 import sys
@@ -76,7 +77,7 @@ def test_a_peer_that_has_run_is_installed_with_what_its_folder_remembers(
     assert run(["service", "install", "volunteer-anna"]) == 0
     unit = system.loaded["swarmtrain-anna.service"]
     assert words_of_unit(system, "swarmtrain-anna") == [*PROGRAM, "join", "--dir", str(folder)]
-    assert "Description=swarmtrain volunteer anna in the run stdlib-gpt\n" in unit
+    assert "Description=swarmtrain volunteer anna, run stdlib-gpt\n" in unit
     assert "MemoryMax=6000000000\n" in unit and "CPUWeight=11\n" in unit and "--memory" not in unit
     places = [line.partition("=-")[2] for line in unit.splitlines() if line.startswith("ReadWritePaths=")]
     assert {str(folder), str(tmp_path / "cache"), "/tmp"} <= set(places)
@@ -151,6 +152,7 @@ def test_a_bootstrap_is_installed_with_its_run_file(system: FakeSystem, tmp_path
     assert words_of_unit(system, unit) == line
     assert f"ReadWritePaths=-{tmp_path / 'out'}\n" in system.loaded[f"{unit}.service"]
     assert "OOMScoreAdjust" not in system.loaded[f"{unit}.service"], "it does not give way"
+    assert "Description=swarmtrain bootstrap, run stdlib-gpt\n" in system.loaded[f"{unit}.service"]
     assert StartedFile(folder).read().options == {"--listen": (":31337",), "--wait-for": ("2",)}
 
 
@@ -169,7 +171,13 @@ def test_a_peer_that_runs_already_is_not_started_twice(
     folder = ran(tmp_path / "peer")
     with living(FakePeer(folder).start()):
         assert run(["service", "install", "--dir", str(folder)]) == 0
-    out = capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert run(["service", "status"]) == 0
+        rows = capsys.readouterr().out
+        assert "not started, since" in rows and f"the peer runs beside it, as process {os.getpid()}" in rows
+        assert (
+            f"`swarmtrain leave --dir {folder} && systemctl --user start swarmtrain-stdlib-gpt.service` hands" in rows
+        )
     assert "runs already, as process" in out and not system.started
     assert f"swarmtrain leave --dir {folder} && systemctl --user start swarmtrain-stdlib-gpt.service" in out
     assert system.manager().state("swarmtrain-stdlib-gpt").is_enabled
@@ -284,7 +292,11 @@ def test_status_says_what_a_person_asks(system: FakeSystem, tmp_path: Path, caps
     assert "no service is installed" in capsys.readouterr().out
     folder = ran(tmp_path / "pe er", name=("anna",))
     assert run(["service", "install", "--dir", str(folder)]) == 0
-    system.told["swarmtrain-anna.service"] = {"ActiveState": "active", "MainPID": "4711", "NRestarts": "1"} | {
+    system.told["swarmtrain-anna.service"] = {
+        "ActiveState": "active",
+        "MainPID": str(os.getpid()),
+        "NRestarts": "1",
+    } | {
         "ExecMainCode": "2",
         "ExecMainStatus": "9",
         "ExecMainExitTimestampMonotonic": "5",
@@ -294,7 +306,9 @@ def test_status_says_what_a_person_asks(system: FakeSystem, tmp_path: Path, caps
         assert run(["service", "status", *words]) == 0
         rows = dict(line.strip().split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
         assert rows["folder"] == str(folder) and rows["enabled"] == "yes, it starts when the machine starts"
-        assert rows["now"].startswith("running, process 4711, since 20") and rows["now"].endswith("(1 min ago)")
+        assert rows["now"].startswith(f"running, process {os.getpid()}, since 20") and rows["now"].endswith(
+            "(1 min ago)"
+        )
         assert rows["last"] == "exit  killed by signal 9; started again 1 time"
         assert "journalctl --user-unit swarmtrain-anna.service -f" in rows["logs"]
         assert f"swarmtrain logs --dir {shlex.quote(str(folder))} -F" in rows["logs"]
@@ -305,9 +319,18 @@ def test_status_says_what_a_person_asks(system: FakeSystem, tmp_path: Path, caps
         "swarmtrain-anna",
         str(folder),
         "running",
-        4711,
+        os.getpid(),
     )
-    assert table["enabled"] is True and table["starts_at"] == "boot" and table["exit_code"] is None
+    assert (
+        table["beside"] is None
+        and table["enabled"] is True
+        and table["starts_at"] == "boot"
+        and table["exit_code"] is None
+    )
+    system.told["swarmtrain-anna.service"]["ExecMainExitTimestampMonotonic"] = "0"
+    assert run(["service", "status"]) == 0
+    out = capsys.readouterr().out
+    assert "the log says which; started again 1 time" in out, "systemd forgets it once the next process runs"
     assert run(["service", "status", "bert"]) == 2
     err = capsys.readouterr().err
     assert codes_in(err) == ["no-such-service"] and str(folder) in err
@@ -328,7 +351,10 @@ def test_status_names_the_next_step(
     told: dict[str, str], next_step: str, system: FakeSystem, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran(tmp_path / "peer", name=("anna",))
+    peers: list[FakePeer] = []
+    system.on_start = lambda unit: peers.append(FakePeer(tmp_path / "peer").start())
     assert run(["service", "install", "--dir", "peer"]) == 0
+    peers[0].die()
     ended = {"ActiveState": "inactive", "ExecMainCode": "1", "ExecMainExitTimestampMonotonic": "5"}
     system.told["swarmtrain-anna.service"] = ended | told
     capsys.readouterr()

@@ -419,6 +419,9 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
                 tokens_per_s=info.steps_per_s * tokens_per_step,
                 stages=() if info.place is None else info.place.planned,
                 acknowledged_tokens=acknowledged.get(peer, 0),
+                heard_time=max(0.0, swarm.membership.heard_s(peer)),
+                hidden=info.hidden,
+                loss=info.loss,
             )
 
     return look
@@ -445,5 +448,6 @@ def _show_stages(status: pb.PeerStatus, swarm: Swarm) -> None:
             num_peers=len(here),
             tokens_per_s=sum(place.flow_tokens_per_s for place in here),
             most_tokens_per_s=sum(place.tokens_per_s for place in here),
+            queue=sum(place.queue for place in here),
             mine=number in mine,
         )

@@ -57,7 +57,16 @@ _FILES = ("held-out.txt", "tokenizer.bin", "model-files.json", "run.toml")
 """Order of writing: the run comes last, so that a folder that has it has all its files, whenever its peer was
 killed.
 """
-_OF_ANY_START = {"identity.key", "lock", "peer.log", "port.txt", "started.json", "status.json"}
+_OF_ANY_START = {
+    "identity.key",
+    "lock",
+    "page.json",
+    "page.log",
+    "peer.log",
+    "port.txt",
+    "started.json",
+    "status.json",
+}
 """Files that every start leaves, even if it fails before it has fetched a run."""
 _LOCK_TRIES = 16
 _HALF_EXPORTED = re.compile(r"\.(archive|model)\.(new-)?[a-z0-9_]{8}")

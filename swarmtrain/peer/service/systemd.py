@@ -32,7 +32,7 @@ BOOTED = Path("/run/systemd/system")
 _LINGERING = Path("/var/lib/systemd/linger")
 _CARDS = Path("/proc/driver/nvidia/gpus")
 _OWNER_ONLY = 0o600
-_TRIED = ("ProtectSystem=strict", "ReadWritePaths=-/tmp", "NoNewPrivileges=yes")
+_TRIED = ("ProtectSystem=strict", "ProtectHome=read-only", "ReadWritePaths=-/tmp", "NoNewPrivileges=yes")
 
 
 @dataclass

@@ -91,7 +91,12 @@ def _hardening(definition: ServiceDefinition, features: UnitFeatures) -> list[st
     lines += ["SystemCallArchitectures=native"]
     if features.has_sandbox:
         places = [definition.folder, *definition.writable]
-        lines += ["ProtectSystem=strict", *(f"ReadWritePaths={_quoted(f'-{place}')}" for place in places)]
+        # Of everything "strict" makes read-only it leaves out the home folders.
+        lines += [
+            "ProtectSystem=strict",
+            "ProtectHome=read-only",
+            *(f"ReadWritePaths={_quoted(f'-{place}')}" for place in places),
+        ]
     return lines
 
 

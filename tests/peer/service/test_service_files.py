@@ -75,6 +75,7 @@ def test_a_unit_restarts_what_failed_and_nothing_else() -> None:
 
 def test_a_unit_writes_into_its_folders_only_where_the_system_allows_that() -> None:
     text = unit_text(definition(), UnitFeatures())
+    assert lines_of(text, "ProtectHome") == ["read-only"], "which ProtectSystem leaves out"
     assert lines_of(text, "ProtectSystem") == ["strict"] and lines_of(text, "NoNewPrivileges") == ["yes"]
     assert lines_of(text, "ReadWritePaths") == ["-/home/anna/swarm", "-/home/anna/.cache", "-/tmp"]
     without = unit_text(definition(), UnitFeatures(has_sandbox=False))
