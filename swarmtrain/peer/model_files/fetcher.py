@@ -305,6 +305,7 @@ class ModelFileFetcher:
             sizes: Mapping[str, int] = {}
             if any(model.cached_file(file.name) is None for file in missing):
                 sizes = model.reach(place.stop.check)
+                model.check_room({file.name: file.size_bytes for file in missing})
                 place.asks_hub(self.published.run.network)
             for file in missing:
                 if sizes.get(file.name, file.size_bytes) != file.size_bytes:  # before it fills the disk
