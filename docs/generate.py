@@ -244,6 +244,15 @@ def range_of(kind: click.IntRange | click.FloatRange) -> str:
     return f"{kind.min:g} to {kind.max:g}" if kind.max < 1e6 else f"{kind.min:g} to {kind.max:,}"
 
 
+def command_section(level: str, name: str, command: click.Command) -> str:
+    """A command's heading, usage, help, options and examples."""
+    usage = " ".join(command.collect_usage_pieces(click.Context(command)))
+    parts = [f"\n{level} `{name}`\n\n```text\nswarmtrain {name} {usage}\n```\n\n{help_of(command)}\n"]
+    if rows := [option_row(o) for o in command.params if isinstance(o, click.Option) and not o.hidden]:
+        parts.append("\n| option | default | variable | meaning |\n|---|---|---|---|\n" + "".join(rows))
+    return "".join([*parts, f"\n{examples_of(command)}"])
+
+
 def commands() -> str:
     loaded = {name: cli.get_command(click.Context(cli), name) for name in COMMANDS}
     parts = [COMMANDS_HEAD]
@@ -252,11 +261,9 @@ def commands() -> str:
         assert command is not None
         first, _, _ = help_of(command).partition("\n")
         parts.append(f"| [`{name}`](#{name}) | {cell(first)} |\n")
-        usage = " ".join(command.collect_usage_pieces(click.Context(command)))
-        sections.append(f"\n## `{name}`\n\n```text\nswarmtrain {name} {usage}\n```\n\n{help_of(command)}\n")
-        if rows := [option_row(o) for o in command.params if isinstance(o, click.Option) and not o.hidden]:
-            sections.append("\n| option | default | variable | meaning |\n|---|---|---|---|\n" + "".join(rows))
-        sections.append(f"\n{examples_of(command)}")
+        sections.append(command_section("##", name, command))
+        if isinstance(command, click.Group):
+            sections += [command_section("###", f"{name} {each}", inner) for each, inner in command.commands.items()]
     parts.append("\nOther words for some of them:\n\n| typed | runs |\n|---|---|\n")
     parts += [f"| `{alias}` | `{' '.join(words)}`. |\n" for alias, words in COMMAND_ALIASES.items()]
     return "".join(parts + sections)

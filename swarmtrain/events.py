@@ -60,6 +60,7 @@ __all__ = [
     "RoundEvent",
     "StageThroughputEvent",
     "StartedEvent",
+    "TrackerEvent",
     "WarningEvent",
     "arrived_in_words",
     "count_in_words",
@@ -341,6 +342,15 @@ class ArchivedEvent(_Event):
     path: str = Field(description="Folder in which it was saved.")
 
 
+class TrackerEvent(_Event):
+    """This peer's curves are drawn by a tracker from now on (`--report-to`)."""
+
+    event: Literal["tracker"] = "tracker"
+    tracker: str = Field(description="Which one: `tensorboard`, `wandb` or `trackio`.")
+    where: str = Field(description="Folder or address of the curves.")
+    shown_by: str = Field("", description="Command that shows them; empty if `where` is an address to open.")
+
+
 class WarningEvent(_Event):
     """Something is not as it should be; the process keeps running."""
 
@@ -430,6 +440,7 @@ Event = Annotated[
         PausedEvent,
         ResumedEvent,
         ArchivedEvent,
+        TrackerEvent,
         WarningEvent,
         ErrorEvent,
         FinishingEvent,
@@ -631,6 +642,8 @@ def in_words(event: Event) -> str:
         case ArchivedEvent():
             rounds = counted(event.round, "round")
             return f"archived {rounds} ({count_in_words(event.run_tokens)} tokens) in {event.path}"
+        case TrackerEvent():
+            return f"curves in {event.tracker}: {event.shown_by or event.where}"
         case WarningEvent():
             return with_code(f"warning: {event.message}", event.code)
         case ErrorEvent():

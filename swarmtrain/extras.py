@@ -17,11 +17,15 @@ EXTRAS = {
     "hf": "transformers>=4.55",
     "parquet": "pyarrow>=14.0.1",
     "plot": "matplotlib>=3.8",
+    "tensorboard": "tensorboard>=2.18",
+    "trackio": "trackio>=0.43",
+    "wandb": "wandb>=0.31",
+    "web": "starlette>=0.46 uvicorn>=0.34 segno>=1.6",
     "zstd": "zstandard>=0.19",
 }
-"""Library that each extra in pyproject.toml installs."""
+"""Libraries that each extra in pyproject.toml installs, with a space between."""
 
 
 def install_in_words(extra: str) -> str:
-    """Return the command that installs the library of `extra` into the environment that runs swarmtrain."""
-    return f"pip install '{EXTRAS[extra]}'"
+    """Return the command that installs the libraries of `extra` into the environment that runs swarmtrain."""
+    return " ".join(["pip install", *(f"'{library}'" for library in EXTRAS[extra].split())])

@@ -31,7 +31,7 @@ dataset-name dataset-not-loaded device-not-there device-unusable dht-not-joined 
 bad-chat-template bad-tokenizer chat-refused no-chat-template no-tokenizer-file not-a-sample nothing-to-learn
 samples-left-out tokenizer-misfit tokenizer-not-loaded
 field-not-text file-exists file-not-written file-too-long file-unreadable folder-altered folder-in-use
-bad-model-file disk-full files-not-delivered hub-failed model-files-differ
+bad-model-file disk-full files-not-delivered hub-failed hub-file-damaged hub-not-limited model-files-differ
 folder-not-empty folder-not-writable folder-of-another-run going-on-alone gone gpu-share-on-processor
 heat-not-measured invite-garbled invite-local-only invite-not-written invite-too-long kept-option key-given-twice
 key-not-changeable keys-disagree last-state-lost last-volunteer limits-fixed loss-not-measured merge-package-broken
@@ -41,6 +41,7 @@ no-model no-run-file no-such-code no-such-command no-such-data no-such-field no-
 no-such-peer no-such-split no-such-volunteer no-text nobody-answers nobody-at-address nobody-can-dial nobody-known
 not-a-config not-a-model not-a-number not-a-regular-file not-a-volunteer not-an-identity not-an-invite not-asked-for
 not-decompressed not-a-time
+no-service-manager no-such-service not-for-a-service service-ended service-refused several-services
 bad-repository hub-login hub-upload tasks-not-scored unknown-task
 adapter-differs adapter-on-one-device adapter-targets base-bits rank-count rank-not-possible
 not-finite not-healthy not-held not-json-lines not-parquet not-safetensors not-toml not-utf8 nothing-announced
@@ -52,6 +53,7 @@ several-peers slowdown-count smaller-microbatch stage-not-taken stages-in-fp16 s
 stages-only stalled state-not-delivered stdlib-missing still-ending tied-embeddings too-busy
 too-few-peers too-little-bandwidth too-little-memory too-little-text too-many-devices too-many-threads too-much-churn
 too-often too-slow-for-run training-diverged unknown-key unreachable update-too-old wrong-type
+bad-tracker tracker-failed tracker-offline
 model-files-needed model-has-code model-quantised model-refused no-such-base
 """
 """Codes as people have them in their notes and programs. A new one is added here; none is taken away or renamed."""

@@ -20,6 +20,7 @@ from swarmtrain.cli.common import (
     user_directory,
 )
 from swarmtrain.cli.kept_options import KeptOption, restore
+from swarmtrain.cli.page_address import CommandWithPage
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ __all__ = ["command"]
 
 @click.command(
     name="bootstrap",
+    cls=CommandWithPage,
     epilog=run_examples()
     + example(
-        "swarmtrain bootstrap stdlib-gpt",
+        "swarmtrain bootstrap stdlib-gpt --web",
         "swarmtrain bootstrap run.toml --dir my-run --listen :31337 --announce 203.0.113.5:31337",
     ),
 )
@@ -70,6 +72,7 @@ def command(
 
     from swarmtrain.cli.background import outputs_to_log
     from swarmtrain.cli.display import PeerDisplay
+    from swarmtrain.cli.page_process import PageProcess
     from swarmtrain.peer.bootstrap import run_bootstrap
     from swarmtrain.peer.lifecycle.node import PeerSettings
     from swarmtrain.protocol.limits import Limits
@@ -85,6 +88,7 @@ def command(
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,
+        report_to=options.report_to,
         accept_clock=options.accept_clock,
         only_announced=options.only_announced,
         started=started,
@@ -93,8 +97,8 @@ def command(
     def make_display() -> PeerDisplay:
         return PeerDisplay(f"swarmtrain bootstrap: {run.run.name}", run.run.total_tokens)
 
-    with open_sink(options, make_display, settings.directory) as sink:
-        settings = dataclasses.replace(settings, show_status=sink.look_at)
+    with PageProcess(options.web, directory) as page, open_sink(options, make_display, settings.directory) as sink:
+        settings = dataclasses.replace(settings, show_status=page.started_by(sink.look_at))
         emit = sink if invite_file is None else _also_to_file(sink, invite_file)
         done = run_bootstrap(run, data or given.base, settings, emit, options.stop)
         emit(done)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+_LOOK_WEIGHTS_BYTES = 1 << 30
+"""Size of weights that are read within seconds, into as much memory or twice that."""
+
 
 @click.command(
     name="check",
@@ -39,9 +42,10 @@ __all__ = ["command"]
 def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool) -> None:
     """Print what RUN.toml trains, what it costs, and warnings.
 
-    Reads the text as `bootstrap` does; of a Hugging Face data set it fetches the first documents. Names the device that
-    this machine would train on by its memory, without trying it. An error is what
-    `bootstrap` would refuse; with any, the exit code is 2. A warning is about what is allowed, but perhaps not meant.
+    Reads the text as `bootstrap` does, of a Hugging Face data set the first documents; and the weights of a model in a
+    folder, up to 1 GB. Names the device that this machine would train on by its memory, without trying it. An error is
+    what `bootstrap` would refuse; with any, the exit code is 2. A warning is about what is allowed, but perhaps not
+    meant.
     """
     import dataclasses
     import json
@@ -51,6 +55,7 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     run = given.load_resolved()
     peers = swarm_options.peers_for(run, peers)
     from swarmtrain.data.prepare import first_look
+    from swarmtrain.machine_memory import machine_memory
     from swarmtrain.model.base import base_description
     from swarmtrain.model.parameter_count import num_trained_parameters
     from swarmtrain.peer.devices.expected_device import (
@@ -59,22 +64,23 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
 
     cost = estimate(run, num_trained_parameters(run), peers)
     look = first_look(run, data or given.base, base_description(run, given.base))
-    refused = (*_refused(run), *look.problems)
-    found = doubts(run, cost, look.sizes, _machine_bytes())
+    weights, unread = _look_at_weights(run, given.base)
+    refused, unseen = (*_refused(run), *look.problems, *weights), (*look.unseen, *unread)
+    found = doubts(run, cost, look.sizes, machine_memory())
     on = expected_device(run)
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": look.num_bytes}
         table |= {"corpus_bytes_estimated": look.is_estimated}
         table |= {"sources": _sources_as_json(run, look.sizes)} if run.data.sources else {}
         table |= {"errors": refused, "error_codes": [each.code for each in refused], "doubts": found}
-        table |= {"not_looked_at": look.unseen, "device": _as_json(on)}
+        table |= {"not_looked_at": unseen, "device": _as_json(on)}
         click.echo(json.dumps(table))
     else:
         lines = [with_code(f"  error: {each}", each.code) for each in refused] + [
             f"  warning: {text}" for text in found
         ]
-        unseen = (f"  not checked: {text}" for text in look.unseen)
-        for line in (*report(run, cost, look, on), *(lines or ["  no warnings"]), *unseen):
+        lines = lines or ["  no warnings"]
+        for line in (*report(run, cost, look, on), *lines, *(f"  not checked: {text}" for text in unseen)):
             click.echo(line)
     if refused:
         click.get_current_context().exit(RunFileError.exit_code)
@@ -92,6 +98,32 @@ def _refused(run: RunFile) -> list[Problem]:
         except RunFileError as error:
             problems += error.problems
     return problems
+
+
+def _look_at_weights(run: RunFile, folder: Path) -> tuple[list[Problem], list[str]]:
+    """Read the weights of `model.base` as a bootstrap does, unless they are many or on the hub.
+
+    Returns (what a bootstrap would refuse of them, what was not looked at).
+    """
+    from swarmtrain.errors import UserError
+    from swarmtrain.model.base import base_of
+    from swarmtrain.model.run_stages import check_weights
+    from swarmtrain.model.stages import expected_boundaries
+    from swarmtrain.words import size_in_words
+
+    if run.model.is_built_in or run.model.from_scratch:
+        return [], []
+    base = base_of(run.model, folder)
+    if not isinstance(base, Path):
+        return [], ["the weights of model.base, which bootstrap downloads"]
+    if (size_bytes := sum(path.stat().st_size for path in base.glob("*.safetensors"))) > _LOOK_WEIGHTS_BYTES:
+        return [], [f"the weights of model.base, {size_in_words(size_bytes)}, which bootstrap reads"]
+    stages = run.pipeline.stages
+    try:
+        check_weights(run, base, run.pipeline.boundaries or expected_boundaries(run.model, stages))
+    except UserError as error:
+        return list(error.problems), []
+    return [], []
 
 
 def _sources_as_json(run: RunFile, sizes: Sequence[int | None]) -> list[dict[str, str | float | int | None]]:
@@ -210,13 +242,3 @@ def shards_in_words(run: RunFile, sizes: Sequence[int | None]) -> str:
     if num_shards := max(run.num_shards(*(size or 0 for size in known))):
         return f", in {num_shards} shards"
     return "; too little for shards: a round would read each more than once"
-
-
-def _machine_bytes() -> int | None:
-    """Return this machine's memory in bytes; None if the system does not say."""
-    import os
-
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None

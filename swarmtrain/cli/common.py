@@ -34,6 +34,8 @@ import click
 from swarmtrain.cli.background import is_the_background, report, report_folder, start_in_background
 from swarmtrain.cli.kept_options import KeptOption
 from swarmtrain.cli.option_errors import OptionError, OptionsError
+from swarmtrain.cli.page_address import PageAddress, web_option
+from swarmtrain.cli.tracker_options import report_to_option
 from swarmtrain.errors import ClockError, SwarmtrainError, with_code
 from swarmtrain.peer.lifecycle.stop import StopFlag
 
@@ -98,13 +100,15 @@ class PeerOptions:
     background: bool = False
     control: str = ""  # HOST:PORT
     metrics: str = ""  # HOST:PORT
+    web: PageAddress | None = None
+    report_to: tuple[str, ...] = ()
     accept_clock: bool = False
     only_announced: bool = False
     stop: StopFlag = field(default_factory=StopFlag, compare=False)
 
     def with_kept(self, kept: Mapping[str, Any]) -> PeerOptions:
         """Return these options with those that the peer's folder remembers, by parameter name."""
-        names = ("name", "listen", "announce", "control", "metrics")
+        names = ("name", "listen", "announce", "control", "metrics", "web", "report_to")
         return replace(self, **{name: kept[name] for name in names if name in kept})
 
 
@@ -264,6 +268,8 @@ _PEER_OPTIONS = (
         metavar="PORT",
         help="Serve Prometheus metrics: at PORT for this machine only, at HOST:PORT for anyone who reaches it.  [default: off]",
     ),
+    web_option(KeptOption, "Serve a page for browsers that shows the swarm, and this peer."),
+    report_to_option(KeptOption),
     click.option(
         "--log-level",
         type=click.Choice(["debug", "info", "warning", "error"]),
@@ -292,7 +298,7 @@ _PEER_OPTIONS = (
 
 LINK_OPTIONS = (
     click.option("--up", "up_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Upload limit in Mbit/s; 0: no limit.  [default: the run's network.up_mbit]"),
-    click.option("--down", "down_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Download limit in Mbit/s; 0: no limit.  [default: the run's network.down_mbit]"),
+    click.option("--down", "down_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Limit in Mbit/s of what comes from other peers; 0: none. Models and data sets of the Hugging Face hub come unlimited, as its library knows no limit.  [default: the run's network.down_mbit]"),
 )  # fmt: skip
 
 

@@ -22,8 +22,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from swarmtrain.cli.facts import contribution_in_words, progress_in_words
 from swarmtrain.cli.peers import PeerPhase, View
-from swarmtrain.cli.screen import contribution_in_words, progress_in_words, serving_lines
+from swarmtrain.cli.screen import serving_lines
 from swarmtrain.events import (
     ArrivingEvent,
     AssignedEvent,

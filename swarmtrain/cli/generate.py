@@ -24,7 +24,9 @@ __all__ = ["command"]
 
 _LEAST_INVITE = 40
 """Characters of an invite at least: the run's hash alone has more. Shorter words are names of folders."""
-_LOWEST_PRIORITY = 19
+_NICENESS = 10
+"""Beside a peer of ordinary priority that is a tenth of one core. At 19 it would be a seventieth: 3 s of work took five
+minutes."""
 
 
 @click.command(
@@ -98,7 +100,7 @@ def command(
 
     With --dir, takes the newest model from a peer's folder: the final one, a bootstrap's archive, or the state that a
     volunteer wrote after its last round. The peer may be training: it is not asked, and beside it this command runs at
-    the lowest priority, on one thread of the processor unless --threads or --device says otherwise.
+    a low priority (niceness 10), on one thread of the processor unless --threads or --device says otherwise.
     """
     from swarmtrain.cli.background import say
     from swarmtrain.cli.progress import long_work
@@ -125,10 +127,10 @@ def command(
 
 
 def _give_way() -> None:
-    """Take the lowest priority, so that the peer that runs here trains as before."""
+    """Take a low priority, so that the peer that runs here trains nearly as before."""
     import os
 
-    os.nice(_LOWEST_PRIORITY)
+    os.nice(_NICENESS)
 
 
 def _named(source: str, model_dir: Path | None, accept_clock: bool) -> ExportedModel:

@@ -30,6 +30,7 @@ from swarmtrain.cli.common import (
 from swarmtrain.cli.device_options import DeviceOptions, device_options
 from swarmtrain.cli.kept_options import KeptOption, restore
 from swarmtrain.cli.option_errors import OptionError, OptionsError
+from swarmtrain.cli.page_address import CommandWithPage
 
 if TYPE_CHECKING:
     from swarmtrain.network.discovery.invite import Invite
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from swarmtrain.peer.lifecycle.stop import StopFlag
     from swarmtrain.protocol.limits import Limits
 
-__all__ = ["command"]
+__all__ = ["command", "free_directory"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _POLL_INTERVAL_S = 0.5
@@ -100,6 +101,7 @@ def _limit_options(function: _F) -> _F:
 
 @click.command(
     name="join",
+    cls=CommandWithPage,
     epilog=example(
         "swarmtrain join INVITE",
         "swarmtrain join INVITE --name anna --threads 2 --dir ~/swarm",
@@ -107,6 +109,7 @@ def _limit_options(function: _F) -> _F:
         "swarmtrain join INVITE --device cuda:1 --vram 8GB",
         "swarmtrain join INVITE --gpu-share 50 --max-temperature 80",
         "swarmtrain join INVITE --slowdown 2.6",
+        "swarmtrain join INVITE --web",
         "swarmtrain join INVITE --rank 4",
     ),
 )
@@ -157,16 +160,21 @@ def command(
             )
         invite = invite or _word_in(invite_file, options.stop)
         parsed = parse_invite(invite) if invite else None
-        directory = _free_directory(options, parsed.run_sha256 if parsed is not None else None)
+        directory = free_directory(options, parsed.run_sha256 if parsed is not None else None)
         parsed = parsed or _of_folder(directory)
         kept, started = restore(directory, ("join",))
         options = options.with_kept(kept)
         limits, on, data = _with_kept(limits, kept), on.with_kept(kept), kept.get("data", data)
         model_dir, rank = kept.get("model_dir", model_dir), kept.get("rank", rank)
+        from swarmtrain.peer.service.managers import keep_service_limits
+
+        if problem := keep_service_limits(directory, started.options):
+            say(problem)
     import platformdirs
 
     from swarmtrain.cli.background import outputs_to_log
     from swarmtrain.cli.display import PeerDisplay
+    from swarmtrain.cli.page_process import PageProcess
     from swarmtrain.peer.lifecycle.node import PeerSettings
     from swarmtrain.peer.volunteer import run_volunteer
 
@@ -188,6 +196,7 @@ def command(
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,
+        report_to=options.report_to,
         only_announced=options.only_announced,
         num_served_by=_serving(fail_pulls / 100),
         model_folder=model_dir,
@@ -196,8 +205,10 @@ def command(
     )
 
     def live(accept_clock: bool) -> None:
-        with open_sink(options, lambda: PeerDisplay("swarmtrain join"), settings.directory) as emit:
-            by_that = dataclasses.replace(settings, accept_clock=accept_clock, show_status=emit.look_at)
+        make_display = functools.partial(PeerDisplay, "swarmtrain join")
+        with PageProcess(options.web, directory) as page, open_sink(options, make_display, directory) as emit:
+            show_status = page.started_by(emit.look_at)
+            by_that = dataclasses.replace(settings, accept_clock=accept_clock, show_status=show_status)
             done = run_volunteer(parsed, by_that, emit, options.stop)
             emit(done)
         say_the_end(done, directory, options, user_directory("volunteer", options.name))
@@ -265,7 +276,7 @@ def _of_folder(directory: Path) -> Invite:
     return Invite(kept.sha256, folder.kept_peers(), kept.run.needs)
 
 
-def _free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
+def free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
     """Choose the peer's folder: `--dir`, else this user's folder for volunteers, or a numbered one beside it.
 
     A numbered one is used while the usual one is in use or holds another run than `run_sha256`. Without a run and a

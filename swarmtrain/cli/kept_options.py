@@ -15,7 +15,7 @@ from swarmtrain.cli.option_errors import OptionsError
 from swarmtrain.peer.lifecycle.folder_lock import is_in_use
 from swarmtrain.peer.lifecycle.start_options import Started, StartedFile, option_words
 
-__all__ = ["KeptOption", "restore"]
+__all__ = ["KeptOption", "given_options", "restore"]
 
 _GIVEN = "swarmtrain.given_options"
 _NOT_GIVEN = (ParameterSource.DEFAULT, None)
@@ -50,6 +50,11 @@ class KeptOption(click.Option):
         return super().process_value(ctx, True if self.is_flag else list(words) if self.multiple else words[0])
 
 
+def given_options(ctx: click.Context) -> Mapping[str, tuple[str, ...] | None]:
+    """Return the options of a parsed command line that a folder remembers, as typed; None for a variable's value."""
+    return ctx.meta.get(_GIVEN, {})  # type: ignore[no-any-return]
+
+
 def restore(folder: Path, command: tuple[str, ...]) -> tuple[dict[str, Any], Started]:
     """Return remembered values by parameter, for options not given now, and all options of this start.
 
@@ -57,7 +62,7 @@ def restore(folder: Path, command: tuple[str, ...]) -> tuple[dict[str, Any], Sta
     a value can no longer be used.
     """
     ctx = click.get_current_context()
-    given: Mapping[str, tuple[str, ...] | None] = ctx.meta.get(_GIVEN, {})
+    given = given_options(ctx)
     kept = StartedFile(folder).read()
     options = dict(kept.options) if kept.command[:1] == command[:1] else {}
     values: dict[str, Any] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -53,7 +55,7 @@ __all__ = ["command"]
     help="Hours in which to train, local time, such as 22-7 or 12-13,18:30-8; any: always.",
 )
 @click.option("--up", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Upload limit in Mbit/s; 0: no limit.")  # fmt: skip
-@click.option("--down", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Download limit in Mbit/s; 0: no limit.")  # fmt: skip
+@click.option("--down", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Limit in Mbit/s of what comes from other peers; 0: none. Models and data sets of the Hugging Face hub come unlimited, as its library knows no limit.")  # fmt: skip
 def command(
     which: WhichPeer,
     threads: int | None,
@@ -72,8 +74,9 @@ def command(
 
     Without options, prints the limits. Options change them while the peer runs; limits without an option stay.
     """
+    from swarmtrain.cli.facts import limits_in_words
     from swarmtrain.cli.peers import ask, find_running, tell, title, wire
-    from swarmtrain.cli.screen import limits_in_words
+    from swarmtrain.peer.service.managers import keep_service_limits
 
     peer = find_running(which)
     asked: dict[str, float | str | None] = {"threads": threads, "memory_bytes": memory, "nice": nice}
@@ -86,6 +89,15 @@ def command(
             setattr(limits, name, value)
     if limits.ByteSize():
         click.echo(tell(peer, "Limit", limits))
+        if peer.folder is not None and (problem := keep_service_limits(peer.folder, _remembered(peer.folder))):
+            click.echo(f"warning: {problem}", err=True)
         return
     status = ask(peer, "Status", wire.StatusRequest())
     click.echo(f"{title(status, peer.folder)} may use {limits_in_words(status.limits)}")
+
+
+def _remembered(folder: Path) -> Mapping[str, tuple[str, ...]]:
+    """Return the options that the peer's folder remembers by now."""
+    from swarmtrain.peer.lifecycle.start_options import StartedFile
+
+    return StartedFile(folder).read().options

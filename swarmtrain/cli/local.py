@@ -19,12 +19,15 @@ from swarmtrain.cli.closing_line import model_line
 from swarmtrain.cli.common import example, finite
 from swarmtrain.cli.device_options import DeviceOptions, device_options
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.page_address import CommandWithPage, PageAddress, web_option
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
+from swarmtrain.cli.tracker_options import report_to_option
 from swarmtrain.errors import RunTimeError, with_code
 from swarmtrain.words import counted
 
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
+    from swarmtrain.cli.page_process import PageProcess
     from swarmtrain.events import DoneEvent, Event
     from swarmtrain.peer.lifecycle.stop import StopFlag
     from swarmtrain.peer.local.faults import FaultInjection
@@ -41,9 +44,10 @@ _LOST_TIMES = 8
 
 @click.command(
     name="local",
+    cls=CommandWithPage,
     epilog=run_examples()
     + example(
-        "swarmtrain local stdlib-gpt --peers 3",
+        "swarmtrain local stdlib-gpt --peers 3 --web",
         "swarmtrain local run.toml --peers 4 --compare-alone --dir runs/first",
         "swarmtrain local run.toml --peers 4 --slowdown 2,2.6,5.2,11.4",
         "swarmtrain local run.toml --rtt 100 --link-up 10 --link-down 10 --fail-pulls 5",
@@ -84,7 +88,9 @@ _LOST_TIMES = 8
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder of your own text, to which the run's data paths are relative.  [default: the run file's folder]")  # fmt: skip
 @click.option("--model-dir", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, for the volunteers; see `swarmtrain join`.")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the peers' files and the trained model.  [default: runs/NAME-TIME]")  # fmt: skip
+@report_to_option(click.Option)
 @click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines to standard output.")
+@web_option(click.Option, "Serve a page for browsers that shows the swarm.")
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -111,14 +117,17 @@ def command(
     data: Path | None,
     model_dir: Path | None,
     directory: Path | None,
+    report_to: tuple[str, ...],
     as_json: bool,
+    web: PageAddress | None,
     log_level: str,
 ) -> None:
     """Run a bootstrap and volunteers here until the run ends.
 
     The peers are real processes that talk over real sockets; one display shows them all. At the end it prints a sample
-    of generated text, each volunteer's share and the held-out loss. Press Ctrl-C once to end the volunteers and then
-    the bootstrap, twice to end all at once. To continue the run, start it again with the same --dir.
+    of generated text (of conversations, an answer to a held-out question), each volunteer's share and the held-out
+    loss. Press Ctrl-C once to end the volunteers and then the bootstrap, twice to end all at once. To continue the run,
+    start it again with the same --dir.
     """
     from swarmtrain.cli.common import errors_as_events
     from swarmtrain.cli.stop_signals import stop_on_signals
@@ -157,22 +166,26 @@ def command(
         common = ["--threads", str(threads), *on.words(), *undisturbed, "--data", str(base), "--log-level", log_level]
         common += [f"--fail-pulls={fail_pulls}"] if fail_pulls else []
         common += ["--model-dir", str(model_dir)] if model_dir is not None else []
+        tracked = [f"--report-to={tracker}" for tracker in report_to]
+        common += tracked
+        if "tensorboard" in report_to:
+            click.echo(f"curves of all peers: tensorboard --logdir {shlex.quote(str(directory))}", err=True)
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         extra = [
             each + ([f"--rank={rank}"] if rank else []) for each, rank in zip(extra, ranks or peers * (0,), strict=True)
         ]
+        plan = _Plan([given.argument, "--data", str(base), *tracked], run, directory, extra, as_json, rehearsal, web)
         try:
-            trained = _train(
-                _Plan([given.argument, "--data", str(base)], run, directory, extra, as_json, rehearsal), stop
-            )
-            _show_sample(directory, as_json, on)
-            for part in trained.parts.values():
-                click.echo(part.line(), err=as_json)
-            line = f"held-out loss {trained.loss}"
-            if compare_alone:
-                part, loss = _alone(directory, base, trained, on, stop)
-                click.echo(part.line(), err=as_json)
-                line += f"; one volunteer alone {loss:.3f}"
+            with _page(plan) as page:
+                trained = _train(plan, stop, page)
+                _show_sample(directory, as_json, on)
+                for part in trained.parts.values():
+                    click.echo(part.line(), err=as_json)
+                line = f"held-out loss {trained.loss}"
+                if compare_alone:
+                    part, loss = _alone(directory, base, trained, on, stop)
+                    click.echo(part.line(), err=as_json)
+                    line += f"; one volunteer alone {loss:.3f}"
         except Interrupted:
             click.echo(f"stopped; the peers' files are in {directory}; to continue:", err=True)
             click.echo(f"  {_again(sys.argv[1:], directory)}", err=True)
@@ -226,6 +239,8 @@ class _Plan:
     as_json: bool
     rehearsal: RehearsalFile | None
     """None if the internet is not rehearsed."""
+    web: PageAddress | None = None
+    """Where the swarm's page is served; None for no page."""
 
     @property
     def names(self) -> list[str]:
@@ -299,7 +314,13 @@ class _Trained:
         return max((part.tokens for part in self.parts.values()), default=0)
 
 
-def _train(plan: _Plan, stop: StopFlag) -> _Trained:
+def _page(plan: _Plan) -> PageProcess:
+    from swarmtrain.cli.page_process import PageProcess
+
+    return PageProcess(plan.web, plan.directory / "bootstrap")
+
+
+def _train(plan: _Plan, stop: StopFlag, page: PageProcess) -> _Trained:
     """Run the swarm to its end. The swarm's processes end with this one, whatever happens."""
     from swarmtrain.cli.common import PeerOptions, open_sink
     from swarmtrain.cli.display import SwarmDisplay
@@ -331,7 +352,7 @@ def _train(plan: _Plan, stop: StopFlag) -> _Trained:
     try:
         with listed(plan.directory), open_sink(options, make_display) as emit:
             try:
-                parts, measured = _watch(swarm, emit, plan, rehearsing)
+                parts, measured = _watch(swarm, emit, plan, rehearsing, page)
             except Interrupted:
                 # not click.echo, which would write past the display
                 sys.stderr.write("ending the volunteers, then the bootstrap; Ctrl-C again ends all at once\n")
@@ -365,15 +386,18 @@ def _rehearsing(swarm: LocalSwarm, plan: _Plan) -> FaultInjection | None:
 
 
 def _watch(
-    swarm: LocalSwarm, emit: EventSink, plan: _Plan, rehearsing: FaultInjection | None
+    swarm: LocalSwarm, emit: EventSink, plan: _Plan, rehearsing: FaultInjection | None, page: PageProcess
 ) -> tuple[dict[str, _Part], DoneEvent | None]:
     """Start all peers and show their events to the end; return (each volunteer's work, the last event of a peer that
     measured the model)."""
+    from swarmtrain.cli.progress import said_meanwhile
     from swarmtrain.events import DoneEvent, InviteEvent
 
     company, place = ["--wait-for", str(len(plan.extra))], swarm.place("bootstrap", limited=False)
     swarm.start("bootstrap", ["bootstrap", *plan.run_arguments, *place, *company])
-    invite, _ = swarm.wait_for_invite(show=emit)
+    with said_meanwhile(lambda: "the bootstrap is preparing the run"):
+        invite, _ = swarm.wait_for_invite(show=emit)
+    page.start()
     parts = {name: _Part(name) for name in plan.names}
     for name, extra in zip(parts, plan.extra, strict=True):
         swarm.start(name, ["join", invite.invite, *swarm.place(name, limited=True), *extra])
@@ -394,15 +418,22 @@ def _watch(
 
 
 def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
+    """Print what the model writes after the beginning of a held-out document, and how to let it write more."""
     model = directory / "bootstrap" / "model"
-    click.echo(f"a sample of {_SAMPLE_TOKENS} tokens from the model:", err=True)
     from swarmtrain.cli.exported_model import load_for_use
     from swarmtrain.cli.progress import long_work
-    from swarmtrain.peer.checkpoints.export import Sampling, sample_text
+    from swarmtrain.data.sample_prompt import sample_prompt
+    from swarmtrain.peer.checkpoints.export import Sampling, sample_text, tokenizer_of
+    from swarmtrain.peer.lifecycle.folder import PeerFolder
 
+    published = PeerFolder(directory / "bootstrap").kept_run()
+    assert published is not None, "the bootstrap kept its run"
+    exported = load_for_use(model)
+    prompt = sample_prompt(published.run, published.held_out, tokenizer_of(exported))
+    click.echo(f"a sample of up to {_SAMPLE_TOKENS} tokens from the model:", err=True)
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
         sampling = Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0])
-        text = sample_text(load_for_use(model), "def ", sampling, advance)
+        text = sample_text(exported, prompt, sampling, advance)
     click.echo(text, err=as_json)
     click.echo(model_line(model), err=as_json)
 

@@ -24,7 +24,7 @@ __all__ = ["ALIASES", "COMMANDS", "cli", "main", "run"]
 
 COMMANDS = (
     *("bootstrap", "join", "local"),
-    *("status", "watch", "logs", "pause", "resume", "leave", "limits", "invite"),
+    *("status", "watch", "logs", "pause", "resume", "leave", "limits", "invite", "service"),
     *("init", "check", "plan", "doctor", "simulate", "export", "eval", "generate", "explain"),
 )
 
@@ -55,6 +55,9 @@ _MEANT = {
 """Words that are no command, and what a person who types them may mean."""
 
 INTERRUPTED = 130
+WRONG_USE = 2
+UNDER_LAUNCHD = "SWARMTRAIN_UNDER_LAUNCHD"
+"""Variable that launchd sets for a peer that it starts as a service (`peer/service/launchd_agent.py`)."""
 
 
 class _Commands(click.Group):
@@ -71,10 +74,7 @@ class _Commands(click.Group):
             return None
         command = importlib.import_module(f"swarmtrain.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
-        for option in command.params:
-            if isinstance(option, click.Option):  # click itself would name the variable by the function's argument
-                name = max(option.opts, key=len).strip("-")
-                option.envvar = f"SWARMTRAIN_{cmd_name}_{name}".replace("-", "_").upper()
+        _name_variables(command, cmd_name)
         return command
 
     def resolve_command(
@@ -86,6 +86,17 @@ class _Commands(click.Group):
             meant = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
             raise OptionsError(f"No such command {args[0]!r}; {meant}", ctx, code="no-such-command")
         return super().resolve_command(ctx, args)
+
+
+def _name_variables(command: click.Command, words: str) -> None:
+    """Name the variable of each option of a command, and of those in a group of commands."""
+    for option in command.params:
+        if isinstance(option, click.Option):  # click itself would name the variable by the function's argument
+            name = max(option.opts, key=len).strip("-")
+            option.envvar = f"SWARMTRAIN_{words}_{name}".replace("-", "_").upper()
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            _name_variables(inner, f"{words}_{name}")
 
 
 _SETTINGS: dict[str, Any] = {
@@ -151,6 +162,8 @@ def _logged_bug(error: Exception) -> Problem:
 def main() -> None:
     """Entry point of the installed command."""
     code = run(sys.argv[1:])
+    if code == WRONG_USE and os.environ.get(UNDER_LAUNCHD):
+        code = 0  # it would start this again for ever, which changes nothing; the error is in its log
     if "torch" in sys.modules and hasattr(threading, "_shutdown"):
         _end_at_once(code)
     sys.exit(code)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swarmtrain.cli.common import WhichPeer, example, which_peer
+from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.page_address import CommandWithPage, PageAddress, web_option
 
 if TYPE_CHECKING:
     from swarmtrain.cli.peers import LocalPeer, View
@@ -14,11 +16,19 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-@click.command(name="watch", epilog=example("swarmtrain watch", "swarmtrain watch anna", "swarmtrain watch --json"))
+@click.command(
+    name="watch",
+    cls=CommandWithPage,
+    epilog=example("swarmtrain watch", "swarmtrain watch anna", "swarmtrain watch --web", "swarmtrain watch --json"),
+)
 @which_peer
 @click.option("--json", "as_json", is_flag=True, help="Write each status as one JSON line.")
+@web_option(click.Option, "Show the swarm, and this peer, on a page in the browser, until Ctrl-C.")
+@click.option("--page-socket", type=int, hidden=True, help="Socket on which a peer that serves its page has it served.")
 @click.pass_context
-def command(ctx: click.Context, which: WhichPeer, as_json: bool) -> None:
+def command(
+    ctx: click.Context, which: WhichPeer, as_json: bool, web: PageAddress | None, page_socket: int | None
+) -> None:
     """Show what a peer of this machine does, until it ends.
 
     NAME is the peer's name, its folder's name, or the end of its PeerID; give it if several peers run. Press q or
@@ -29,8 +39,16 @@ def command(ctx: click.Context, which: WhichPeer, as_json: bool) -> None:
 
     from swarmtrain.cli.peers import PeerPhase, find, look
 
+    if page_socket is not None:
+        _serve_for_peer(which, page_socket)
+        return
+    if as_json and web is not None:
+        raise OptionsError("--web shows a page and --json writes lines; give one of them", code="options-conflict")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     peer = find(which)
+    if web is not None:
+        _show_page(peer, web)
+        return
     view = look(peer)
     last = view if view.phase.over else _watched(peer, view, as_json)
     if last is None:
@@ -71,6 +89,38 @@ def _watched(peer: LocalPeer, view: View, as_json: bool) -> View | None:
     return last
 
 
+def _show_page(peer: LocalPeer, wanted: PageAddress) -> None:
+    """Serve the peer's page, and open it, until the person ends that."""
+    from swarmtrain.cli.page_address import bound, keep_page, kept_page, page_lines
+    from swarmtrain.cli.page_service import PageService, open_in_browser
+    from swarmtrain.cli.peers import look, title
+    from swarmtrain.cli.terminal import listening
+
+    view = look(peer)
+    port, key = kept_page(peer.folder)
+    sock, address = bound(wanted, port)
+    if peer.folder is not None:
+        keep_page(peer.folder, address.port, key)
+    service = PageService(peer, sock, address, key)
+    for line in page_lines(address, key):
+        click.echo(line)
+    click.echo("Ctrl-C, or q, closes it; the peer keeps running" if not view.phase.over else "Ctrl-C, or q, closes it")
+    with listening(service.news):
+        open_in_browser(address.url(key))
+        service.run()
+    if not view.phase.over:
+        click.echo(f"{title(view.status, view.folder)} keeps running; `swarmtrain watch --web` shows it again")
+
+
+def _serve_for_peer(which: WhichPeer, descriptor: int) -> None:
+    from swarmtrain.cli.page_address import kept_page
+    from swarmtrain.cli.page_service import serve_until_parent_ends
+
+    assert which.directory is not None
+    _, key = kept_page(which.directory)
+    serve_until_parent_ends(which.directory, descriptor, key)
+
+
 class _PlainLines:
     """Line whenever something happens that a person would want to read later; single steps are too many."""
 
@@ -78,7 +128,8 @@ class _PlainLines:
         self._told: object = None
 
     def __call__(self, view: View) -> None:
-        from swarmtrain.cli.screen import plain_line, state_in_words
+        from swarmtrain.cli.facts import state_in_words
+        from swarmtrain.cli.screen import plain_line
 
         status = view.status
         notice = status.notices[-1].time if status.notices else 0

@@ -178,9 +178,14 @@ def _named_tokenizer(run: RunFile, base: Path, model_files: Path | None) -> Name
         return None
     found = find_tokenizer(run.model.tokenizer, base, model_files)
     if found.tokenizer.vocabulary_size > run.model.vocabulary_size:
+        number, most = found.tokenizer.vocabulary_size, run.model.vocabulary_size
+        name = run.model.tokenizer
+        if run.model.is_built_in:
+            said = f"model.vocabulary_size: {most} with model.tokenizer = {name}, which has {number} tokens; allowed: "
+            raise RunFileError(f"{said}{number} or more", code="keys-disagree")
         raise RunFileError(
-            f"model.vocabulary_size: {run.model.vocabulary_size} with model.tokenizer = {run.model.tokenizer}, which "
-            f"has {found.tokenizer.vocabulary_size} tokens; allowed: {found.tokenizer.vocabulary_size} or more",
+            f'model.tokenizer: "{name}" has {number} tokens, but the model in model.base has {most}; give a tokenizer '
+            f"with {most} at most, or the model that this one belongs to",
             code="keys-disagree",
         )
     return found

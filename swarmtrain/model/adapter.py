@@ -30,7 +30,7 @@ from swarmtrain.protocol.adapter_groups import tensor_name
 from swarmtrain.run_adapter import AdapterSection
 from swarmtrain.words import one_line
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "LoraAdapter", "adapter_modules"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "LoraAdapter", "adapter_modules", "check_adapter"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -68,8 +68,29 @@ def adapter_modules(model: nn.Module, head: nn.Module, section: AdapterSection) 
     for place in places:
         last = place.rpartition(".")[2]
         names.add(last if set(by_name[last]) <= set(places) else place)
-    num = sum(section.rank * (layer.in_features + layer.out_features) for _, layer in layers)
-    return tuple(sorted(names)), num
+    return tuple(sorted(names)), _numbers_in(layers, section)
+
+
+def check_adapter(model: nn.Module, head: nn.Module, section: AdapterSection) -> None:
+    """Raise UserError unless a published run's adapter has as many numbers as the run says, which a stranger may have
+    written: a volunteer is asked to find memory for that many.
+
+    `model` is of transformers, without memory (on the device "meta"), and is changed.
+    """
+    _check_number(_injected(model, head, section, section.modules), section)
+
+
+def _check_number(layers: list[tuple[str, Any]], section: AdapterSection) -> None:
+    if (found := _numbers_in(layers, section)) != section.num_parameters:
+        raise UserError(
+            f"adapter.modules: this adapter has {found} numbers here, and {section.num_parameters} where the run was "
+            f"published; update peft: {install_in_words('finetune')}",
+            code="adapter-differs",
+        )
+
+
+def _numbers_in(layers: list[tuple[str, Any]], section: AdapterSection) -> int:
+    return sum(section.rank * (layer.in_features + layer.out_features) for _, layer in layers)
 
 
 def _usual_targets(model: nn.Module) -> tuple[str, ...]:
@@ -167,14 +188,9 @@ class LoraAdapter:
 
         `head` is the model's last layer. Raises UserError if the layers are not those that the run names.
         """
-        adapter = cls(section, dict(_injected(model, head, section, section.modules)))
-        found = sum(section.rank * (layer.in_features + layer.out_features) for layer in adapter.layers.values())
-        if found != section.num_parameters:
-            raise UserError(
-                f"adapter.modules: this adapter has {found} numbers here, and {section.num_parameters} where the run "
-                f"was published; update peft: {install_in_words('finetune')}",
-                code="adapter-differs",
-            )
+        layers = _injected(model, head, section, section.modules)
+        _check_number(layers, section)
+        adapter = cls(section, dict(layers))
         model.requires_grad_(False)
         for layer in adapter.layers.values():
             layer.lora_dropout[_NAME] = _TrainingDropout(section.dropout) if section.dropout else nn.Identity()

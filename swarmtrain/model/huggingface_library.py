@@ -164,21 +164,27 @@ def load_library_model(config: Any, folder: Path) -> Any:
             output_loading_info=True,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
             **_in_fp32(library),
         )
     for key, what in (
+        ("mismatched_keys", "{} is {}, but config.json says {}"),
         ("missing_keys", "has no tensor {}"),
         ("unexpected_keys", "has a tensor {}, which config.json does not describe"),
-        ("mismatched_keys", "{} has another shape than config.json says"),
     ):
-        if found := sorted(map(str, told.get(key) or ())):
-            which = what.format(one_line(found[0])[:200])
+        if found := sorted(map(_in_words, told.get(key) or ())):
             raise UserError(
-                f"{origin}: {which}; give the folder of the checkpoint whose config.json this is",
+                f"{origin}: {what.format(*found[0])}; give the folder of the checkpoint whose config.json this is",
                 code="checkpoint-mismatch",
             )
     _check_finite(model, origin)
     return model.eval()
+
+
+def _in_words(found: Any) -> tuple[str, ...]:
+    """Return the name of a tensor that does not fit, and its shapes in the files and by the configuration, if told."""
+    name, *shapes = (found,) if isinstance(found, str) else found
+    return (one_line(str(name))[:200], *(one_line(str(list(shape)))[:100] for shape in shapes))
 
 
 def _check_finite(model: nn.Module, origin: str) -> None:

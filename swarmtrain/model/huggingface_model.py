@@ -175,20 +175,26 @@ def cut_model(spec: ModelSpec) -> HuggingFaceModel:
 def _checked_config(spec: ModelSpec) -> tuple[Any, ModelTraits]:
     """Return the library's configuration and the traits of a run's model, which is as the run says it is.
 
-    A stranger's run is compared with its configuration before anything takes memory. Raises UserError.
+    A stranger's run is compared with its configuration, and with what an adapter makes of it, before anything takes
+    memory. Raises UserError.
     """
     folder = _folder(spec)
     data, origin = whole_config(folder), _origin(folder)
     config, counted = library_config(data, origin), library_config(data, origin)
     _check_keys(spec.section, config, origin)
     counted.tie_word_embeddings = spec.section.tied_embeddings
-    number = parameters_of(empty_library_model(counted, on_meta=True))
+    without_memory = empty_library_model(counted, on_meta=True)
+    number = parameters_of(without_memory)
     if number != spec.section.num_parameters:
         raise UserError(
             f"{origin}: gives {number} parameters, but the run says {spec.section.num_parameters}: it was published "
             "with another version of transformers; install that one",
             code="checkpoint-mismatch",
         )
+    if spec.adapter.is_used:
+        from swarmtrain.model.adapter import check_adapter
+
+        check_adapter(without_memory, without_memory.get_output_embeddings(), spec.adapter)
     return config, traits_of(data, origin)
 
 

@@ -14,6 +14,7 @@ from swarmtrain.network.discovery.known_peers import KnownPeers
 from swarmtrain.network.discovery.presence import OwnPresence
 from swarmtrain.network.discovery.run_lookup import PublishedRun, version_fields
 from swarmtrain.network.identity import peer_bytes
+from swarmtrain.network.model_files.source_table import FileSourceTable
 from swarmtrain.network.reachability.hosts import HostedPublications
 from swarmtrain.network.rounds.runner import RoundRunner
 from swarmtrain.network.snapshots.state_provider import StateProvider
@@ -64,12 +65,19 @@ class SwarmAnswers:
     fellows: Callable[[], FellowDepartures | None]
     """Returns the fellow peers that leave, while this peer is leaving; else None."""
     refused: Callable[[str, PeerError], None]
+    file_sources: FileSourceTable = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.file_sources = FileSourceTable(self.published.sha256)
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
         """Answer a greeting with this peer's presence and those of other peers it knows. A caller that introduces
         itself is known from then on."""
         serving, away, run_sha256 = self.serving(), self.rounds.away, bytes.fromhex(self.published.sha256)
+        is_source = request.HasField("file_source")
         with contextlib.suppress(BadBytesError):
+            if is_source:
+                self.file_sources.take_untrusted(request.file_source, caller)
             if request.HasField("presence"):
                 self.peers.receive_untrusted(request.presence, caller, first_hand=not request.leaving)
                 if request.leaving:
@@ -87,6 +95,7 @@ class SwarmAnswers:
             # Empty before `announce`, which finds out where this peer listens.
             presence=self.presence.signed() if self.presence.listens_at and not away else None,
             others=self.peers.others_than(caller, _MAX_OTHERS),
+            file_sources=self.file_sources.others_than(caller) if is_source else (),
             away=away,
             stay=any(each.ask(caller, swarm_time()) for each in asked),
         )

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,14 +217,17 @@ class Node:
     settings: NodeSettings
     rules: RecordRules
     traffic: TrafficCount = field(default_factory=TrafficCount)
-    served_files: Mapping[str, ServedFile] = field(default_factory=dict)
-    """Files on the disk that this node serves in its runs, by SHA-256: the run's model files and their chunk lists."""
+    served_files: dict[str, ServedFile] = field(default_factory=dict)
+    """Files on the disk that this node serves in its runs, by SHA-256: the run's model files and their chunk lists.
+    Threads add to them."""
     _p2p: Any = None
     _dht: Any = None
     _buckets: Buckets = field(init=False, repr=False)
     _sockets: Path | None = None
     _known: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _own_buckets: set[bytes] = field(default_factory=set)
+    _services: dict[str, tuple[Any, list[asyncio.Task[None]]]] = field(default_factory=dict, init=False, repr=False)
+    """What answers in each namespace, and what runs beside it."""
 
     @classmethod
     async def start(cls, settings: NodeSettings, identity: Identity, key_path: Path) -> Node:
@@ -280,9 +283,19 @@ class Node:
 
     # ------------------------------------------------------------- calls
 
-    async def serve(self, service: Any, namespace: str) -> None:
-        """Answer calls to `service` in the run's `namespace`."""
+    async def serve(self, service: Any, namespace: str, beside: Coroutine[Any, Any, None] | None = None) -> None:
+        """Answer calls to `service` in the run's `namespace`, in place of what answered there before. `beside` runs
+        until another one answers there, or the node ends."""
+        await self._end_service(namespace)
+        tasks = [] if beside is None else [logged(asyncio.create_task(beside), namespace)]
+        self._services[namespace] = service, tasks
         await service.add_p2p_handlers(self._p2p, namespace=namespace)
+
+    async def _end_service(self, namespace: str) -> None:
+        if (former := self._services.pop(namespace, None)) is not None:
+            service, beside = former
+            await end_tasks(beside)
+            await service.remove_p2p_handlers(self._p2p, namespace=namespace)
 
     async def connect(self, peer: str, addresses: Iterable[str], limit_s: float | None = None) -> None:
         """Dial a peer and remember its addresses. Raises UnreachableError if nobody with that PeerID answers there."""
@@ -467,6 +480,8 @@ class Node:
 
     async def stop(self) -> None:
         """Leave the DHT and end the daemon."""
+        for _, beside in self._services.values():
+            await end_tasks(beside)
         if self._dht is not None:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._dht.shutdown(), 1)

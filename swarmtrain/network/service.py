@@ -147,6 +147,11 @@ def service_type() -> Any:
             await p2p.add_binary_stream_handler(stream_name(namespace, "pull"), self._answer_pull)
             await p2p.add_binary_stream_handler(stream_name(namespace, "blob"), self._answer_blob)
 
+        async def remove_p2p_handlers(self, p2p: Any, *, namespace: str) -> None:
+            await super().remove_p2p_handlers(p2p, namespace=namespace)
+            await p2p.remove_binary_stream_handler(stream_name(namespace, "pull"))
+            await p2p.remove_binary_stream_handler(stream_name(namespace, "blob"))
+
         async def _answer_pull(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await answer(reader, writer, pb.PullRequest(), lambda it: self.pull_replies(it, str(info.peer_id)))
 

@@ -166,7 +166,9 @@ class Volunteer:
             accept_clock=self.settings.accept_clock,
         )
         published, nobody = fetcher.fetch()
-        mean_of(published.run.merge.robust)  # raises before the long preparation if the run's rule is not installed
+        # Both raise before anything takes long: if the run's rule is not installed, or --rank is not possible.
+        mean_of(published.run.merge.robust)
+        published.run.adapter.groups_worth(self.settings.adapter_rank)
         self.limits.limit_link(node.traffic, published.run.network)
         others = SwarmSource(network, node, fetcher.through) if nobody is None else None
         model_folder = None

@@ -184,33 +184,37 @@ class DeviceStatus(_message.Message):
     def __init__(self, device: _Optional[str] = ..., title: _Optional[str] = ..., precision: _Optional[str] = ..., compiled: bool = ..., microbatch_sequences: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
 
 class StageStatus(_message.Message):
-    __slots__ = ("number", "num_peers", "tokens_per_s", "most_tokens_per_s", "mine")
+    __slots__ = ("number", "num_peers", "tokens_per_s", "most_tokens_per_s", "mine", "queue")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     NUM_PEERS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     MOST_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     MINE_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
     number: int
     num_peers: int
     tokens_per_s: float
     most_tokens_per_s: float
     mine: bool
-    def __init__(self, number: _Optional[int] = ..., num_peers: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., most_tokens_per_s: _Optional[float] = ..., mine: bool = ...) -> None: ...
+    queue: float
+    def __init__(self, number: _Optional[int] = ..., num_peers: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., most_tokens_per_s: _Optional[float] = ..., mine: bool = ..., queue: _Optional[float] = ...) -> None: ...
 
 class LossPoint(_message.Message):
-    __slots__ = ("round", "run_tokens", "loss", "held_out_loss")
+    __slots__ = ("round", "run_tokens", "loss", "held_out_loss", "time")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     HELD_OUT_LOSS_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
     round: int
     run_tokens: int
     loss: float
     held_out_loss: float
-    def __init__(self, round: _Optional[int] = ..., run_tokens: _Optional[int] = ..., loss: _Optional[float] = ..., held_out_loss: _Optional[float] = ...) -> None: ...
+    time: float
+    def __init__(self, round: _Optional[int] = ..., run_tokens: _Optional[int] = ..., loss: _Optional[float] = ..., held_out_loss: _Optional[float] = ..., time: _Optional[float] = ...) -> None: ...
 
 class SwarmPeer(_message.Message):
-    __slots__ = ("peer", "name", "tokens", "present", "bootstrap", "round", "tokens_per_s", "stages", "acknowledged_tokens")
+    __slots__ = ("peer", "name", "tokens", "present", "bootstrap", "round", "tokens_per_s", "stages", "acknowledged_tokens", "heard_time", "hidden", "loss", "device")
     PEER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +224,10 @@ class SwarmPeer(_message.Message):
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HEARD_TIME_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     peer: str
     name: str
     tokens: int
@@ -229,7 +237,11 @@ class SwarmPeer(_message.Message):
     tokens_per_s: float
     stages: _containers.RepeatedScalarFieldContainer[int]
     acknowledged_tokens: int
-    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., present: bool = ..., bootstrap: bool = ..., round: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., stages: _Optional[_Iterable[int]] = ..., acknowledged_tokens: _Optional[int] = ...) -> None: ...
+    heard_time: float
+    hidden: bool
+    loss: float
+    device: str
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., present: bool = ..., bootstrap: bool = ..., round: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., stages: _Optional[_Iterable[int]] = ..., acknowledged_tokens: _Optional[int] = ..., heard_time: _Optional[float] = ..., hidden: bool = ..., loss: _Optional[float] = ..., device: _Optional[str] = ...) -> None: ...
 
 class KeptCheckpoint(_message.Message):
     __slots__ = ("round", "time", "size_bytes")

@@ -245,21 +245,23 @@ class PullReply(_message.Message):
     def __init__(self, status: _Optional[_Union[PullReply.Status, str]] = ..., chunk: _Optional[int] = ..., data: _Optional[bytes] = ..., end: bool = ..., manifest: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("run_sha256", "presence", "leaving", "wants_host", "asks_to_leave")
+    __slots__ = ("run_sha256", "presence", "leaving", "wants_host", "asks_to_leave", "file_source")
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     PRESENCE_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     WANTS_HOST_FIELD_NUMBER: _ClassVar[int]
     ASKS_TO_LEAVE_FIELD_NUMBER: _ClassVar[int]
+    FILE_SOURCE_FIELD_NUMBER: _ClassVar[int]
     run_sha256: bytes
     presence: Signed
     leaving: bool
     wants_host: bool
     asks_to_leave: bool
-    def __init__(self, run_sha256: _Optional[bytes] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., leaving: bool = ..., wants_host: bool = ..., asks_to_leave: bool = ...) -> None: ...
+    file_source: Signed
+    def __init__(self, run_sha256: _Optional[bytes] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., leaving: bool = ..., wants_host: bool = ..., asks_to_leave: bool = ..., file_source: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others", "hosting", "stay", "away", "protocol", "needs_protocol", "needs_version")
+    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others", "hosting", "stay", "away", "file_sources", "protocol", "needs_protocol", "needs_version")
     SWARMTRAIN_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
@@ -268,6 +270,7 @@ class HelloReply(_message.Message):
     HOSTING_FIELD_NUMBER: _ClassVar[int]
     STAY_FIELD_NUMBER: _ClassVar[int]
     AWAY_FIELD_NUMBER: _ClassVar[int]
+    FILE_SOURCES_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     NEEDS_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     NEEDS_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -279,10 +282,11 @@ class HelloReply(_message.Message):
     hosting: bool
     stay: bool
     away: bool
+    file_sources: _containers.RepeatedCompositeFieldContainer[Signed]
     protocol: int
     needs_protocol: int
     needs_version: str
-    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., hosting: bool = ..., stay: bool = ..., away: bool = ..., protocol: _Optional[int] = ..., needs_protocol: _Optional[int] = ..., needs_version: _Optional[str] = ...) -> None: ...
+    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., hosting: bool = ..., stay: bool = ..., away: bool = ..., file_sources: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., protocol: _Optional[int] = ..., needs_protocol: _Optional[int] = ..., needs_version: _Optional[str] = ...) -> None: ...
 
 class BlobRequest(_message.Message):
     __slots__ = ("sha256", "max_bytes")

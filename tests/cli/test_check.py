@@ -15,6 +15,7 @@ from swarmtrain.cli.estimate import Estimate, doubts, estimate
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.data.prepare import FirstLook
 from swarmtrain.data.tokenizer_json import tokenizer_json
+from swarmtrain.machine_memory import Memory
 from swarmtrain.model.base import resolved_run
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import build_model
@@ -22,7 +23,7 @@ from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.peer.devices import expected_device as module
 from swarmtrain.protocol.devices import FoundDevice
-from swarmtrain.run import load_run, parse_run
+from swarmtrain.run import RunFile, load_run, parse_run
 from swarmtrain.words import counted
 
 P = 1_000_000
@@ -37,7 +38,8 @@ def cost_of(text: str = "total_tokens = 30_720_000", num_peers: int = 3) -> Esti
 
 def doubts_of(text: str, num_peers: int = 4, corpus_bytes: int | None = None, machine_bytes: int | None = None) -> str:
     run = parse_run("[run]\n" + text, "r")
-    return "\n".join(doubts(run, estimate(run, P, num_peers), (corpus_bytes,), machine_bytes))
+    memory = None if machine_bytes is None else Memory(machine_bytes, machine_bytes)
+    return "\n".join(doubts(run, estimate(run, P, num_peers), (corpus_bytes,), memory))
 
 
 def test_rounds_and_tokens() -> None:
@@ -129,6 +131,19 @@ GOOD = "total_tokens = 50_000_000\n[merge]\nmomentum_ramp_rounds = 10\n"
 
 def test_a_sound_run_raises_no_doubt() -> None:
     assert doubts_of(GOOD, corpus_bytes=10_000_000, machine_bytes=8_000_000_000) == ""
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "from_scratch", "is_doubtful"), [(32_000, False, True), (256, False, False), (32_000, True, False)]
+)
+def test_bytes_for_a_model_that_has_learnt_other_tokens_are_a_doubt(
+    num_tokens: int, from_scratch: bool, is_doubtful: bool
+) -> None:
+    model = {"source": "huggingface", "base": "anna/tiny@" + "ab" * 20, "tokenizer": "bytes", "num_parameters": P}
+    model |= {"vocabulary_size": num_tokens, "from_scratch": from_scratch}
+    run = RunFile.model_validate({"run": {"total_tokens": 50_000_000}, "model": model})
+    found = "\n".join(doubts(run, estimate(run, P, 4), (10_000_000,), None))
+    assert ("the weights of a model of 32000 tokens" in found) == is_doubtful
 
 
 @pytest.mark.parametrize(
@@ -343,6 +358,28 @@ def test_it_says_what_it_has_not_looked_at(
     assert "model.vocabulary_size = 5000 is more than can be learnt" in checked(tmp_path, few, capsys, code=2)
     data_set = '[data]\nsource = "datasets"\ndataset = "stories"\n'
     assert 'there is no folder "stories" below' in checked(tmp_path, data_set, capsys, code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, 3])
+def test_it_reads_the_weights_of_a_folder_as_a_bootstrap_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stages: int
+) -> None:
+    from small_models import saved
+
+    saved("llama", tmp_path / "tiny")
+    config = (tmp_path / "tiny" / "config.json").read_text()
+    text = '[model]\nsource = "huggingface"\nbase = "tiny"\ntokenizer = "bytes"\ncontext_tokens = 32\n'
+    text += f"[data]\nheld_out_bytes = 32_768\n[pipeline]\nstages = {stages}\n"
+    assert "error" not in (found := checked(tmp_path, text, capsys)) and "not checked" not in found
+    (tmp_path / "tiny" / "config.json").write_text(config.replace('"intermediate_size": 48', '"intermediate_size": 64'))
+    found = checked(tmp_path, text, capsys, code=2)
+    assert "but config.json says" in found and codes_in(found) == ["checkpoint-mismatch"]
+    monkeypatch.setattr("swarmtrain.cli.check._LOOK_WEIGHTS_BYTES", 1000)
+    assert "not checked: the weights of model.base, " in checked(tmp_path, text, capsys)
+    (tmp_path / "tiny" / "model.safetensors").unlink()
+    scratch = text.replace("tokenizer", "from_scratch = true\ntokenizer")
+    assert "not checked" not in checked(tmp_path, scratch, capsys)
 
 
 def test_it_says_which_library_is_missing(

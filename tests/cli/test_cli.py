@@ -31,7 +31,19 @@ from swarmtrain.errors import ClockError, InviteError, RunTimeError
 from swarmtrain.events import Event, WarningEvent, parse_event
 
 PEER_OPTIONS = (
-    *("--dir", "--name", "--json", "--listen", "--announce", "--control", "--metrics", "--log-level", "--background"),
+    *(
+        "--dir",
+        "--name",
+        "--json",
+        "--listen",
+        "--announce",
+        "--control",
+        "--metrics",
+        "--web",
+        "--report-to",
+        "--log-level",
+        "--background",
+    ),
     "--accept-clock",
     "--only-announced",  # hidden, for rehearsals
 )
@@ -69,10 +81,10 @@ FROZEN: dict[str, tuple[str, ...]] = {
             "--fail-pulls",
         ),
         *("--jitter", "--loss", "--churn", "--faults"),
-        *("--compare-alone", "--data", "--model-dir", "--dir", "--json", "--log-level"),
+        *("--compare-alone", "--data", "--model-dir", "--dir", "--report-to", "--json", "--web", "--log-level"),
     ),
     "status": (*WHICH_PEER, "--all", "--json", "--healthy"),
-    "watch": (*WHICH_PEER, "--json"),
+    "watch": (*WHICH_PEER, "--json", "--web", "--page-socket"),  # the last one is hidden
     "logs": ("[NAME]", "--dir", "--follow", "--retry", "--lines", "--since"),
     "pause": WHICH_PEER,
     "resume": WHICH_PEER,
@@ -82,6 +94,10 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--gpu-share", "--gpu-when-idle", "--on-battery", "--max-temperature", "--hours", "--up", "--down"),
     ),
     "invite": ("--dir", "--json"),
+    "service": (),
+    "service install": ("[NAME]", "--dir", "--print"),
+    "service status": ("[NAME]", "--dir", "--json"),
+    "service uninstall": ("[NAME]", "--dir"),
     "init": ("[PATH]", "--example"),
     "check": ("RUN.toml", "--peers", "--data", "--json"),
     "plan": (
@@ -128,12 +144,16 @@ def command(name: str) -> click.Command:
 
 
 def test_commands_and_options_are_the_frozen_ones() -> None:
+    found = {name: command(name) for name in COMMANDS}
+    for name, group in list(found.items()):
+        if isinstance(group, click.Group):
+            found |= {f"{name} {inner}": each for inner, each in group.commands.items()}
     offered = {
         name: tuple(
             parameter.opts[-1] if isinstance(parameter, click.Option) else str(parameter.metavar or parameter.name)
-            for parameter in command(name).params
+            for parameter in each.params
         )
-        for name in COMMANDS
+        for name, each in found.items()
     }
     assert offered == FROZEN
     assert ALIASES == FROZEN_ALIASES

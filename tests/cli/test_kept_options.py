@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from swarmtrain.cli.facts import sentence
 from swarmtrain.cli.main import run
 from swarmtrain.cli.peers import PeerPhase, View, wire
-from swarmtrain.cli.screen import sentence
 from swarmtrain.events import DoneEvent
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer
 from swarmtrain.network.links.proxy import FailingPulls

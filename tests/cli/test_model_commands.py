@@ -88,7 +88,7 @@ def test_the_loss_on_each_source_of_the_run_is_told(
 def test_a_peer_that_trains_is_given_way_to(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`generate --dir` beside a running peer: lowest priority, one thread, the processor; as asked if it was asked."""
+    """`generate --dir` beside a running peer: low priority, one thread, the processor; as asked if it was asked."""
     niced: list[int] = []
     devices: list[str] = []
     move = export.move_model
@@ -107,7 +107,7 @@ def test_a_peer_that_trains_is_given_way_to(
     assert not niced and devices == ["auto"] and not threads, "nobody runs here"
     with living(FakePeer(tmp_path).start()):
         assert run(command) == 0
-        assert niced == [19] and devices[1:] == ["cpu"] and threads == [1]
+        assert niced == [10] and devices[1:] == ["cpu"] and threads == [1]
         assert run([*command, "--threads", "2", "--device", "auto"]) == 0
     assert devices[2:] == ["auto"] and threads[1:] == [2]
     out, err = capsys.readouterr()

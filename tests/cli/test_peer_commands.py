@@ -16,8 +16,8 @@ from codes import codes_in
 from fake_peer import FakePeer, living, make_status
 
 from swarmtrain.cli import leave
+from swarmtrain.cli.facts import limits_in_words
 from swarmtrain.cli.main import run
-from swarmtrain.cli.screen import limits_in_words
 from swarmtrain.peer.lifecycle.start_options import Started, StartedFile
 from swarmtrain.v1 import control_pb2 as wire
 

@@ -136,7 +136,7 @@ def test_the_wheel_has_each_example() -> None:
 
 def test_what_messages_say_to_install_is_what_the_extras_install() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    assert {name: [library] for name, library in EXTRAS.items()} == {
+    assert {name: libraries.split() for name, libraries in EXTRAS.items()} == {
         n: e for n, e in extras.items() if n not in ("dev", "docs")
     }
     said = [path for path in ROOT.glob("swarmtrain/**/*.py") if "swarmtrain[" in path.read_text()]

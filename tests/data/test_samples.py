@@ -225,6 +225,14 @@ def test_what_cannot_be_published_is_one_line_and_check_says_so_too(
     assert code in [problem.code for problem in first_look(run, folder).problems]
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_of_hugging_face_is_one_line(folder: Path) -> None:
+    run = run_of(CHAT, NAMED)
+    model = run.model.model_copy(update={"source": "huggingface", "base": "x", "vocabulary_size": 299})
+    run = run.model_copy(update={"model": model})
+    with raises_code("keys-disagree", RunFileError, "has 300 tokens, but the model in model.base has 299"):
+        publishable_data(run, folder)
+
+
 def test_a_conversation_that_a_template_refuses_is_named_by_its_file_and_line(tmp_path: Path) -> None:
     refuses = "{% if messages[1].content.startswith('tools') %}{{ raise_exception('no tools') }}{% endif %}"
     write_tokenizer(tmp_path / "base", refuses + MARKED)

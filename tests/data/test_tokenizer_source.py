@@ -92,6 +92,8 @@ def test_an_export_has_the_tokenizers_own_files_and_is_read_back_with_them(tmp_p
     exported = load_exported(tmp_path / "model")
     again = tokenizer_of(exported)
     assert again.to_bytes() == published.tokenizer and again.document_end == made_tokenizer().document_end
+    for name in ("config.json", "generation_config.json"):
+        assert (json.loads((tmp_path / "model" / name).read_text())["eos_token_id"],) == again.document_end
     library = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "model")
     assert library("how are you?")["input_ids"] == again.encode(b"how are you?").tolist()
     chat = [{"role": "user", "content": "how"}]
@@ -100,7 +102,10 @@ def test_an_export_has_the_tokenizers_own_files_and_is_read_back_with_them(tmp_p
     assert json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())["model_max_length"] == 128
 
 
-def test_what_a_model_writes_ends_with_the_token_that_ends_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_tokens", [False, True])
+def test_what_a_model_writes_ends_with_the_token_that_ends_a_text(
+    monkeypatch: pytest.MonkeyPatch, in_tokens: bool
+) -> None:
     files = bundle().files(64)
     model = build_model(ModelSection(tokenizer="base/tokenizer.json", vocabulary_size=300), 0)
     exported = ExportedModel(
@@ -113,5 +118,6 @@ def test_what_a_model_writes_ends_with_the_token_that_ends_a_text(monkeypatch: p
     )
     sampling = Sampling(num_tokens=40, temperature=0.0, seed=0, device=DeviceRequest("cpu"))
     counted: list[int] = []
-    assert sample_text(exported, f"the sun{END}", sampling, counted.append) == f"the sun{END} all is well"
+    prompt = made.encode_prompt(f"the sun{END}") if in_tokens else f"the sun{END}"
+    assert sample_text(exported, prompt, sampling, counted.append) == f"the sun{END} all is well"
     assert sum(counted) == len(made.encode(b" all is well")) + 1

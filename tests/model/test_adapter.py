@@ -198,6 +198,17 @@ def test_layers_that_cannot_be_adapted_are_one_line(targets: str, says: str, tmp
         resolved("llama", tmp_path, f"targets = {targets}")
 
 
+def test_a_run_that_lies_about_its_adapters_size_is_refused_before_anything_takes_memory(tmp_path: Path) -> None:
+    run = resolved("llama", tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()  # nothing that is there is looked at before
+    for change in ({"num_parameters": 1}, {"modules": ("q_proj",)}, {"rank": 1024, "group_rank": 1024}):
+        adapter = run.adapter.model_copy(update=change)
+        for build in (build_run_model, lambda run, files: empty_model(spec_of(run, files))):
+            with raises_code("adapter-differs", UserError):
+                build(run.model_copy(update={"adapter": adapter}), tmp_path)
+
+
 def test_a_kept_run_is_the_one_that_a_person_wrote(tmp_path: Path) -> None:
     run, written = resolved("llama", tmp_path), run_of(str(tmp_path), adapter=LORA)
     model = run.model.model_copy(update={"base": published_base(run.model.base)})

@@ -302,7 +302,12 @@ REFUSED: list[tuple[str, Callable[[Path], None], str, str]] = [
     ("heads that do not fit", _config({"num_attention_heads": 5}), "model-refused", ""),
     ("more layers than there are", _config({"num_hidden_layers": 4}), "checkpoint-mismatch", "layers.3"),
     ("fewer layers", _config({"num_hidden_layers": 2}), "checkpoint-mismatch", "layers.2"),
-    ("another width", _config({"intermediate_size": 64}), "checkpoint-mismatch", "transformers refuses"),
+    (
+        "another width",
+        _config({"intermediate_size": 64}),
+        "checkpoint-mismatch",
+        "bad: model.layers.0.mlp.down_proj.weight is [32, 48], but config.json says [32, 64]; give the folder",
+    ),
     ("a tensor too many", _one_more, "checkpoint-mismatch", "model.layers.7.secret"),
     (
         "no number",

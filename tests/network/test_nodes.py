@@ -19,6 +19,7 @@ import tracemalloc
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -30,6 +31,9 @@ from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_t
 from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.discovery.records import PRESENCE, bucket_key
 from swarmtrain.network.identity import load_or_create_identity, new_identity
+from swarmtrain.network.model_files.early_service import serve_files_early
+from swarmtrain.network.model_files.served_file import ServedFile
+from swarmtrain.network.model_files.sources import FileSources
 from swarmtrain.network.node import NOT_SERVED, NetworkThread, Node, NodeSettings
 from swarmtrain.network.reachability import listen
 from swarmtrain.network.reachability.listen import cannot_listen
@@ -50,6 +54,7 @@ from swarmtrain.network.snapshots.store import (
 from swarmtrain.network.swarm import find_run
 from swarmtrain.peer.lifecycle.node import clock_warning
 from swarmtrain.protocol.membership.dial_budget import may_dial
+from swarmtrain.run import NetworkSection
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.processes
@@ -112,6 +117,10 @@ class Here:
     a: Peer
     b: Peer
     c: Peer
+
+    @property
+    def all(self) -> tuple[Peer, ...]:
+        return self.a, self.b, self.c
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         return self.network.run(coroutine, 20)
@@ -188,6 +197,65 @@ def test_a_forged_record_is_refused_where_it_would_be_stored(here: Here) -> None
     found = here.run(here.b.node.read_bucket(bytes.fromhex(RUN), PRESENCE, ""))
     assert victim not in found
     here.a.node.rules.refused.clear()
+
+
+def test_another_service_takes_the_place_of_the_one_before(here: Here) -> None:
+    """A peer that fetches its model serves files before its swarm does; what ran beside that ends."""
+    run, ended = hashlib.sha256(b"a third run").hexdigest(), list[str]()
+
+    async def beside(name: str) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(name)
+
+    async def serve(blob: bytes, name: str) -> str:
+        sha256 = hashlib.sha256(blob).hexdigest()
+        service = service_type()(here.a, here.a.store, {sha256: blob}, here.a.node)
+        await here.a.node.serve(service, namespace_of(run), beside(name))
+        await asyncio.sleep(0)  # it begins
+        return sha256
+
+    calls = PeerCalls(here.b.node, run)
+    first = here.run(serve(b"early", "first"))
+    assert here.run(calls.blob_once_untrusted(here.a.id, first, 100)) == b"early" and ended == []
+    second = here.run(serve(b"late", "second"))
+    assert ended == ["first"] and here.run(calls.blob_once_untrusted(here.a.id, second, 100)) == b"late"
+    with raises_code("not-held", UnreachableError):
+        here.run(calls.blob_once_untrusted(here.a.id, first, 100))
+    assert here.run(calls.hello(here.a.id, pb.HelloRequest())).swarmtrain_version == here.b.id
+    here.run(here.a.node._end_service(namespace_of(run)))
+    assert ended == ["first", "second"]
+    with raises_code("unreachable", UnreachableError, NOT_SERVED):
+        here.run(calls.hello(here.a.id, pb.HelloRequest()))
+
+
+def test_of_three_that_begin_at_once_one_gets_a_file_from_another_that_has_it(here: Here, tmp_path: Path) -> None:
+    """None of them is in a swarm yet, and each of two knows the third one alone."""
+    limits = NetworkSection()
+    run: Any = SimpleNamespace(network=limits, needs=SimpleNamespace(protocol=1, version=""))
+    sha256 = hashlib.sha256(b"a fourth run").hexdigest()
+    published: Any = SimpleNamespace(sha256=sha256, run=run, blobs=dict)
+    (tmp_path / "config.json").write_bytes(BLOB)
+    name = hashlib.sha256(BLOB).hexdigest()
+    here.b.node.served_files[name] = ServedFile.of(tmp_path / "config.json")
+    calls = PeerCalls(here.c.node, sha256)
+
+    async def first() -> tuple[list[str], bytes]:
+        known = [InvitedPeer(here.a.id, await here.a.node.addresses())]
+        sources = {peer.id: FileSources(peer.node, PeerCalls(peer.node, sha256), known, True) for peer in here.all}
+        for peer in here.all:
+            await serve_files_early(peer.node, published, sources[peer.id])
+        await sources[here.b.id].find()  # as it does every 15 s, and says that it serves
+        found = await sources[here.c.id].find()
+        blob = await calls.blob_once_untrusted(here.b.id, name, 2 * len(BLOB))
+        for peer in here.all:
+            await peer.node._end_service(namespace_of(sha256))
+        return found, blob
+
+    found, blob = here.run(first())
+    assert set(found) == {here.a.id, here.b.id} and blob == BLOB
+    del here.b.node.served_files[name]
 
 
 def test_a_peer_of_another_run_does_not_find_the_calls(here: Here) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from codes import raises_code
 
-from swarmtrain.errors import RunTimeError
+from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import DoneEvent, Event, PausedEvent, ResumedEvent
 from swarmtrain.network.discovery.invite import Invite
 from swarmtrain.peer import volunteer as module
@@ -19,6 +19,7 @@ from swarmtrain.peer.lifecycle.folder import peer_folder
 from swarmtrain.peer.lifecycle.node import PeerSettings
 from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
 from swarmtrain.peer.volunteer import Volunteer
+from swarmtrain.run import RunFile
 
 
 class Life:
@@ -92,6 +93,22 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Life]:
         monkeypatch.setattr(volunteer, "_fetch_run", lambda *what: SimpleNamespace(run=run, wait=one.look))
         monkeypatch.setattr(module, "prepare_model", lambda context: one)
         yield one
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_rank_that_is_not_possible_is_found_out_before_the_models_files_are_fetched(
+    stages: int, life: Life, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFile.model_validate({"run": {"total_tokens": 10**6}, "pipeline": {"stages": stages}})
+    found = SimpleNamespace(run=run, model_files=b"some")
+    monkeypatch.setattr(module, "RunFetcher", lambda **given: SimpleNamespace(fetch=lambda: (found, None)))
+    monkeypatch.setattr(module, "fetch_and_serve", lambda *given: life.take("fetch the model's files"))
+    one: Any = SimpleNamespace(**vars(life.volunteer))
+    one.settings = PeerSettings(directory=Path(), name="anna", adapter_rank=4)
+    one.limits = SimpleNamespace(limit_link=lambda *given: None)
+    with raises_code("rank-not-possible", UserError, "leave --rank out"):
+        Volunteer._fetch_run(one, None, SimpleNamespace(traffic=None))  # type: ignore[arg-type]
+    assert not life.steps
 
 
 def resume_soon(life: Life) -> None:

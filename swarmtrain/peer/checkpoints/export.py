@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from swarmtrain.data.tokenizer_json import own_tokenizer, tokenizer_json
 from swarmtrain.data.tokenizer_source import bundle_of_files
-from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
+from swarmtrain.data.tokens import Tokenizer, Tokens, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import BadBytesError, NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.events import Event, WarningEvent
 from swarmtrain.model.export import ExportedModel, copy_exported, is_first_format, load_exported, open_regular
@@ -385,20 +385,20 @@ class Sampling:
 
 def sample_text(
     exported: ExportedModel,
-    prompt: str,
+    prompt: str | Tokens,
     sampling: Sampling,
     advance: Callable[[int], None] = lambda number: None,
     tell: Callable[[str], None] = lambda words: None,
 ) -> str:
-    """Return the prompt and what the model writes after it, up to the token that ends a text. `advance` is called with
-    1 for each token, `tell` with why a device was passed over.
+    """Return the prompt and what the model writes after it, up to the token that ends a text. `prompt` may be tokens
+    (n,). `advance` is called with 1 for each token, `tell` with why a device was passed over.
 
     Raises UserError if the device asked for is not there or does not work.
     """
     use_threads(sampling.threads or useful_threads(exported.model))
     move_model(exported.model, sampling.device, 1, tell)
     tokenizer = tokenizer_of(exported)
-    tokens = [int(token) for token in tokenizer.encode_prompt(prompt)]
+    tokens = [int(token) for token in (tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt)]
     number, temperature, seed = sampling.num_tokens, sampling.temperature, sampling.seed
     ends = tokenizer.document_end[-1:]
 
@@ -409,7 +409,8 @@ def sample_text(
     written = generate(exported.model, tokens, number, temperature, seed, goes_on)
     if written and written[-1] in ends:
         written.pop()
-    return (prompt.encode() + tokenizer.decode(written)).decode(errors="replace")
+    asked = prompt.encode() if isinstance(prompt, str) else tokenizer.decode(tokens)
+    return (asked + tokenizer.decode(written)).decode(errors="replace")
 
 
 def tokenizer_of(exported: ExportedModel) -> Tokenizer:

@@ -269,7 +269,8 @@ class StatusBoard:
     def _take_round(self, event: RoundEvent) -> None:
         base = self._base
         base.round, base.run_tokens, self._arriving = event.round + 1, event.run_tokens, ""
-        self._curve.add(pb.LossPoint(round=event.round, run_tokens=event.run_tokens, loss=event.loss))
+        time = event.time or self._wall()
+        self._curve.add(pb.LossPoint(round=event.round, run_tokens=event.run_tokens, loss=event.loss, time=time))
         base.times_below_allreduce, base.stall_share = self._sums.after(event)
         base.data = data_in_words(event)
         base.last_merge = "" if event.signer else self.in_names(merge_in_words(event))
@@ -534,7 +535,9 @@ class StatusBoard:
         status.swarm_loss = statistics.median(told) if told else 0.0
         points = self._curve.points
         if status.role == "bootstrap" and told and (not points or status.run_tokens > points[-1].run_tokens):
-            self._curve.add(pb.LossPoint(round=status.round, run_tokens=status.run_tokens, loss=status.swarm_loss))
+            point = pb.LossPoint(round=status.round, run_tokens=status.run_tokens, time=round(self._wall(), 1))
+            point.loss = status.swarm_loss
+            self._curve.add(point)
 
     def tell_losses(self, losses: Mapping[str, float]) -> None:
         """Set the training losses that volunteers report, by PeerID."""

@@ -21,6 +21,7 @@ import shutil
 import tempfile
 import threading
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -247,13 +248,14 @@ def _listen_privately(server: Any, path: Path) -> str:
     with contextlib.suppress(FileNotFoundError):
         # Left by a peer that was killed: whoever holds the folder's lock is alone here.
         path.unlink()
+    address = f"unix:{urllib.parse.quote(str(path))}"  # gRPC reads it as a URI: `%`, `?` and `#` mean something there
     before = os.umask(0o177)
     try:
-        server.add_insecure_port(f"unix:{path}")
+        server.add_insecure_port(address)
     finally:
         os.umask(before)
     path.chmod(0o600)
-    return f"unix:{path}"
+    return address
 
 
 class _Calls(pb_grpc.ControlServicer):

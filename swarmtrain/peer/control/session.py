@@ -229,7 +229,7 @@ def control_session(
         except (RunTimeError, OSError) as error:
             message = f"`swarmtrain status` and the like cannot reach this peer: {error}"
             control.emit(WarningEvent(message=message, code="no-control"))
-        with _metrics(settings, control):
+        with _metrics(settings, control), _curves(folder, settings, control, before):
             yield control
         board.ended(pb.PEER_STATE_DONE, control.reason, 0)
     except StopTraining:  # asked to end before there was anything to end
@@ -258,6 +258,16 @@ def _metrics(settings: PeerSettings, control: ControlSession) -> AbstractContext
     from swarmtrain.peer.control.metrics import serving_metrics  # brings an HTTP server: only loaded if asked for
 
     return serving_metrics(settings.metrics, control.board, control.powers().healthy)
+
+
+def _curves(
+    folder: PeerFolder, settings: PeerSettings, control: ControlSession, before: pb.PeerStatus | None
+) -> AbstractContextManager[object]:
+    if not settings.report_to:
+        return nullcontext()
+    from swarmtrain.peer.trackers.recorder import recording
+
+    return recording(folder.path, control.board, settings.report_to, control.emit, before)
 
 
 # ---------------------------------------------------------------- where the board looks
@@ -409,6 +419,9 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
                 tokens_per_s=info.steps_per_s * tokens_per_step,
                 stages=() if info.place is None else info.place.planned,
                 acknowledged_tokens=acknowledged.get(peer, 0),
+                heard_time=max(0.0, swarm.membership.heard_s(peer)),
+                hidden=info.hidden,
+                loss=info.loss,
             )
 
     return look
@@ -435,5 +448,6 @@ def _show_stages(status: pb.PeerStatus, swarm: Swarm) -> None:
             num_peers=len(here),
             tokens_per_s=sum(place.flow_tokens_per_s for place in here),
             most_tokens_per_s=sum(place.tokens_per_s for place in here),
+            queue=sum(place.queue for place in here),
             mine=number in mine,
         )

@@ -102,6 +102,12 @@ class CompiledLoss:
         except OSError as error:
             self._decide(False, f"not compiled, since the compiling process did not start: {error}")
 
+    def leave(self, asked: CompileRequest, why: str) -> None:
+        """Compile nothing in this run; tell why if it was asked for."""
+        self.is_over = True
+        if asked == "on":
+            self._decide(False, f"not compiled, since {why}")
+
     @property
     def _sequences(self) -> int:
         return min(self.loop.microbatch_sequences, self.loop.run.inner.batch_sequences)

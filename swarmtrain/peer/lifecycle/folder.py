@@ -15,9 +15,12 @@ status.json    the peer's last status
 checkpoints/   the newest three checkpoints of this peer's state: COUNT-round-ROUND.safetensors and .json
                (of stage N of a pipeline in checkpoints/stage-N/)
 started.json   the options it was started with, and whether it is paused
+service-invite.txt  the invite with which a service of the system starts it, until the folder has the run
 port.txt       the port it listened at, if none was asked for
 peers.json     whom it knew
 counts.json    (bootstrap) who has trained on how many tokens by now; of a stage counts-stage-N.json
+trackers.json  (--report-to) the identity of its curves, and how far they are drawn
+tensorboard/   (--report-to tensorboard) its curves; wandb/ those of W&B; TRACKER.log: what the tracker last printed
 archive/       (bootstrap) the run's newest model
 model/         the model at the end
 
@@ -54,7 +57,16 @@ _FILES = ("held-out.txt", "tokenizer.bin", "model-files.json", "run.toml")
 """Order of writing: the run comes last, so that a folder that has it has all its files, whenever its peer was
 killed.
 """
-_OF_ANY_START = {"identity.key", "lock", "peer.log", "port.txt", "started.json", "status.json"}
+_OF_ANY_START = {
+    "identity.key",
+    "lock",
+    "page.json",
+    "page.log",
+    "peer.log",
+    "port.txt",
+    "started.json",
+    "status.json",
+}
 """Files that every start leaves, even if it fails before it has fetched a run."""
 _LOCK_TRIES = 16
 _HALF_EXPORTED = re.compile(r"\.(archive|model)\.(new-)?[a-z0-9_]{8}")

@@ -114,6 +114,8 @@ class PeerSettings:
     """HOST:PORT at which to serve control over TCP as well; empty: only at the socket in `directory`."""
     metrics: str = ""
     """HOST:PORT at which to serve Prometheus metrics; empty: nowhere."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that draw this peer's curves: names in `peer/trackers/sinks.py:SINKS`."""
     accept_clock: bool = False
     """True to follow the others' clock however far it is from this machine's."""
     only_announced: bool = False

@@ -31,18 +31,21 @@ def pin_base(run: RunFile, folder: Path, place: FilesPlace) -> BaseFiles | None:
     """Find the files of the base of a resolved run, whose run file is in `folder`, and hash them; None for a built-in
     model.
 
-    Those of the hub are downloaded. Raises RunFileError.
+    Those of the hub are downloaded, and compared with its hashes. Raises RunFileError.
     """
     if run.model.is_built_in:
         return None
     base = base_of(run.model, folder)
     if isinstance(base, HubModel):
         place.progress.begin("fetching the model's files from the hub")
+        place.asks_hub(run.network)
         snapshot = downloaded(run.model, base, place.progress.show, place.stop.check)
-        source, names = snapshot.folder, snapshot.names
-    else:
-        source, names = base, names_in(base, weights=not run.model.from_scratch)
-    return BaseFiles(source, pin_folder(source, names, place, run.model.num_parameters))
+        pinned = pin_folder(snapshot.folder, snapshot.names, place, run.model.num_parameters)
+        for file in pinned.files:
+            snapshot.check_hash(file.name, file.sha256)
+        return BaseFiles(snapshot.folder, pinned)
+    names = names_in(base, weights=not run.model.from_scratch)
+    return BaseFiles(base, pin_folder(base, names, place, run.model.num_parameters))
 
 
 def place_of_base(run: RunFile, folder: Path, place: FilesPlace) -> FilesPlace | None:

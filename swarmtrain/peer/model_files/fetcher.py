@@ -18,7 +18,9 @@ from swarmtrain.errors import BadBytesError, RunFileError, RunTimeError, UserErr
 from swarmtrain.events import WarningEvent
 from swarmtrain.model.hub import HubError, HubModel
 from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.model_files.early_service import serve_files_early
 from swarmtrain.network.model_files.fetch import PeerFetch, RunTarget
+from swarmtrain.network.model_files.served_file import ServedFile
 from swarmtrain.network.model_files.sources import FileSources
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.refusals import Refusals
@@ -40,6 +42,7 @@ from swarmtrain.protocol.pinned_files.file_list import (
     files_to_pin,
     is_weights_name,
 )
+from swarmtrain.run import NetworkSection
 from swarmtrain.words import size_in_words
 
 __all__ = [
@@ -68,6 +71,18 @@ class FilesPlace:
     progress: FileProgress
     emit: Emit
     stop: StopFlag
+    down_mbit: float | None = None
+    """Limit of downloads that the person has set, in Mbit/s (0: none); None: the run's."""
+
+    def asks_hub(self, network: NetworkSection) -> None:
+        """Warn that what comes from the hub is not limited, if downloads are: its library knows no limit, and its
+        fastest way of transfer cannot be slowed from outside."""
+        if network.down_mbit if self.down_mbit is None else self.down_mbit:
+            message = (
+                "downloads are limited (--down, network.down_mbit), but the model's files come from the hub at full "
+                "speed, since its library knows no limit; give a folder that has them to fetch nothing"
+            )
+            self.emit(WarningEvent(message=message, code="hub-not-limited"))
 
 
 def files_place(settings: PeerSettings, control: ControlSession, emit: Emit) -> FilesPlace:
@@ -78,6 +93,7 @@ def files_place(settings: PeerSettings, control: ControlSession, emit: Emit) -> 
         progress=FileProgress(control.board, emit),
         emit=emit,
         stop=control.stop,
+        down_mbit=settings.limits.down_mbit,
     )
 
 
@@ -140,10 +156,13 @@ def _counted(place: FilesPlace, total_bytes: int) -> Callable[[int], None]:
 
 
 def fetch_and_serve(published: PublishedRun, place: FilesPlace, node: Node, others: SwarmSource | None) -> ModelFolder:
-    """Get the files of the run's model onto this machine (`ModelFileFetcher.fetch`), and serve them from now on."""
-    folder = ModelFileFetcher(published, place).fetch(others)
-    node.served_files = folder.served_files()
-    return folder
+    """Get the files of the run's model onto this machine (`ModelFileFetcher.fetch`), and serve each from the moment at
+    which it is complete and checked: before this peer enters the swarm only if `others` are known."""
+    fetcher = ModelFileFetcher(published, place, node.served_files)
+    if others is not None:
+        fetcher.sources = FileSources(node, fetcher.calls(node), others.through, is_source=True)
+        wait_for(others.network.submit(serve_files_early(node, published, fetcher.sources)), place.stop)
+    return fetcher.fetch(others)
 
 
 @dataclass
@@ -152,12 +171,21 @@ class ModelFileFetcher:
 
     published: PublishedRun
     place: FilesPlace
+    served: dict[str, ServedFile] = field(default_factory=dict)
+    """Each file is entered here, by its SHA-256, when it is complete and checked; and so is its chunk list."""
+    sources: FileSources | None = field(default=None, init=False)
+    """Peers that are asked, if this peer serves files itself; else those of `fetch` are asked by themselves."""
     files: PinnedFiles = field(init=False)
     folder: ModelFolder = field(init=False)
 
     def __post_init__(self) -> None:
         self.files = PinnedFiles.from_bytes_untrusted(self.published.model_files)
-        self.folder = ModelFolder(self.place.cache, self.files)
+        self.folder = ModelFolder(self.place.cache, self.files, self.served)
+
+    def calls(self, node: Node) -> PeerCalls:
+        """Return calls to other peers of the run."""
+        limits = self.published.run.network
+        return PeerCalls(node, self.published.sha256, limits.stall_limit_s, limits.least_bytes_per_s)
 
     def fetch(self, swarm: SwarmSource | None, *, weights: bool = True) -> ModelFolder:
         """Return the folder with all files, or with those that have no weights, each checked by its hash.
@@ -277,6 +305,8 @@ class ModelFileFetcher:
             sizes: Mapping[str, int] = {}
             if any(model.cached_file(file.name) is None for file in missing):
                 sizes = model.reach(place.stop.check)
+                model.check_room({file.name: file.size_bytes for file in missing})
+                place.asks_hub(self.published.run.network)
             for file in missing:
                 if sizes.get(file.name, file.size_bytes) != file.size_bytes:  # before it fills the disk
                     raise HubError(f"its {file.name} has another size than the run pins")
@@ -300,14 +330,14 @@ class ModelFileFetcher:
     def _from_peers(self, missing: Sequence[PinnedFile], swarm: SwarmSource) -> None:
         """Fetch files from other peers. Raises RunTimeError if nobody delivers."""
         place, limits = self.place, self.published.run.network
-        calls = PeerCalls(swarm.node, self.published.sha256, limits.stall_limit_s, limits.least_bytes_per_s)
+        calls = self.calls(swarm.node)
         fetch = PeerFetch(
             files=missing,
             disk=Disk(self.folder),
             calls=calls,
             limits=PullLimits(stall_limit_s=limits.stall_limit_s, min_bytes_per_s=limits.min_pull_bytes_per_s),
             blame=Refusals(place.emit).tell,
-            find=FileSources(swarm.node, calls, swarm.through).find,
+            find=(self.sources or FileSources(swarm.node, calls, swarm.through)).find,
         )
         place.progress.begin("fetching the model's files from other peers")
         total = sum(file.size_bytes for file in missing)

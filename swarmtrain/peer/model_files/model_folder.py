@@ -46,11 +46,12 @@ def path_of_list(cache: Path, list_sha256: str) -> Path:
 class ModelFolder:
     """Folder of the files in one list, below the folder `cache`. Methods raise the file system's OSError."""
 
-    def __init__(self, cache: Path, files: PinnedFiles) -> None:
+    def __init__(self, cache: Path, files: PinnedFiles, served: dict[str, ServedFile] | None = None) -> None:
+        """Enter into `served` each file and chunk list that is found or has arrived, by its SHA-256."""
         self.files = files
+        self._served = {} if served is None else served
         self.path = path_of_list(cache, files.sha256)
         self.hashes = FileHashes(cache / "models" / "hashes")
-        self._checked: dict[str, ServedFile] = {}
 
     @contextmanager
     def locked(self, wait: Callable[[], None]) -> Iterator[None]:
@@ -109,16 +110,18 @@ class ModelFolder:
         return True
 
     def _keep(self, file: PinnedFile, served: ServedFile, chunk_list: bytes) -> None:
-        self._checked[file.sha256] = served
         self.keep_chunk_list(file, chunk_list)
+        self._serve(file, served)
+
+    def _serve(self, file: PinnedFile, served: ServedFile) -> None:
+        """Let others have a file that was checked, and its chunk list."""
+        if file.chunks_sha256:
+            self._served[file.chunks_sha256] = ServedFile.of(self._chunk_list_path(file))
+        self._served[file.sha256] = served
 
     def served_files(self) -> dict[str, ServedFile]:
         """Return the files that were found or have arrived, and their chunk lists, by their SHA-256."""
-        served = dict(self._checked)
-        for file in self.files.files:
-            if file.chunks_sha256 and file.sha256 in served:
-                served[file.chunks_sha256] = ServedFile.of(self._chunk_list_path(file))
-        return served
+        return dict(self._served)
 
     # ------------------------------------------------------------- files that arrive (`network.model_files.fetch`)
 
@@ -150,7 +153,7 @@ class ModelFolder:
     def finish(self, file: PinnedFile, part: PartFile, advance: Advance = lambda num_bytes: None) -> None:
         """Check a part as a whole and give it its name. Raises BadBytesError if it does not match its hash."""
         part.finish(self.hashes, advance)
-        self._checked[file.sha256] = ServedFile.of(part.path)
+        self._serve(file, ServedFile.of(part.path))
 
     def _chunk_list_path(self, file: PinnedFile) -> Path:
         return self.path / _CHUNKS / file.chunks_sha256

@@ -84,7 +84,6 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     """
     run, published = context.run, context.published
     settings = context.settings
-    run.adapter.groups_worth(settings.adapter_rank)  # raises before anything takes time
     check_positions(run.model)
     check_memory(run, num_trained_parameters(run), settings.limits.memory_bytes, settings.device.num_host_ranks)
     limits = (settings.limits.memory_bytes, settings.vram_bytes)
@@ -336,9 +335,11 @@ class ModelTraining:
 
     def _tell_started(self, inner_steps: int) -> None:
         """Emit the `started` event when the first round begins."""
-        run = self.context.run
-        if self.compiled is not None and self.session.groups_of_round is None:  # else it would compile for each choice
-            self.compiled.start(self.context.settings.compile, num_parameters(run.model))
+        run, asked = self.context.run, self.context.settings.compile
+        if self.compiled is not None and self.session.groups_of_round is None:
+            self.compiled.start(asked, num_parameters(run.model))
+        elif self.compiled is not None:
+            self.compiled.leave(asked, "each choice of an adapter's groups (--rank) would be compiled anew")
         self.context.emit(
             StartedEvent(
                 inner_steps_per_round=inner_steps,

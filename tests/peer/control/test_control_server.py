@@ -381,6 +381,15 @@ def test_a_folder_with_a_long_path_has_its_socket_elsewhere(tmp_path: Path, peer
     assert not (folder / "control.address").exists()
 
 
+def test_a_folder_with_signs_of_an_address_in_its_name_has_its_socket_inside(tmp_path: Path, peer: FakePeer) -> None:
+    folder = tmp_path / "o%dd?a#b c"
+    folder.mkdir()
+    with serving(folder, peer):
+        assert (folder / "control.sock").is_socket()
+        with client(folder) as stub:
+            assert_serves(stub)
+
+
 def test_the_socket_of_a_killed_peer_is_replaced(tmp_path: Path, peer: FakePeer) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(tmp_path / "control.sock"))

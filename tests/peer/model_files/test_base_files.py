@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from codes import raises_code
 from model_files import CONTENTS, write_model
 from small_hub import SmallHub, small_hub
 from small_models import run_of
 
+from swarmtrain.errors import RunFileError
 from swarmtrain.events import Event
 from swarmtrain.model.base import with_base_path
 from swarmtrain.peer.bootstrap import run_bootstrap
@@ -51,6 +53,25 @@ def test_a_model_of_the_hub_is_downloaded_and_pinned(
         found, where = pin_base(run, tmp_path, place), place_of_base(run, tmp_path, place)
         assert found is not None and where is not None and where.given is None
         assert found.pinned == _pinned_of(tmp_path, place)
+
+
+def test_a_file_that_is_not_what_the_hub_has_is_not_published(
+    tmp_path: Path, place: FilesPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    with small_hub() as hub:
+        hub.use_in(monkeypatch, tmp_path / "hub-cache")
+        run = run_of(f"anna/tiny@{_pushed(hub, tmp_path)}")
+        first = pin_base(run, tmp_path, place)
+        assert first is not None
+        (first.folder / "model.safetensors").write_bytes(CONTENTS["model.safetensors"][::-1])
+        with raises_code("hub-file-damaged", RunFileError, "model.safetensors is not what the hub has") as raised:
+            pin_base(run, tmp_path, place)
+        damaged = Path(str(raised.value).partition("delete ")[2].partition(" and")[0])
+        assert damaged.read_bytes() == CONTENTS["model.safetensors"][::-1]
+        damaged.unlink()
+        found = pin_base(run, tmp_path, place)
+        assert found is not None and found.pinned == _pinned_of(tmp_path, place)
 
 
 def _pushed(hub: SmallHub, folder: Path) -> str:

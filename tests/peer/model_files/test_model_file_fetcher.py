@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +25,14 @@ from swarmtrain.peer.control.arrival import FileProgress
 from swarmtrain.peer.control.board import StatusBoard
 from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
 from swarmtrain.peer.model_files import fetcher as fetcher_module
-from swarmtrain.peer.model_files.fetcher import FilesPlace, ModelFileFetcher, SwarmSource, names_in, pin_folder
+from swarmtrain.peer.model_files.fetcher import (
+    FilesPlace,
+    ModelFileFetcher,
+    SwarmSource,
+    fetch_and_serve,
+    names_in,
+    pin_folder,
+)
 from swarmtrain.peer.model_files.model_folder import ModelFolder
 from swarmtrain.run import CHUNK_BYTES, NetworkSection
 
@@ -41,6 +51,7 @@ class Peer:
     events: list[Event] = field(default_factory=list)
     stop: StopFlag = field(default_factory=StopFlag)
     on_event: Callable[[Event], None] = lambda event: None
+    down_mbit: float | None = None
 
     def __post_init__(self) -> None:
         self.files = pinned(write_model(self.folder / "source"))
@@ -51,7 +62,12 @@ class Peer:
         clock = iter(range(10**6))  # three seconds between two looks
         progress = FileProgress(self.board, self._emit, lambda: 3.0 * next(clock))
         return FilesPlace(
-            cache=self.folder / "cache", given=self.given, progress=progress, emit=self._emit, stop=self.stop
+            cache=self.folder / "cache",
+            given=self.given,
+            progress=progress,
+            emit=self._emit,
+            stop=self.stop,
+            down_mbit=self.down_mbit,
         )
 
     def _emit(self, event: Event) -> None:
@@ -87,7 +103,7 @@ def peer(tmp_path: Path, network: NetworkThread, monkeypatch: pytest.MonkeyPatch
     whole = model_folder(tmp_path / "others-cache", source, pinned(source))
     others = FilePeers({"other": FilePeer(whole.served_files())})
     monkeypatch.setattr(fetcher_module, "PeerCalls", lambda *args: others)
-    monkeypatch.setattr(fetcher_module, "FileSources", lambda *args: others)
+    monkeypatch.setattr(fetcher_module, "FileSources", lambda *args, **more: others)
     return Peer(tmp_path, others, network)
 
 
@@ -121,6 +137,45 @@ def test_what_other_peers_delivered_is_there_at_the_next_start(peer: Peer) -> No
     assert peer.sent_bytes == TOTAL and not list(folder.path.glob("*.part"))
 
 
+def test_each_file_is_served_from_the_moment_at_which_it_is_complete_and_checked(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    small, large = peer.files.files
+
+    class Served(dict[str, Any]):
+        has_small = threading.Event()
+
+        def __setitem__(self, sha256: str, file: Any) -> None:
+            super().__setitem__(sha256, file)
+            if sha256 == small.sha256:
+                self.has_small.set()
+
+    node: Any = SimpleNamespace(identity=SimpleNamespace(peer_id="me"), served_files=Served())
+
+    async def begin(node: Any, published: Any, sources: Any) -> None:
+        begun.append(sources)
+
+    monkeypatch.setattr(fetcher_module, "serve_files_early", begin)
+    open_pull = peer.others.open_pull
+
+    async def pull(asked: str, request: Any) -> Any:
+        if request.snapshot_sha256.hex() == large.sha256:
+            assert await asyncio.to_thread(node.served_files.has_small.wait, 20), "it is served meanwhile"
+        assert large.sha256 not in node.served_files, "before its last chunk was checked"
+        return await open_pull(asked, request)
+
+    monkeypatch.setattr(peer.others, "open_pull", pull)
+    run = SimpleNamespace(model=SimpleNamespace(base="tiny"), network=NetworkSection(stall_limit_s=1.0))
+    published: Any = SimpleNamespace(model_files=peer.files.to_bytes(), sha256="ab" * 32, run=run)
+    others = SwarmSource(peer.network, node, ())
+    folder = fetch_and_serve(published, peer.place, node, others)
+    assert begun == [peer.others] and node.served_files == folder.served_files() and len(node.served_files) == 3
+    again: Any = SimpleNamespace(served_files={})
+    fetch_and_serve(published, peer.place, again, None)
+    assert again.served_files == node.served_files and len(begun) == 1, "nobody is known: it is served once it enters"
+
+
 def test_progress_is_an_event_now_and_then_and_on_the_board(peer: Peer) -> None:
     seen = list[str]()
     peer.on_event = lambda event: seen.append(peer.board.status().doing)
@@ -152,6 +207,20 @@ def test_the_hub_comes_before_other_peers(peer: Peer, hub: SmallHub) -> None:
     num_asked = len(hub.asked)
     assert_whole(peer.fetch())
     assert len(hub.asked) == num_asked, "it is here by now"
+
+
+def test_that_the_hub_knows_no_limit_is_said_once_before_it_is_asked(peer: Peer, hub: SmallHub) -> None:
+    peer.base = f"anna/tiny@{hub.push_folder('anna/tiny', peer.folder / 'source')}"
+    peer.down_mbit = 5.0
+    assert_whole(peer.fetch())
+    assert peer.warnings == ["hub-not-limited"] and peer.sent_bytes == 0
+    assert_whole(peer.fetch())
+    assert len(peer.warnings) == 1, "it is here by now"
+    limits, said = NetworkSection(down_mbit=5.0), len(peer.events)
+    dataclasses.replace(peer.place, down_mbit=0.0).asks_hub(limits)
+    assert len(peer.events) == said, "the person has lifted the run's limit"
+    dataclasses.replace(peer.place, down_mbit=None).asks_hub(limits)
+    assert peer.warnings == ["hub-not-limited"] * 2
 
 
 def test_a_hub_with_other_bytes_is_not_believed(peer: Peer, hub: SmallHub) -> None:

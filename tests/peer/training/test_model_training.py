@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -121,3 +123,19 @@ def test_batches_are_drawn_ahead_until_it_leaves(monkeypatch: pytest.MonkeyPatch
         batches._check()
     made.leave()
     assert batches._thread is not None and not batches._thread.is_alive()
+
+
+@pytest.mark.parametrize(("asked", "says"), [("on", ["--rank"]), ("auto", [])])
+def test_who_trains_some_groups_of_an_adapter_compiles_nothing_and_says_so_if_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: Any, says: list[str]
+) -> None:
+    made, told = prepared(monkeypatch, tmp_path, "gossip", ComputeDevice()), list[str]()
+    made.context.settings = dataclasses.replace(made.context.settings, compile=asked)
+    made.session.groups_of_round = lambda round: frozenset([round % 4])
+    assert made.compiled is not None
+    made.compiled.tell = lambda is_compiled, why: told.append(why)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    made._tell_started(4)
+    assert [words in why for words, why in zip(says, told, strict=True)] == [True] * len(says)
+    assert made.compiled.is_over
+    made.leave()

@@ -1,0 +1,341 @@
+"""State of a swarm's page: what a peer's view says, in the panels and rows that the browser shows. Pure.
+
+The words are those of the screens (`cli/facts.py`). Everybody sees the swarm. Only the peer's own user sees what names
+files of its machine, what may be changed there, and warnings. All values are finite; names and messages are escaped,
+and the browser shows them as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swarmtrain.cli.facts import (
+    archive_in_words,
+    checkpoint_in_words,
+    contribution_in_words,
+    device_of,
+    exchange_in_words,
+    finite,
+    limits_in_words,
+    progress_in_words,
+    sentence,
+    shares_of,
+    speed_of,
+    speeds_in_words,
+    stage_range_in_words,
+    state_in_words,
+    time_left_in_words,
+    tokens_in_words,
+    volunteers_in_words,
+)
+from swarmtrain.cli.lines import clipped
+from swarmtrain.cli.peers import PeerPhase, View, title
+from swarmtrain.protocol.limits import exact_size, temperature_of_limit
+from swarmtrain.v1 import control_pb2 as wire
+from swarmtrain.web.downsample import largest_triangles
+from swarmtrain.web.server import State
+from swarmtrain.words import (
+    bits_per_byte,
+    count_in_words,
+    counted,
+    one_line,
+    short_peer,
+    size_in_words,
+    source_losses_in_words,
+)
+
+__all__ = ["MachineUse", "page_of"]
+
+_NAME_CELLS = 32
+_MOST_POINTS = 600
+_MOST_NAMED = 8
+_TONES = {
+    "training": "good",
+    "serving": "good",
+    "done": "good",
+    "ended": "good",
+    "waiting": "wait",
+    "paused": "wait",
+    "starting": "wait",
+    "finishing": "wait",
+    "ending": "wait",
+}
+"""Tone of each state; any other is bad."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineUse:
+    """What a peer and its daemon use of their machine now."""
+
+    processor_share: float
+    """Processors in use, 1.0 for a whole one."""
+    memory_bytes: int
+
+
+def page_of(view: View, use: MachineUse | None = None) -> tuple[State, State]:
+    """Return the page's state for everybody, and for the peer's own user."""
+    status = view.status
+    shared = {
+        "progress": _progress(view),
+        "learning": _learning(status),
+        "answers": _answers(view),
+        "traffic": _traffic(status),
+        "pipeline": _pipeline(status),
+    }
+    for_everybody = {**shared, "head": _head(view, is_owner=False), "machine": None, "notices": []}
+    for_owner = {
+        **shared,
+        "head": _head(view, is_owner=True),
+        "machine": _machine(view, use),
+        "notices": [[round(item.time), one_line(item.message)] for item in reversed(status.notices)],
+    }
+    rows = _rows(view)
+    return (for_everybody, rows), (for_owner, rows)
+
+
+def _head(view: View, *, is_owner: bool) -> dict[str, Any]:
+    status, state = view.status, state_in_words(view)
+    return {
+        "run": one_line(status.run_name),
+        "run_sha256": one_line(status.run_sha256)[:12],
+        "peer": clipped(title(status, view.folder), _NAME_CELLS),
+        "role": one_line(status.role) or "peer",
+        "version": one_line(status.version),
+        "state": state,
+        "tone": _TONES.get(state, "bad"),
+        "sentence": sentence(view, for_strangers=not is_owner),
+        "over": view.phase.over,
+        "time": round(finite(status.time), 1),
+        "is_owner": is_owner,
+        "total_tokens": status.total_tokens,
+    }
+
+
+def _progress(view: View) -> dict[str, Any]:
+    status = view.status
+    done = min(1.0, status.run_tokens / status.total_tokens) if status.total_tokens else 0.0
+    ends = view.phase is PeerPhase.RUNNING and status.run_tokens < status.total_tokens
+    return {
+        "done": round(done, 4),
+        "words": progress_in_words(view),
+        "tokens": tokens_in_words(view),
+        "left": time_left_in_words(view),
+        "end_time": round(finite(status.end_time)) if ends else 0,
+        "round": status.round,
+        "inner_steps_done": status.inner_steps_done,
+        "inner_steps": status.inner_steps,
+    }
+
+
+# ---------------------------------------------------------------- does it learn
+
+
+def _learning(status: Any) -> dict[str, Any]:
+    points = [point for point in status.losses if point.run_tokens]
+    training = [(point.run_tokens, finite(point.time), point.loss) for point in points if finite(point.loss)]
+    held_out = [
+        (point.run_tokens, finite(point.time), point.held_out_loss) for point in points if finite(point.held_out_loss)
+    ]
+    names = [one_line(item.name) for item in status.source_losses]
+    return {
+        "training": _curve(training),
+        "held_out": _curve(held_out),
+        "whose": "median of the volunteers" if status.role == "bootstrap" else "of this peer",
+        "sources": source_losses_in_words(names, [finite(item.held_out_loss) for item in status.source_losses]),
+    }
+
+
+def _curve(points: Sequence[tuple[int, float, float]]) -> dict[str, list[float]]:
+    """Return a curve of (tokens, Unix seconds, loss), thinned for the screen."""
+    tokens, times, losses = ([point[axis] for point in points] for axis in range(3))
+    kept = largest_triangles(tokens, losses, _MOST_POINTS) if points else []
+    return {
+        "tokens": [tokens[place] for place in kept],
+        "time": [round(times[place]) for place in kept],
+        "loss": [_rounded(losses[place]) for place in kept],
+    }
+
+
+def _rounded(loss: float) -> float:
+    return float(f"{loss:.5g}")
+
+
+# ---------------------------------------------------------------- the first answers
+
+
+def _answers(view: View) -> list[dict[str, str]]:
+    """Answer what a person asks first: does it learn, when does it end, who is here."""
+    status = view.status
+    here = [peer for peer in status.peers if peer.present and not peer.bootstrap]
+    learns, how = _learns(status)
+    left = time_left_in_words(view)
+    speed = f"{speed_of(status.swarm_tokens_per_s)} together" if finite(status.swarm_tokens_per_s) else ""
+    known = [peer for peer in status.peers if not peer.bootstrap]
+    return [
+        {"name": "Is it learning?", "answer": learns, "more": how},
+        {"name": "How long yet?", "answer": left or "not known yet", "more": tokens_in_words(view)},
+        {
+            "name": "Who took part?" if view.phase.over else "Who is here?",
+            "answer": volunteers_in_words(view) if view.phase.over else counted(len(here), "volunteer"),
+            "more": ""
+            if view.phase.over
+            else ", ".join(part for part in (_away(len(known) - len(here)), speed) if part),
+        },
+    ]
+
+
+def _away(number: int) -> str:
+    return f"{number} more took part before" if number else ""
+
+
+def _learns(status: Any) -> tuple[str, str]:
+    """Return the newest loss, and how it has changed since the first one that is known."""
+    held_out = [point.held_out_loss for point in status.losses if finite(point.held_out_loss)]
+    training = [point.loss for point in status.losses if finite(point.loss)]
+    newest = finite(status.held_out_loss) or (held_out[-1] if held_out else 0.0)
+    if newest:
+        change = _change(held_out[0], newest) if held_out else ""
+        return f"{newest:.3f} nats/byte", f"held-out loss, {bits_per_byte(newest):.3f} bits/byte{change}"
+    if training:
+        return f"{training[-1]:.3f} nats/token", f"training loss{_change(training[0], training[-1])}"
+    return "no loss yet", "the first round is not over"
+
+
+def _change(first: float, last: float) -> str:
+    if f"{first:.3f}" == f"{last:.3f}":
+        return ""
+    return f", {'down' if last < first else 'up'} from {first:.3f}"
+
+
+# ---------------------------------------------------------------- who is here
+
+
+def _rows(view: View) -> dict[str, Any]:
+    """Return a row of each peer, by its PeerID."""
+    status = view.status
+    return {
+        one_line(peer.peer): _row(view, peer, share)
+        for peer, share in zip(status.peers, shares_of(status.peers), strict=True)
+    }
+
+
+def _row(view: View, peer: Any, share: str) -> dict[str, Any]:
+    status, is_role = view.status, peer.bootstrap and not peer.tokens
+    is_me, is_here = peer.peer == status.peer, peer.present and not view.phase.over
+    name, short = clipped(peer.name, _NAME_CELLS), short_peer(one_line(peer.peer))
+    return {
+        "name": name,
+        "short": short if short != name else "",
+        "me": is_me,
+        "here": is_here,
+        "bootstrap": peer.bootstrap,
+        "tokens": peer.tokens,
+        "work": "" if is_role else count_in_words(peer.tokens),
+        "share": "" if is_role else share,
+        "speed": speed_of(peer.tokens_per_s) if is_here and finite(peer.tokens_per_s) > 0 else "",
+        "device": clipped(peer.device, _NAME_CELLS),
+        "heard": 0 if is_me else round(finite(peer.heard_time)),
+        "reached": _reached(peer, is_me),
+        "round": peer.round if is_here and not peer.bootstrap else -1,
+        "loss": _rounded(finite(peer.loss)),
+        "stages": stage_range_in_words(peer.stages) if peer.stages and is_here else "",
+    }
+
+
+def _reached(peer: Any, is_me: bool) -> str:
+    if is_me:
+        return "this peer"
+    if not peer.present:
+        return ""
+    return "through hosts" if peer.hidden else "directly"
+
+
+# ---------------------------------------------------------------- traffic, stages, machine
+
+
+def _traffic(status: Any) -> dict[str, Any]:
+    sent, received = finite(status.sent_bytes_per_s), finite(status.received_bytes_per_s)
+    return {
+        "sent": size_in_words(status.sent_bytes),
+        "sent_per_s": f"{size_in_words(sent)}/s",
+        "received": size_in_words(status.received_bytes),
+        "received_per_s": f"{size_in_words(received)}/s",
+        "exchange": exchange_in_words(status),
+        "merged": one_line(status.last_merge),
+        "reach": one_line(status.reach),
+    }
+
+
+def _pipeline(status: Any) -> list[dict[str, Any]] | None:
+    """Return the stages of a pipeline; None if every peer holds the whole model."""
+    if not status.stages:
+        return None
+    return [
+        {
+            "number": stage.number,
+            "mine": stage.mine,
+            "peers": stage.num_peers,
+            "holders": _named(peer for peer in status.peers if peer.present and stage.number in peer.stages),
+            "speed": speed_of(stage.tokens_per_s),
+            "most": speed_of(stage.most_tokens_per_s),
+            "queue": round(finite(stage.queue), 1),
+        }
+        for stage in sorted(status.stages, key=lambda stage: stage.number)
+    ]
+
+
+def _named(peers: Iterable[Any]) -> str:
+    names = [clipped(peer.name, _NAME_CELLS) for peer in peers]
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _machine(view: View, use: MachineUse | None) -> dict[str, Any]:
+    status = view.status
+    is_volunteer = status.role != "bootstrap"
+    uses = ""
+    if use is not None:
+        uses = f"{use.processor_share:.1f} processors, {size_in_words(use.memory_bytes)} of memory"
+    facts = {
+        "Uses now": uses,
+        "Trains on": device_of(status),
+        "May use": limits_in_words(status.limits) if status.HasField("limits") else "",
+        "Contributed": contribution_in_words(status) if is_volunteer else "",
+        "Speed": speeds_in_words(status),
+        "Data": one_line(status.data),
+        "Adapter": one_line(status.adapter),
+        "Checkpoint": "" if status.HasField("archive") else checkpoint_in_words(view),
+        "Archive": archive_in_words(view),
+        "Folder": one_line(str(view.folder)) if view.folder is not None else "",
+    }
+    running = view.phase is PeerPhase.RUNNING
+    return {
+        "facts": [[name, words] for name, words in facts.items() if words],
+        "running": running,
+        "volunteer": is_volunteer,
+        "paused": status.state == wire.PEER_STATE_PAUSED,
+        "limits": _limits(status.limits) if status.HasField("limits") and is_volunteer else None,
+    }
+
+
+def _limits(limits: Any) -> dict[str, Any]:
+    """Return the limits as a person writes them, for a form."""
+    return {
+        "threads": limits.threads,
+        "memory": exact_size(limits.memory_bytes) if limits.memory_bytes else "none",
+        "hours": one_line(limits.hours) or "any",
+        "up": _number(limits.up_mbit),
+        "down": _number(limits.down_mbit),
+        "only_when_idle": limits.only_when_idle,
+        "nice": limits.nice if limits.HasField("nice") else None,
+        "gpu_share": limits.gpu_share if limits.HasField("gpu_share") else None,
+        "max_temperature": temperature_of_limit(finite(limits.max_temperature))
+        if limits.HasField("max_temperature")
+        else None,
+    }
+
+
+def _number(value: float) -> float:
+    return float(f"{finite(value):g}")

@@ -1,0 +1,56 @@
+// Elements and words. Text from other peers only ever becomes text: nothing here parses markup.
+
+export const NO_TIME = "–";
+
+/** Return an element with properties and children; strings become text. */
+export function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name in element && name !== "list") element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+/** Set an element's text, if it is another one: an unchanged page costs no layout. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/** Replace the name and fact pairs of a `dl`. */
+export function setFacts(list, facts) {
+  const shown = facts.filter(([, fact]) => fact);
+  while (list.children.length > 2 * shown.length) list.lastChild.remove();
+  while (list.children.length < 2 * shown.length) list.append(make("dt"), make("dd"));
+  shown.forEach(([name, fact], number) => {
+    setText(list.children[2 * number], name);
+    setText(list.children[2 * number + 1], fact);
+  });
+}
+
+/** Format a number of tokens, such as 1.2 M. */
+export function count(number) {
+  for (const unit of ["", " k", " M", " G", " T"]) {
+    if (Math.abs(number) < 999.5) return `${Number(number.toPrecision(3))}${unit}`;
+    number /= 1000;
+  }
+  return `${number.toFixed(0)} P`;
+}
+
+/** Say coarsely how long ago something was. */
+export function ago(seconds) {
+  if (seconds < 2) return "now";
+  for (const [unit, length, below] of [["s", 1, 60], ["min", 60, 3600], ["h", 3600, 172800]]) {
+    if (seconds < below) return `${Math.floor(seconds / length)} ${unit} ago`;
+  }
+  return `${Math.floor(seconds / 86400)} d ago`;
+}
+
+/** Format a time of day, with the date if it is not today's. */
+export function clock(time) {
+  const then = new Date(1000 * time);
+  const sameDay = then.toDateString() === new Date().toDateString();
+  const day = sameDay ? {} : { month: "short", day: "numeric" };
+  return then.toLocaleString(undefined, { ...day, hour: "2-digit", minute: "2-digit", hour12: false });
+}

@@ -1,0 +1,177 @@
+// The page of a swarm: takes what the peer says, and puts each part of it into its place.
+import { CurveChart } from "./charts.js";
+import { ago, clock, make, setFacts, setText } from "./dom.js";
+import { OwnPeer } from "./own.js";
+import { follow } from "./stream.js";
+import { PeerTable } from "./table.js";
+
+const get = (id) => document.getElementById(id);
+
+/** Take the key of the peer's own user out of the address, so that a copied address does not have it. */
+function takeKey() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("key");
+  if (given) {
+    sessionStorage.setItem("key", given);
+    history.replaceState(null, "", location.pathname);
+  }
+  return sessionStorage.getItem("key") ?? "";
+}
+
+const key = takeKey();
+const state = { panels: {}, rows: new Map(), connection: "", why: "", newsTime: 0 };
+const charts = {
+  heldOut: new CurveChart(get("chart-held-out"), "Held-out loss", "nats per byte; lower is better"),
+  training: new CurveChart(get("chart-training"), "Training loss", "nats per token"),
+};
+const HERE = ["Name", "Share", "Tokens", "Speed", "Doing", "Trains on", "Heard", "Reached"];
+const here = new PeerTable(get("here"), "Peers that are here now, the most work first", HERE);
+const before = new PeerTable(get("before"), "Peers that took part before", ["Name", "Share", "Tokens", "Heard"]);
+const own = new OwnPeer(get("machine"), key);
+let axis = "tokens";
+
+// ---------------------------------------------------------------- the parts
+
+const draw = {
+  head(head) {
+    setText(get("run"), head.run || head.peer);
+    setText(get("state"), head.state);
+    get("state").dataset.tone = head.tone;
+    setText(get("sentence"), head.sentence);
+    setText(get("seen-by"), `as ${head.peer} sees it`);
+    const run = head.run_sha256 ? `run ${head.run_sha256}, ` : "";
+    setText(get("about"), `${run}swarmtrain ${head.version}${head.is_owner ? "" : ", read only"}`);
+    document.title = `${head.run || head.peer}: ${head.state}`;
+    announceState(`${head.peer} is ${head.state}`);
+    drawConnection();
+  },
+  progress(progress) {
+    const percent = 100 * progress.done;
+    const bar = get("progress-bar");
+    bar.firstElementChild.style.width = `${percent}%`;
+    bar.setAttribute("aria-valuenow", percent.toFixed(1));
+    bar.setAttribute("aria-valuetext", progress.words);
+    setText(get("progress-tokens"), progress.tokens);
+    const at = progress.end_time ? `, at ${clock(progress.end_time)}` : "";
+    setText(get("progress-left"), progress.left ? progress.left + at : "");
+  },
+  answers(answers) {
+    const list = get("answers");
+    while (list.children.length < answers.length) {
+      list.append(make("div", {}, make("dt"), make("dd"), make("dd", { className: "quiet" })));
+    }
+    answers.forEach((each, number) => {
+      const [name, answer, more] = list.children[number].children;
+      setText(name, each.name);
+      setText(answer, each.answer);
+      setText(more, each.more);
+    });
+  },
+  learning(learning) {
+    const curve = (given, name, shade, dots) => ({ name, colour: shade, x: given[axis], y: given.loss, dots });
+    const given = (curves) => curves.filter((each) => each.x.length);
+    charts.heldOut.show(given([curve(learning.held_out, "held-out", "--held-out", true)]), axis);
+    charts.training.show(given([curve(learning.training, learning.whose, "--training", false)]), axis);
+    setText(get("sources"), learning.sources ? `held-out by source: ${learning.sources}` : "");
+  },
+  pipeline(stages) {
+    const section = get("pipeline");
+    section.hidden = !stages;
+    if (!stages) return;
+    section.querySelector("table")?.remove();
+    const heads = ["Stage", "Held by", "Speed", "Could do", "Waiting"];
+    const lines = stages.map((stage) =>
+      make(
+        "tr",
+        { className: stage.mine ? "me" : "" },
+        make("th", { scope: "row" }, String(stage.number)),
+        make("td", {}, stage.holders || (stage.peers ? `${stage.peers} peers` : "nobody")),
+        make("td", { className: "number" }, stage.speed),
+        make("td", { className: "number" }, stage.most),
+        make("td", { className: "number" }, String(stage.queue)),
+      ),
+    );
+    section.append(
+      make(
+        "table",
+        {},
+        make("thead", {}, make("tr", {}, ...heads.map((name) => make("th", { scope: "col" }, name)))),
+        make("tbody", {}, ...lines),
+      ),
+    );
+  },
+  machine(machine) {
+    own.show(machine);
+  },
+  traffic(traffic) {
+    setFacts(get("traffic").querySelector("dl"), [
+      ["Sent", `${traffic.sent} (${traffic.sent_per_s})`],
+      ["Received", `${traffic.received} (${traffic.received_per_s})`],
+      ["Exchange", traffic.exchange],
+      ["Merged", traffic.merged],
+      ["Reach", traffic.reach],
+    ]);
+  },
+  notices(notices) {
+    get("notices").hidden = !notices.length;
+    const lines = notices.map(([time, text]) => make("li", {}, make("time", {}, clock(time)), ` ${text}`));
+    get("notices").querySelector("ol").replaceChildren(...lines);
+  },
+};
+
+function drawPeers() {
+  const rows = [...state.rows];
+  here.show(rows.filter(([, row]) => row.here), "Nobody is here now.");
+  const gone = rows.filter(([, row]) => !row.here && (row.tokens || !row.bootstrap));
+  get("before").hidden = !gone.length;
+  before.show(gone);
+}
+
+function drawConnection() {
+  const notice = get("connection");
+  const head = state.panels.head;
+  const last = state.newsTime ? `; this is how it was ${ago(Date.now() / 1000 - state.newsTime)}` : "";
+  const words = {
+    open: "",
+    lost: `The page's server does not answer: it ends with its peer. The page goes on when it is back${last}.`,
+    refused: `${state.why || "The page's server refuses to answer"}${last}.`,
+  };
+  const text = words[state.connection] ?? "";
+  notice.hidden = !text;
+  setText(notice, text);
+  document.body.classList.toggle("stale", Boolean(text) || Boolean(head && head.over));
+}
+
+// ---------------------------------------------------------------- what a screen reader is told
+
+let announced = "";
+function announceState(text) {
+  if (announced && announced !== text) setText(get("announcer"), text);
+  announced = text;
+}
+
+// ---------------------------------------------------------------- news
+
+function take(message) {
+  if (message.all) state.rows.clear();
+  for (const [id, row] of Object.entries(message.rows)) state.rows.set(id, row);
+  for (const id of message.gone) state.rows.delete(id);
+  Object.assign(state.panels, message.panels);
+  state.newsTime = Date.now() / 1000;
+  for (const name of Object.keys(message.panels)) draw[name]?.(message.panels[name]);
+  if (message.all || Object.keys(message.rows).length || message.gone.length) drawPeers();
+}
+
+get("axis").addEventListener("change", (event) => {
+  axis = event.target.value;
+  if (state.panels.learning) draw.learning(state.panels.learning);
+});
+setInterval(() => {
+  here.tick();
+  before.tick();
+  drawConnection();
+}, 1000);
+follow("state", key, take, (connection, why) => {
+  state.connection = connection;
+  state.why = why;
+  drawConnection();
+});

@@ -1,0 +1,108 @@
+// Table of peers: sorted by their work, as many as one wants to see, and only what changed is touched.
+import { ago, make, NO_TIME, setText } from "./dom.js";
+
+const FIRST = 25;
+
+/** Columns: name, class, and the text of a row's cell at a time (Unix seconds). */
+const COLUMNS = [
+  ["Name", "name", null],
+  ["Share", "number", (row) => row.share],
+  ["Tokens", "number", (row) => row.work],
+  ["Speed", "number", (row) => row.speed],
+  ["Doing", "", (row) => row.stages || (row.round >= 0 ? `round ${row.round}` : row.bootstrap && row.here ? "bootstrap" : "")],
+  ["Trains on", "", (row) => row.device],
+  ["Heard", "number", (row, now) => (row.me || !row.heard ? "" : ago(now - row.heard))],
+  ["Reached", "", (row) => row.reached],
+];
+
+export class PeerTable {
+  /** Put a table into `section`, with only the columns of those names. */
+  constructor(section, caption, names) {
+    this.columns = COLUMNS.filter(([name]) => names.includes(name));
+    this.body = make("tbody");
+    this.lines = new Map();
+    this.most = FIRST;
+    this.rows = [];
+    this.more = make("button", { type: "button", hidden: true });
+    this.more.addEventListener("click", () => {
+      this.most = this.most === FIRST ? Infinity : FIRST;
+      this.draw();
+    });
+    this.empty = make("p", { className: "quiet" });
+    const heads = this.columns.map(([name, kind]) => make("th", { scope: "col", className: kind }, name));
+    this.table = make(
+      "table",
+      { className: "peers" },
+      make("caption", { className: "unseen" }, caption),
+      make("thead", {}, make("tr", {}, ...heads)),
+      this.body,
+    );
+    section.append(make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: caption }, this.table), this.empty, this.more);
+  }
+
+  /** Show these rows, as [id, row], sorted by their work. */
+  show(rows, nothing = "") {
+    this.rows = rows.sort(([a, one], [b, other]) => other.tokens - one.tokens || (a < b ? -1 : 1));
+    setText(this.empty, rows.length ? "" : nothing);
+    this.empty.hidden = rows.length > 0;
+    this.table.hidden = !rows.length;
+    this.draw();
+  }
+
+  draw() {
+    const now = Date.now() / 1000;
+    const shown = this.rows.slice(0, this.most);
+    const most = Math.max(1, ...shown.map(([, row]) => row.tokens));
+    const wanted = new Set(shown.map(([id]) => id));
+    for (const [id, line] of this.lines) {
+      if (wanted.has(id)) continue;
+      line.remove();
+      this.lines.delete(id);
+    }
+    shown.forEach(([id, row], place) => {
+      let line = this.lines.get(id);
+      if (!line) {
+        line = this.#line();
+        this.lines.set(id, line);
+      }
+      this.#fill(line, row, now, row.tokens / most);
+      if (this.body.children[place] !== line) this.body.insertBefore(line, this.body.children[place] ?? null);
+    });
+    const rest = this.rows.length - FIRST;
+    this.more.hidden = rest <= 0;
+    setText(this.more, this.most === FIRST ? `Show all ${this.rows.length}` : `Show the first ${FIRST}`);
+  }
+
+  /** Let the ages grow. */
+  tick() {
+    const now = Date.now() / 1000;
+    const place = this.columns.findIndex(([name]) => name === "Heard");
+    if (place < 0) return;
+    for (const [id, row] of this.rows.slice(0, this.most)) {
+      const line = this.lines.get(id);
+      if (line) setText(line.children[place], this.columns[place][2](row, now) || (row.me ? "" : NO_TIME));
+    }
+  }
+
+  #line() {
+    const line = make("tr");
+    for (const [, kind] of this.columns) {
+      if (kind !== "name") line.append(make("td", { className: kind }));
+      else line.append(make("th", { scope: "row" }, make("bdi"), make("span", { className: "quiet" }), make("span", { className: "you" })));
+    }
+    return line;
+  }
+
+  #fill(line, row, now, part) {
+    line.classList.toggle("me", row.me);
+    const [name, short, you] = line.firstChild.children;
+    setText(name, row.name);
+    setText(short, row.short);
+    setText(you, row.me ? "this peer" : "");
+    const width = `${(100 * part).toFixed(1)}%`;
+    if (line.firstChild.style.getPropertyValue("--part") !== width) line.firstChild.style.setProperty("--part", width);
+    this.columns.forEach(([, , text], place) => {
+      if (text) setText(line.children[place], text(row, now) || "");
+    });
+  }
+}

@@ -1,0 +1,153 @@
+"""State of the page: what it says of a peer, to everybody and to the peer's own user."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_peer import make_status
+
+from swarmtrain.cli.page import MachineUse, page_of
+from swarmtrain.cli.peers import PeerPhase, View
+from swarmtrain.v1 import control_pb2 as wire
+
+NOW = 1_800_000_000.0
+
+
+def view_of(phase: PeerPhase = PeerPhase.RUNNING, **changes: Any) -> View:
+    status = make_status(**{"time": NOW - 2, "started_time": NOW - 4000, "end_time": NOW + 147, **changes})
+    return View(status=status, phase=phase, folder=Path("/home/anna/secret"), now=NOW)
+
+
+def everybody(view: View) -> tuple[dict[str, Any], dict[str, Any]]:
+    (panels, rows), _ = page_of(view)
+    json.dumps([panels, rows], allow_nan=False)
+    return dict(panels), dict(rows)
+
+
+def owner(view: View, use: MachineUse | None = None) -> dict[str, Any]:
+    _, (panels, _) = page_of(view, use)
+    return dict(panels)
+
+
+def test_the_first_answers_are_those_of_the_terminal() -> None:
+    panels, _ = everybody(view_of())
+    learns, ends, here = ((each["answer"], each["more"]) for each in panels["answers"])
+    assert learns == ("2.100 nats/byte", "held-out loss, 3.030 bits/byte, down from 4.750")
+    assert ends == ("about 2 min 27 s left", "40% of 3 M tokens")
+    assert here == ("2 volunteers", "1 more took part before, 12.3 k tokens/s together")
+    assert panels["head"]["sentence"] == "training round 12: 14 of 25 steps" and panels["head"]["tone"] == "good"
+    assert panels["progress"]["done"] == 0.4 and panels["progress"]["end_time"] == NOW + 147
+
+
+def test_rows_are_the_peers_with_their_shares() -> None:
+    _, rows = everybody(view_of())
+    by_name = {row["name"]: row for row in rows.values()}
+    assert [by_name[name]["share"] for name in ("anna", "bert", "cleo", "bootstrap")] == ["33%", "50%", "17%", ""]
+    assert by_name["anna"]["me"] and by_name["anna"]["reached"] == "this peer"
+    assert by_name["bert"]["here"] and not by_name["cleo"]["here"] and by_name["cleo"]["speed"] == ""
+    assert by_name["bootstrap"]["bootstrap"] and by_name["bootstrap"]["round"] == -1
+
+
+def test_who_is_hidden_and_when_it_was_heard_of() -> None:
+    view = view_of()
+    view.status.peers[1].hidden, view.status.peers[1].heard_time, view.status.peers[1].device = True, NOW - 7, "cpu"
+    row = everybody(view)[1][view.status.peers[1].peer]
+    assert (row["reached"], row["heard"], row["device"]) == ("through hosts", NOW - 7, "cpu")
+
+
+def test_curves_are_of_what_was_measured() -> None:
+    view = view_of()
+    view.status.losses.add(round=12, run_tokens=1_200_000, loss=math.inf, time=NOW)
+    learning = everybody(view)[0]["learning"]
+    assert learning["training"]["loss"][:2] == [4.75, 4.5] and len(learning["training"]["loss"]) == 11
+    assert learning["held_out"]["loss"][-1] == 2.25 and len(learning["held_out"]["tokens"]) == 9
+
+
+def test_a_long_curve_is_thinned() -> None:
+    view = view_of()
+    del view.status.losses[:]
+    for number in range(1, 2001):
+        view.status.losses.add(round=number, run_tokens=number, loss=3 + math.sin(number), time=NOW + number)
+    curve = everybody(view)[0]["learning"]["training"]
+    assert len(curve["loss"]) == len(curve["time"]) == len(curve["tokens"]) == 600
+    assert (curve["tokens"][0], curve["tokens"][-1]) == (1, 2000)
+
+
+def test_strangers_do_not_see_the_machine() -> None:
+    view = view_of(end_reason="/home/anna/secret is full", exit_code=1)
+    told = json.dumps(everybody(view))
+    assert "secret" not in told and everybody(view)[0]["machine"] is None
+    assert everybody(View(status=view.status, phase=PeerPhase.FAILED, folder=view.folder, now=NOW))[0]["head"][
+        "sentence"
+    ].startswith("failed ")
+    for phase in PeerPhase:
+        seen = View(status=view.status, phase=phase, folder=view.folder, now=NOW)
+        assert "secret" not in json.dumps(page_of(seen)[0]), phase
+    assert "secret" in json.dumps(owner(view))
+    assert owner(view)["notices"][0][1].startswith("the disk is full")
+    assert everybody(view)[0]["notices"] == []
+
+
+def test_the_own_user_sees_the_machine_and_its_limits() -> None:
+    machine = owner(view_of(), MachineUse(processor_share=1.84, memory_bytes=512_000_000))["machine"]
+    facts = dict(machine["facts"])
+    assert facts["Uses now"] == "1.8 processors, 512 MB of memory"
+    assert facts["Contributed"] == "400 k tokens, 33% of all" and facts["Folder"] == "/home/anna/secret"
+    assert machine["limits"] | {"threads": 2, "hours": "22-7", "nice": 10, "memory": "none"} == machine["limits"]
+    assert machine["limits"]["gpu_share"] is None, "there is no card"
+    assert machine["running"] and machine["volunteer"] and not machine["paused"]
+    assert owner(view_of(state=wire.PEER_STATE_PAUSED))["machine"]["paused"]
+    assert not owner(view_of(PeerPhase.ENDED))["machine"]["running"]
+
+
+def test_a_bootstrap_has_no_limits_to_change() -> None:
+    machine = owner(view_of(role="bootstrap"))["machine"]
+    assert machine["limits"] is None and not machine["volunteer"] and "Contributed" not in dict(machine["facts"])
+
+
+def test_stages_are_shown_with_their_holders() -> None:
+    view = view_of()
+    assert everybody(view)[0]["pipeline"] is None
+    view.status.stages.add(number=1, num_peers=0, most_tokens_per_s=0)
+    view.status.stages.add(number=0, num_peers=2, tokens_per_s=1200, most_tokens_per_s=2000, mine=True, queue=3)
+    for peer in view.status.peers[:2]:
+        peer.stages.append(0)
+    first, second = everybody(view)[0]["pipeline"]
+    assert first == {
+        "number": 0,
+        "mine": True,
+        "peers": 2,
+        "holders": "anna, bert",
+        "speed": "1.2 k tokens/s",
+        "most": "2 k tokens/s",
+        "queue": 3.0,
+    }
+    assert second["holders"] == ""
+    assert everybody(view)[1][view.status.peers[0].peer]["stages"] == "stage 0"
+
+
+@pytest.mark.parametrize("name", ["<img src=x onerror=alert(1)>", "a\x1b[2Jb", "a\u202eb", "x" * 500, "\ud800"])
+def test_hostile_names_are_short_text(name: str) -> None:
+    view = view_of()
+    if name.isascii() or name.isprintable() or name != "\ud800":
+        view.status.peers[1].name = name
+    row = everybody(view)[1][view.status.peers[1].peer]
+    assert row["name"].isprintable() and len(row["name"]) <= 32
+
+
+def test_numbers_that_are_none_are_zero() -> None:
+    nan = math.nan
+    view = view_of(end_time=nan, swarm_tokens_per_s=nan, stall_share=math.inf, held_out_loss=nan, sent_bytes_per_s=nan)
+    view.status.peers[1].tokens_per_s = view.status.peers[1].heard_time = nan
+    panels, _ = everybody(view)
+    assert panels["progress"]["end_time"] == 0
+
+
+def test_before_there_is_a_status() -> None:
+    panels, rows = everybody(View(status=wire.PeerStatus(), phase=PeerPhase.STARTING, now=NOW))
+    assert rows == {} and panels["answers"][0]["answer"] == "no loss yet"
+    assert panels["head"]["sentence"] == "it is starting, and does not answer yet"
