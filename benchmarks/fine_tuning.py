@@ -13,10 +13,10 @@ of which is held out:
 - unequal: the same adapter, of which the volunteers train components worth ranks 4, 8 and 16 in each round;
 - alone: one volunteer trains the adapter of rank 16 by itself, on as many tokens as each of three does.
 
-The first three train on equally many tokens together. Learning rate and outer step of each are of one grid, chosen on a
-seed of their own: from a rate in the middle to better neighbours until both are worse, then the other outer step.
-"unequal" takes what was chosen for "equal". Then each is run with three other seeds, of which the initial adapter, the
-order of the text and the held-out part follow.
+The first three train on equally many tokens together. Learning rates are of one grid, chosen on a seed of their own:
+from a rate in the middle to better neighbours until both are worse; with several outer steps, then the other ones.
+"unequal" and "alone" take what was chosen for "equal". Then each is run with three other seeds, of which the initial
+adapter, the order of the text and the held-out part follow.
 
 Prints each held-out loss, its fall from the base's loss on the same text, the mean fall as a share of full
 fine-tuning's, and the bytes that a volunteer sent in all rounds (`bytes_sent` of its `round` events; nothing is
@@ -61,8 +61,6 @@ OUTERS = ((0.7, 0.8), (1.0, 0.0))
 """Outer learning rate and momentum."""
 TUNING_SEED = 0
 LEAST_FALL, MOST_BYTES, MOST_LOSS = 0.70, 0.08, 1.02
-USED_CORES = 0.95
-"""Share of the cores that volunteers use: what is left is the network's."""
 GROUP = -1 if sys.platform.startswith("linux") else 0
 """Process group of a swarm: Ctrl-C does not reach it. On Linux it has a session of its own."""
 
@@ -94,10 +92,11 @@ WHOLE = Size(
     model={"width": 512, "num_layers": 3, "num_heads": 8, "feed_forward_ratio": 2.667, "context_tokens": 128},
     base_tokens=1_800_000,
     base_batch=8,
-    tokens=196_608,
-    batch=2,
+    tokens=98_304,
+    batch=1,
     inner_steps=16,
     held_out_bytes=32_768,
+    outers=OUTERS[:1],
 )
 QUICK = Size(
     model={"width": 64, "num_layers": 2, "num_heads": 2, "feed_forward_ratio": 2.0, "context_tokens": 32},
@@ -144,7 +143,7 @@ class Way:
 
 
 FULL, EQUAL = Way("full", (0, 0, 0), 1e-3), Way("equal", (RANK,) * 3, 3e-3)
-UNEQUAL, ALONE = Way("unequal", (4, 8, 16), 3e-3, tuned_as="equal"), Way("alone", (RANK,), 3e-3)
+UNEQUAL, ALONE = Way("unequal", (4, 8, 16), 3e-3, tuned_as="equal"), Way("alone", (RANK,), 3e-3, tuned_as="equal")
 WAYS = (FULL, EQUAL, UNEQUAL, ALONE)
 
 
@@ -300,9 +299,6 @@ class Bench:
         path = self._write("tuning.toml", self._tuning(way, seed, constants))
         words = ["--peers", str(len(way.ranks)), "--model-dir", str(self.base)]
         words += [] if way.is_full else ["--ranks", ",".join(map(str, way.ranks))]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        factor = len(way.ranks) / (USED_CORES * cores)
-        words += ["--slowdown", ",".join([f"{factor:.2f}"] * len(way.ranks))] if factor > 1 else []
         rounds: dict[str, list[RoundEvent]] = {}
         done: dict[str, DoneEvent] = {}
         for event in self._local(path, swarm, words):
