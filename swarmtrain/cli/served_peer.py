@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from swarmtrain.peer.service.definition import ServiceDefinition
     from swarmtrain.peer.service.managers import ServiceManager
 
-__all__ = ["INVITE_FILE", "ServedPeer", "definition_of", "peer_to_serve", "program", "write_folder"]
+__all__ = ["INVITE_FILE", "ServedPeer", "definition_of", "missing_secrets", "peer_to_serve", "program", "write_folder"]
 
 INVITE_FILE = "service-invite.txt"
 """File in the peer's folder with the invite that the service was installed with, if the folder had no run then."""
@@ -30,10 +30,13 @@ _INVITE = re.compile(r"(^|\s)st\d\w{40}")
 _PASSED_ON = (
     *("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ENDPOINT", "XDG_CACHE_HOME", "TMPDIR"),
     *("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "LD_LIBRARY_PATH", "PYTHONPATH"),
+    *("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL", "WANDB_MODE"),
+    *("TRACKIO_DIR", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"),
     *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
 )
-"""Environment variables of this shell that the peer has as a service too: where its caches are, how it gets to the hub.
-Secrets such as HF_TOKEN are not among them."""
+"""Environment variables of this shell that the peer has as a service too: where its caches are, how it gets to the hub,
+what its trackers send to whom. Secrets are not among them."""
+_SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +203,11 @@ def definition_of(peer: ServedPeer, manager: ServiceManager) -> ServiceDefinitio
         gives_way=gives_way,
         limits=service_limits(peer.started.options) if gives_way else service_limits({}),
     )
+
+
+def missing_secrets() -> list[str]:
+    """Return the secrets of this shell that a peer may need and a service does not get."""
+    return [name for name in _SECRETS if os.environ.get(name)]
 
 
 def _run_name(folder: Path) -> str:

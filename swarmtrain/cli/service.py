@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 from swarmtrain.cli.common import example
 from swarmtrain.cli.option_errors import OptionsError
-from swarmtrain.cli.served_peer import INVITE_FILE, definition_of, peer_to_serve, write_folder
+from swarmtrain.cli.served_peer import INVITE_FILE, definition_of, missing_secrets, peer_to_serve, write_folder
 
 if TYPE_CHECKING:
     from swarmtrain.peer.service.managers import ServiceManager
@@ -115,9 +114,9 @@ def install(ctx: click.Context, name: str, directory: Path | None, only_print: b
     write_folder(peer)
     for sentence in manager.install(definition):
         say(sentence)
-    if os.environ.get("HF_TOKEN"):
-        advice = manager.variable_advice(definition.name)
-        say(f"HF_TOKEN of this shell does not go with it; if the run needs it: {advice}")
+    for variable in missing_secrets():
+        advice = manager.variable_advice(definition.name, variable)
+        say(f"{variable} of this shell does not go with it; if the peer needs it: {advice}")
     service = next(each for each in manager.installed() if each.name == definition.name)
     state, folder = manager.state(service.name), shlex.quote(str(service.folder))
     if process := _beside(service, state):
@@ -131,22 +130,21 @@ def install(ctx: click.Context, name: str, directory: Path | None, only_print: b
         click.echo(f"{service.name} is installed and runs already; what is new holds from its next start on")
         return
     manager.start(service.name)
-    _wait_until_up(manager, service)
+    how = _wait_until_up(manager, service)
     click.echo(
-        f"{service.name} is installed and runs; look: swarmtrain watch --dir {folder}; "
+        f"{service.name} is installed and {how}; look: swarmtrain watch --dir {folder}; "
         f"stop it for good: swarmtrain service uninstall {service.name}"
     )
 
 
-def _wait_until_up(manager: ServiceManager, service: InstalledService) -> None:
-    """Wait until the peer answers, for a minute at most. Raises RunTimeError if it ends before.
+def _wait_until_up(manager: ServiceManager, service: InstalledService) -> str:
+    """Wait until the peer answers, for a minute at most; return what it does, in words.
 
-    Ctrl-C stops the waiting, and the peer starts on.
+    Raises RunTimeError if it fails before. Ctrl-C stops the waiting, and the peer starts on.
     """
     import threading
     import time
 
-    from swarmtrain.cli.background import say
     from swarmtrain.cli.peers import LocalPeer, PeerPhase, look
     from swarmtrain.errors import RunTimeError
     from swarmtrain.peer.service.state import ServicePhase
@@ -156,7 +154,9 @@ def _wait_until_up(manager: ServiceManager, service: InstalledService) -> None:
         while time.monotonic() < give_up_s:
             view, state = look(LocalPeer(folder=service.folder)), manager.state(service.name)
             if view.phase is PeerPhase.RUNNING:
-                return
+                return "runs"
+            if state.phase is ServicePhase.ENDED and state.exit_code == 0:
+                return "has ended well already, as when its run is over"
             if state.phase in (ServicePhase.ENDED, ServicePhase.FAILED, ServicePhase.WAITING) and state.last_exit:
                 step = _next_step(manager, service, state)
                 raise RunTimeError(
@@ -166,7 +166,7 @@ def _wait_until_up(manager: ServiceManager, service: InstalledService) -> None:
             pause.wait(_LOOK_EVERY_S)
     except KeyboardInterrupt:
         pass  # of the waiting
-    say("it does not answer yet, and starts on")
+    return "starts; it does not answer yet"
 
 
 # ---------------------------------------------------------------- status and uninstall

@@ -206,6 +206,16 @@ def test_a_peer_that_ends_at_once_is_an_error_with_the_way_to_its_log(
     assert "`journalctl --user-unit swarmtrain-stdlib-gpt.service` says what has to be changed" in err
 
 
+def test_a_peer_whose_run_is_over_is_no_error(
+    system: FakeSystem, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran(tmp_path / "peer")
+    ended = {"ActiveState": "inactive", "ExecMainCode": "1", "ExecMainExitTimestampMonotonic": "5"}
+    system.on_start = lambda unit: system.told.update({unit: ended})
+    assert run(["service", "install", "--dir", "peer"]) == 0
+    assert "has ended well already" in capsys.readouterr().out
+
+
 def test_who_stops_waiting_lets_the_peer_start_on(
     system: FakeSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,7 +226,7 @@ def test_who_stops_waiting_lets_the_peer_start_on(
     monkeypatch.setattr("swarmtrain.cli.peers.look", interrupt)
     assert run(["service", "install", "--dir", "peer"]) == 0
     out, err = capsys.readouterr()
-    assert "starts on" in err and "is installed" in out
+    assert not err and "is installed and starts" in out
 
 
 @pytest.mark.parametrize(
@@ -253,6 +263,8 @@ def test_variables_of_this_shell_that_the_peer_needs_go_with_it_and_secrets_do_n
     ran(tmp_path / "peer")
     monkeypatch.setenv("HF_HOME", "/big disk/hf")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("WANDB_PROJECT", "swarm")
     monkeypatch.setenv("SWARMTRAIN_JOIN_UP", "5")
     monkeypatch.setenv("SWARMTRAIN_BOOTSTRAP_WAIT_FOR", "2")
     assert run(["service", "install", "--dir", "peer"]) == 0
@@ -260,7 +272,10 @@ def test_variables_of_this_shell_that_the_peer_needs_go_with_it_and_secrets_do_n
     assert 'Environment="HF_HOME=/big disk/hf"\n' in unit and 'ReadWritePaths="-/big disk/hf"\n' in unit
     assert "Environment=SWARMTRAIN_JOIN_UP=5\n" in unit
     assert "secret" not in unit and "WAIT_FOR" not in unit
-    assert "systemctl --user edit swarmtrain-stdlib-gpt.service" in capsys.readouterr().err
+    assert "Environment=WANDB_PROJECT=swarm\n" in unit
+    err = capsys.readouterr().err
+    assert err.count("systemctl --user edit swarmtrain-stdlib-gpt.service") == 2
+    assert "Environment=HF_TOKEN=" in err and "Environment=WANDB_API_KEY=" in err
 
 
 def test_limits_of_a_running_service_are_written_into_its_unit(

@@ -86,9 +86,9 @@ class Launchd:
         """Return launchctl's command."""
         return f"launchctl kickstart {self._target(name)}"
 
-    def variable_advice(self, name: str) -> str:
+    def variable_advice(self, name: str, variable: str) -> str:
         """Name the agent's file."""
-        return f"add it to EnvironmentVariables in {self.agents / f'{name}.plist'}"
+        return f"add {variable} to EnvironmentVariables in {self.agents / f'{name}.plist'}"
 
 
 def _state_of_agent(printed: str) -> ServiceState:

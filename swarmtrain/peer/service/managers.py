@@ -47,7 +47,7 @@ class ServiceManager(Protocol):
     def start_command(self, name: str) -> str:
         """Return the command that starts it now."""
 
-    def variable_advice(self, name: str) -> str:
+    def variable_advice(self, name: str, variable: str) -> str:
         """Say how a person gives it one more environment variable."""
 
 

@@ -153,9 +153,9 @@ class Systemd:
         """Return systemctl's command."""
         return f"systemctl --user start {name}.service"
 
-    def variable_advice(self, name: str) -> str:
+    def variable_advice(self, name: str, variable: str) -> str:
         """Name systemctl's command, and what to write."""
-        return f"`systemctl --user edit {name}.service`, with the lines [Service] and Environment=HF_TOKEN=..."
+        return f"`systemctl --user edit {name}.service`, with the lines [Service] and Environment={variable}=..."
 
     def keep_limits(self, folder: Path, limits: ServiceLimits) -> None:
         """Write these limits into the unit that starts the peer in `folder`, if there is one, and apply them now."""
