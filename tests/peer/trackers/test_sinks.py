@@ -48,18 +48,23 @@ def served(sink: Sink, peer: Mapping[str, Any], points: Mapping[int, float]) -> 
 
 
 def in_its_process(kind: str, peer: Mapping[str, Any], points: Mapping[int, float], **environment: str) -> list[Any]:
-    """Draw points as a peer does; return the answers."""
-    done = subprocess.run(
+    """Draw points as a peer does, which waits for each answer; return the answers."""
+    asked = subprocess.Popen(
         [sys.executable, "-m", "swarmtrain.peer.trackers.process", kind],
-        input=b"".join(lines(peer, points)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         cwd=ROOT,
         env={**os.environ, **environment},
-        capture_output=True,
-        timeout=LIMIT_S,
-        check=False,
     )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and len(answers) == 1 + len(points), done.stderr.decode() + str(answers)
+    with asked:
+        assert asked.stdin is not None and asked.stdout is not None
+        answers = []
+        for line in lines(peer, points):
+            asked.stdin.write(line)
+            asked.stdin.flush()
+            answers.append(json.loads(asked.stdout.readline() or "{}"))
+        asked.stdin.close()
+        assert asked.wait(LIMIT_S) == 0 and all(answers), answers
     return answers
 
 
