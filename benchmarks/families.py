@@ -101,6 +101,9 @@ class Row:
     """Held-out loss at the end, nats per byte, as the swarm says."""
     last_difference: float
     """... and how far that of the export in transformers is from it."""
+    num_retries: int
+    """Failures of microbatches. One that is tried again comes late, and the first step may have one of the next batch
+    in its place: the losses are then of different text."""
 
     def cells(self) -> str:
         """Return the row of a table in Markdown."""
@@ -108,7 +111,7 @@ class Row:
         how = "three stages" if cut == "stages" else "whole"
         return (
             f"| {self.family} | {start} | {how} | {self.first_loss:.4f} | {self.num_first} | {self.difference:.1e} | "
-            f"{self.last_loss:.3f} | {self.last_difference:.1e} |"
+            f"{self.last_loss:.3f} | {self.last_difference:.1e} | {self.num_retries} |"
         )
 
 
@@ -249,7 +252,8 @@ def measured(family: str, form: str, folder: Path) -> Row:
     told = [each for each in events if each["event"] == "done" and each["name"] == "bootstrap"][-1]["held_out_loss"]
     there = export_loss(folder / "out" / "bootstrap" / "model", CONTEXT_TOKENS)
     difference = max(abs(ours - theirs) for ours, theirs in pairs)
-    return Row(family, form, len(pairs), pairs[0][0], difference, told, abs(there - told))
+    num_retries = sum(event["count"] for event in events if event["event"] == "microbatch_retry")
+    return Row(family, form, len(pairs), pairs[0][0], difference, told, abs(there - told), num_retries)
 
 
 def main() -> None:
@@ -262,10 +266,8 @@ def main() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}; chance is {math.log(256):.4f} nats")
-    print(
-        "| family | from | volunteers hold | first loss | of how many | difference | held out | export's difference |"
-    )
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| family | from | volunteers hold | first loss | of | difference | held-out loss | the export's | retries |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for family in arguments.families:
         for form in arguments.rows:
             if form.endswith("stages") and family not in CUTTABLE:

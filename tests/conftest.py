@@ -1,4 +1,5 @@
-"""Settings of every test: tests and the processes that they start compute in one thread, and SIGHUP ends processes."""
+"""Settings of every test: tests and the processes that they start compute in one thread, reach no hub, and SIGHUP ends
+processes."""
 
 from __future__ import annotations
 
@@ -11,6 +12,11 @@ from hypothesis import settings
 # Before torch is imported. The tests' tensors are small: two threads would mostly spin waiting for each other, and for
 # whatever else runs on the same cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Before the libraries of Hugging Face are imported: nobody listens there, and no login is used. Tests that need a hub
+# run their own (`small_hub.py`).
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ.pop("HF_TOKEN", None)
 
 # Started under nohup, or by something else that ignores a hang-up, the processes of the tests would inherit that. One
 # that is handled here goes on here, and is as usual in what is started.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +26,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
         hub.use_in(monkeypatch, tmp_path / "cache", TOKEN)
         importlib.import_module("huggingface_hub.utils").disable_progress_bars()
         yield hub
+
+
+def test_without_it_tests_and_their_processes_reach_no_hub() -> None:
+    constants = importlib.import_module("huggingface_hub.constants")
+    assert constants.ENDPOINT == os.environ["HF_ENDPOINT"] == "http://127.0.0.1:9"
+    libraries = "import importlib.util as u\nfrom huggingface_hub import constants\nprint(constants.ENDPOINT)\n"
+    libraries += "if u.find_spec('datasets'): import datasets; print(datasets.config.HF_ENDPOINT)"
+    said = subprocess.run([sys.executable, "-c", libraries], capture_output=True, text=True, check=True).stdout
+    assert set(said.split()) == {"http://127.0.0.1:9"}
 
 
 def test_a_commit_stays_what_it_was(hub: SmallHub) -> None:
