@@ -74,10 +74,11 @@ KEYS_SINCE: Mapping[str, int] = {
     "published.held_out_source_bytes": 2,
     "published.model_files_bytes": 2,
     "published.model_files_sha256": 2,
+    "run.show_invite": 2,
 }
 """Protocols of run-file keys ("section.key") and values ("section.key=value") that came after protocol 1."""
 
-WIRE_SHA256 = "ea42c2a81921ae65c8fe361f3a4364a802e868a419ceb0bbb3aaa00549b193e5"
+WIRE_SHA256 = "1823a33ae041f36433348ff2475da121fd494179c164d883680aa94fcb693975"
 
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,32}")
 UPDATE = "update it where you installed it from, in a clone of its repository by `git pull` and `pip install .`"

@@ -87,6 +87,8 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial weights and of every random choice of the run.")  # fmt: skip
     total_tokens: int = Field(description="The run ends when its peers together have trained on this many tokens; of samples those count that are to be learnt.", gt=0, lt=2**63)  # fmt: skip
 
+    show_invite: bool = Field(False, description="Show the invite to everyone who sees a page of the swarm (`--web`), as text and QR code; without it only the peer's own user sees it there.")  # fmt: skip
+
     @field_validator("name", mode="before")
     @classmethod
     def _named(cls, name: object) -> object:

@@ -45,6 +45,7 @@ __all__ = ["command"]
 @LINK_OPTIONS[0]
 @LINK_OPTIONS[1]
 @click.option("--invite-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the invite to FILE too, for `join --invite-file FILE`.")  # fmt: skip
+@click.option("--no-samples", cls=KeptOption, is_flag=True, help="Do not measure the archived model and let it write text while the run goes on, which takes a twentieth of one processor at most.")  # fmt: skip
 @peer_options
 def command(
     given: GivenRun,
@@ -53,6 +54,7 @@ def command(
     up_mbit: float | None,
     down_mbit: float | None,
     invite_file: Path | None,
+    no_samples: bool,
     options: PeerOptions,
 ) -> None:
     """Publish RUN.toml, print an invite, serve and archive the run.
@@ -91,6 +93,7 @@ def command(
         report_to=options.report_to,
         accept_clock=options.accept_clock,
         only_announced=options.only_announced,
+        samples_archive=not kept.get("no_samples", no_samples),
         started=started,
     )
 

@@ -7,7 +7,8 @@ and the browser shows them as text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,11 @@ __all__ = ["MachineUse", "page_of"]
 _NAME_CELLS = 32
 _MOST_POINTS = 600
 _MOST_NAMED = 8
+_MOST_EVENTS = 60
+_OF_THE_SWARM = (
+    *("joined", "peer_joined", "peer_lost", "peer_left", "refused", "clipped", "caught_up", "assigned", "moved"),
+)
+"""Events that everybody may see: others may name files of the machine, or what its user does there."""
 _TONES = {
     "training": "good",
     "serving": "good",
@@ -74,22 +80,35 @@ class MachineUse:
     memory_bytes: int
 
 
-def page_of(view: View, use: MachineUse | None = None) -> tuple[State, State]:
-    """Return the page's state for everybody, and for the peer's own user."""
-    status = view.status
+def page_of(view: View, use: MachineUse | None = None, history: Any = None) -> tuple[State, State]:
+    """Return the page's state for everybody, and for the peer's own user.
+
+    `history` is the record of the run, a `RunHistory`; without it curves show what the peer itself has seen.
+    """
+    status, curves = view.status, _Curves(view.status, history)
     shared = {
         "progress": _progress(view),
-        "learning": _learning(status),
-        "answers": _answers(view),
+        "learning": curves.shown(),
+        "answers": _answers(view, curves),
         "traffic": _traffic(status),
         "pipeline": _pipeline(status),
+        "sample": _sample(history),
     }
-    for_everybody = {**shared, "head": _head(view, is_owner=False), "machine": None, "notices": []}
+    for_everybody = {
+        **shared,
+        "head": _head(view, is_owner=False),
+        "machine": None,
+        "notices": [],
+        "invite": _invite(status) if status.shows_invite else None,
+        "events": _events(history, _OF_THE_SWARM),
+    }
     for_owner = {
         **shared,
         "head": _head(view, is_owner=True),
         "machine": _machine(view, use),
         "notices": [[round(item.time), one_line(item.message)] for item in reversed(status.notices)],
+        "invite": None if view.phase.over else _invite(status),
+        "events": _events(history, None),
     }
     rows = _rows(view)
     return (for_everybody, rows), (for_owner, rows)
@@ -132,23 +151,52 @@ def _progress(view: View) -> dict[str, Any]:
 # ---------------------------------------------------------------- does it learn
 
 
-def _learning(status: Any) -> dict[str, Any]:
-    points = [point for point in status.losses if point.run_tokens]
-    training = [(point.run_tokens, finite(point.time), point.loss) for point in points if finite(point.loss)]
-    held_out = [
-        (point.run_tokens, finite(point.time), point.held_out_loss) for point in points if finite(point.held_out_loss)
+class _Curves:
+    """Losses by tokens and time: of the swarm from the run's start as far as that is known, and of this peer."""
+
+    def __init__(self, status: Any, history: Any) -> None:
+        self._status = status
+        own = [point for point in status.losses if point.run_tokens]
+        of_swarm = [] if history is None else list(history.points)
+        is_own = status.role != "bootstrap"
+        self.own = _measured(own, "loss") if is_own else []
+        self.swarm = _measured(of_swarm, "loss") or ([] if is_own else _measured(own, "loss"))
+        by_tokens = {point[0]: point for point in _measured([*own, *of_swarm], "held_out_loss")}
+        self.held_out = [by_tokens[tokens] for tokens in sorted(by_tokens)]
+        last = self.held_out[-1][2] if self.held_out else 0.0
+        self.newest_held_out = last if of_swarm and last else finite(status.held_out_loss) or last
+
+    @property
+    def training(self) -> list[_Point]:
+        """Training loss of the swarm; of this peer while that of the swarm is not known."""
+        return self.swarm or self.own
+
+    def shown(self) -> dict[str, Any]:
+        """Return the curves for the charts."""
+        names = [one_line(item.name) for item in self._status.source_losses]
+        losses = [finite(item.held_out_loss) for item in self._status.source_losses]
+        return {
+            "held_out": _curve(self.held_out),
+            "swarm": _curve(self.swarm),
+            "own": _curve(self.own if len(self._status.peers) != 1 or not self.swarm else []),
+            "sources": source_losses_in_words(names, losses),
+        }
+
+
+_Point = tuple[int, float, float]
+
+
+def _measured(points: Iterable[Any], name: str) -> list[_Point]:
+    """Return (tokens, Unix seconds, loss) of those points that have the loss of that name."""
+    return [
+        (point.run_tokens, finite(point.time), getattr(point, name))
+        for point in points
+        if finite(getattr(point, name)) > 0
     ]
-    names = [one_line(item.name) for item in status.source_losses]
-    return {
-        "training": _curve(training),
-        "held_out": _curve(held_out),
-        "whose": "median of the volunteers" if status.role == "bootstrap" else "of this peer",
-        "sources": source_losses_in_words(names, [finite(item.held_out_loss) for item in status.source_losses]),
-    }
 
 
-def _curve(points: Sequence[tuple[int, float, float]]) -> dict[str, list[float]]:
-    """Return a curve of (tokens, Unix seconds, loss), thinned for the screen."""
+def _curve(points: Sequence[_Point]) -> dict[str, list[float]]:
+    """Return a curve, thinned for the screen."""
     tokens, times, losses = ([point[axis] for point in points] for axis in range(3))
     kept = largest_triangles(tokens, losses, _MOST_POINTS) if points else []
     return {
@@ -165,11 +213,11 @@ def _rounded(loss: float) -> float:
 # ---------------------------------------------------------------- the first answers
 
 
-def _answers(view: View) -> list[dict[str, str]]:
+def _answers(view: View, curves: _Curves) -> list[dict[str, str]]:
     """Answer what a person asks first: does it learn, when does it end, who is here."""
     status = view.status
     here = [peer for peer in status.peers if peer.present and not peer.bootstrap]
-    learns, how = _learns(status)
+    learns, how = _learns(curves)
     left = time_left_in_words(view)
     speed = f"{speed_of(status.swarm_tokens_per_s)} together" if finite(status.swarm_tokens_per_s) else ""
     known = [peer for peer in status.peers if not peer.bootstrap]
@@ -190,12 +238,10 @@ def _away(number: int) -> str:
     return f"{number} more took part before" if number else ""
 
 
-def _learns(status: Any) -> tuple[str, str]:
+def _learns(curves: _Curves) -> tuple[str, str]:
     """Return the newest loss, and how it has changed since the first one that is known."""
-    held_out = [point.held_out_loss for point in status.losses if finite(point.held_out_loss)]
-    training = [point.loss for point in status.losses if finite(point.loss)]
-    newest = finite(status.held_out_loss) or (held_out[-1] if held_out else 0.0)
-    if newest:
+    held_out, training = [loss for _, _, loss in curves.held_out], [loss for _, _, loss in curves.training]
+    if newest := curves.newest_held_out:
         change = _change(held_out[0], newest) if held_out else ""
         return f"{newest:.3f} nats/byte", f"held-out loss, {bits_per_byte(newest):.3f} bits/byte{change}"
     if training:
@@ -250,6 +296,59 @@ def _reached(peer: Any, is_me: bool) -> str:
     if not peer.present:
         return ""
     return "through hosts" if peer.hidden else "directly"
+
+
+# ---------------------------------------------------------------- what happened, the sample, the invite
+
+
+def _events(history: Any, allowed: Container[str] | None) -> list[list[Any]]:
+    """Return the last events, the newest first, as [Unix seconds, sentence, how often]; `allowed` ones, None: all."""
+    if history is None:
+        return []
+    noted = [item for item in history.events if allowed is None or item.event in allowed]
+    newest = sorted(noted, key=lambda item: finite(item.last_time))[-_MOST_EVENTS:]
+    return [[round(finite(item.last_time)), one_line(item.words), item.count] for item in reversed(newest)]
+
+
+def _sample(history: Any) -> dict[str, Any] | None:
+    """Return the newest text that the model wrote, as it is: the browser shows its lines and nothing else of it."""
+    if history is None or not history.HasField("sample"):
+        return None
+    sample = history.sample
+    return {
+        "prompt": _printable(sample.prompt),
+        "text": _printable(sample.text),
+        "round": sample.round,
+        "tokens": count_in_words(sample.run_tokens),
+        "time": round(finite(sample.time)),
+    }
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _invite(status: Any) -> dict[str, Any] | None:
+    line = one_line(status.invite_line)
+    return {"line": line, "code": _quick_response(line.rpartition(" ")[2])} if line else None
+
+
+@functools.lru_cache(maxsize=4)
+def _quick_response(text: str) -> dict[str, Any] | None:
+    """Return a QR code of `text`: its width in modules, and an SVG path of the dark ones; None if it is too long."""
+    import segno
+
+    try:
+        rows = segno.make_qr(text, error="l").matrix
+    except segno.DataOverflowError:
+        return None
+    path = []
+    for y, row in enumerate(rows):
+        dark = bytes(row) + b"\0"
+        for x in range(len(row)):
+            if dark[x] and not (x and dark[x - 1]):
+                path.append(f"M{x} {y}h{dark.index(0, x) - x}v1h-{dark.index(0, x) - x}z")
+    return {"width": len(rows), "path": "".join(path)}
 
 
 # ---------------------------------------------------------------- traffic, stages, machine

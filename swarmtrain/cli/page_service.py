@@ -8,6 +8,7 @@ runs it in its own process, `--web` of a peer in a child process of low priority
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import sys
@@ -21,8 +22,9 @@ from typing import Any
 from swarmtrain.cli.follow import Patience, Signal, follow
 from swarmtrain.cli.page import MachineUse, page_of
 from swarmtrain.cli.page_address import PageAddress
-from swarmtrain.cli.peers import LocalPeer, NoAnswerError, PeerPhase, View, look, tell
+from swarmtrain.cli.peers import LocalPeer, NoAnswerError, PeerPhase, View, ask, look, tell
 from swarmtrain.errors import SwarmtrainError, UserError
+from swarmtrain.peer.control.history import read_history
 from swarmtrain.protocol.limits import parse_hours, parse_size, parse_temperature
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.web.server import PageServer
@@ -37,6 +39,7 @@ _NOBODY_S = 30.0
 """Seconds for which the peer is still followed when nobody looks any more: a page that is loaded again comes back."""
 _NICE = 10
 _USE_EVERY_S = 2.0
+_HISTORY_EVERY_S, _HISTORY_AGAIN_S = 15.0, 3.0
 
 
 class _NobodyLooksError(Exception):
@@ -54,6 +57,7 @@ class PageService:
         self._read_s = time.monotonic()
         self._shown_s, self._shown = -_EVERY_S, (PeerPhase.STARTING, "")
         self._use = _UseMeter(peer)
+        self._history = _HistoryReader(peer)
         names = {address.host.lower(), socket.gethostname(), f"{socket.gethostname()}.local"}
         self._server = PageServer(
             sock, lambda name, given: carry_out(peer, name, given), key, names=names, on_readers=self._readers_are
@@ -109,7 +113,7 @@ class PageService:
 
     def _publish(self, view: View) -> None:
         self._shown_s, self._shown = time.monotonic(), (view.phase, view.note)
-        self._server.publish(*page_of(view, self._use.of(view)))
+        self._server.publish(*page_of(view, self._use.of(view), self._history.of(view)))
 
 
 def serve_until_parent_ends(folder: Path, descriptor: int, key: str) -> None:
@@ -194,6 +198,39 @@ def _mbit(text: str) -> float:
     if not 0 <= value <= 100_000:  # false for NaN too
         raise ValueError(f"{text!r} is not a limit in Mbit/s; write a number, such as 10, or 0 for no limit")
     return value
+
+
+# ---------------------------------------------------------------- the run's history
+
+
+class _HistoryReader:
+    """Asks a peer for the record of its run now and then, beside the following of its status."""
+
+    def __init__(self, peer: LocalPeer) -> None:
+        self._peer = peer
+        self._last: Any = None
+        self._next_s = -math.inf
+        self._asking: threading.Thread | None = None
+
+    def of(self, view: View) -> Any:
+        """Return the newest record; None while there is none. It is asked for sooner after the first time, since a peer
+        may have to ask others."""
+        is_asking = self._asking is not None and self._asking.is_alive()
+        if time.monotonic() >= self._next_s and not is_asking:
+            is_running = view.phase is PeerPhase.RUNNING
+            self._next_s = time.monotonic() + (_HISTORY_EVERY_S if self._last is not None else _HISTORY_AGAIN_S)
+            self._asking = threading.Thread(target=self._ask, args=(is_running,), name="history", daemon=True)
+            self._asking.start()
+        return self._last
+
+    def _ask(self, is_running: bool) -> None:
+        try:
+            if is_running:
+                self._last = ask(self._peer, "History", wire.RunHistoryRequest())
+            elif self._peer.folder is not None:
+                self._last = read_history(self._peer.folder) or self._last
+        except SwarmtrainError:
+            pass  # it has just ended, or is of a version that keeps no record
 
 
 # ---------------------------------------------------------------- the machine

@@ -64,6 +64,8 @@ class SwarmAnswers:
     serving: Callable[[], Serving]
     fellows: Callable[[], FellowDepartures | None]
     """Returns the fellow peers that leave, while this peer is leaving; else None."""
+    history: Callable[[], pb.HistoryReply]
+    """Returns what this peer tells of the run since its start."""
     refused: Callable[[str, PeerError], None]
     file_sources: FileSourceTable = field(init=False)
 

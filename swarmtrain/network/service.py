@@ -1,4 +1,4 @@
-"""Define the seven calls between peers of a run: the service that answers them, and the client.
+"""Define the eight calls between peers of a run: the service that answers them, and the client.
 
 The calls' namespace is the run's hash, so a peer of another run does not even find them.
 """
@@ -39,6 +39,8 @@ _MAX_STUBS = 4096  # peers to which stubs are kept
 _CHAINS_PER_S, _CHAINS_AT_ONCE = 1.0, 8.0
 """Requests for a chain of rosters from one caller: each costs 2.5 MiB and about 10 ms of the loop. Honest peers that
 lack a chain ask once a second."""
+_HISTORIES_PER_S, _HISTORIES_AT_ONCE = 0.1, 4.0
+"""Requests for the run's history from one caller: each costs up to 150 kB. Honest peers ask once a minute."""
 _FILE_ATTEMPTS = 240
 _FILE_AGAIN_S = 0.5
 _MAKE_LIMIT_S = 60.0
@@ -61,6 +63,10 @@ class Answers(Protocol):
 
     async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
         """Return the newest publication, if the caller does not have it."""
+
+    @property
+    def history(self) -> Callable[[], pb.HistoryReply]:
+        """Function that returns what is known of the run since its start."""
 
     def refused(self, peer: str, error: PeerError) -> None:
         """Report a peer that calls too often; called for each such call."""
@@ -89,6 +95,7 @@ def service_type() -> Any:
             # Of its own: a caller that has used up the other must still learn of the round.
             self._rounds_budget = CallBudget()
             self._chains_budget = CallBudget(per_s=_CHAINS_PER_S, burst=_CHAINS_AT_ONCE)
+            self._histories_budget = CallBudget(per_s=_HISTORIES_PER_S, burst=_HISTORIES_AT_ONCE)
             self._dial_back = DialBack(node)
 
         def _is_too_often(self, caller: str, budget: CallBudget | None = None) -> bool:
@@ -135,6 +142,12 @@ def service_type() -> Any:
             if self._is_too_often(caller):
                 return pb.PublicationReply(busy=True)
             return self._count(request, await self._answers.publication(request, caller))
+
+        async def rpc_history(self, request: pb.HistoryRequest, context: Any) -> pb.HistoryReply:
+            caller = str(context.remote_id)
+            if self._is_too_often(caller, self._histories_budget):
+                raise BusyError(self._histories_budget.in_words)
+            return self._count(request, self._answers.history())
 
         async def rpc_dial(self, request: pb.DialRequest, context: Any) -> pb.DialReply:
             caller = str(context.remote_id)
@@ -262,6 +275,14 @@ class PeerCalls:
     async def publication(self, peer: str, request: pb.PublicationRequest) -> pb.PublicationReply:
         """Ask a peer for its newest publication, which the peer may have to build first."""
         reply: pb.PublicationReply = await self._call(peer, "rpc_publication", request, _MAKE_LIMIT_S)
+        return reply
+
+    async def history(self, peer: str) -> pb.HistoryReply:
+        """Ask a peer for what it knows of the run since its start.
+
+        A failure says nothing about the peer: it may be of a version that tells no history.
+        """
+        reply: pb.HistoryReply = await self.node.call(await self._stub(peer), "rpc_history", pb.HistoryRequest())
         return reply
 
     async def dial(self, peer: str, request: pb.DialRequest, limit_s: float) -> pb.DialReply:

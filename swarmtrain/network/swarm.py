@@ -135,6 +135,8 @@ class Swarm:
         self.reaching = ReachabilityMonitor(
             calls, members, self._ask_for_host, lambda: presence.listens_at, self._reach_changed
         )
+        self.history: Callable[[], pb.HistoryReply] = pb.HistoryReply
+        """Returns what this peer tells of the run since its start."""
         self.fellows: FellowDepartures | None = None  # set while a volunteer leaves: the peers that leave too
         self.answers = SwarmAnswers(
             published,
@@ -146,6 +148,7 @@ class Swarm:
             store,
             lambda: self.serving,
             lambda: self.fellows,
+            lambda: self.history(),
             peers.refused,
         )
         self._tasks = set[asyncio.Task[None]]()

@@ -163,9 +163,11 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
         try:
             return control.ended(log_event(bootstrap.run()))
         except Interrupted:
+            bootstrap.stop_sampling()
             bootstrap.archive_once_more()
             return control.ended(log_event(bootstrap.done(stop.reason)))
         finally:
+            bootstrap.stop_sampling()
             bootstrap.leave_stages()
             leave_swarm(network, bootstrap.swarm, bootstrap.node)
             if bootstrap.manager is not None:
@@ -243,7 +245,7 @@ class _Bootstrap(BootstrapPeer):
             wait_for(self.network.submit(self.server.start()), self.stop)
         wait_for(self.network.submit(swarm.announce()), self.stop)
         show_invite(swarm, self.folder, self.emit)
-        self.control.watch(swarm, bootstrap_pulse(swarm, lambda: self.progress), manager)
+        self.control.watch(swarm, self.network, bootstrap_pulse(swarm, lambda: self.progress), manager)
         self.control.serving()
         self._archive_until_the_end(swarm)
         if self.leavers is not None:

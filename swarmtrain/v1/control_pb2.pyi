@@ -51,6 +51,52 @@ class CheckpointRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class RunHistoryRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RunHistory(_message.Message):
+    __slots__ = ("run_sha256", "total_tokens", "points", "events", "sample")
+    RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    run_sha256: str
+    total_tokens: int
+    points: _containers.RepeatedCompositeFieldContainer[LossPoint]
+    events: _containers.RepeatedCompositeFieldContainer[NotedEvent]
+    sample: ModelSample
+    def __init__(self, run_sha256: _Optional[str] = ..., total_tokens: _Optional[int] = ..., points: _Optional[_Iterable[_Union[LossPoint, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[NotedEvent, _Mapping]]] = ..., sample: _Optional[_Union[ModelSample, _Mapping]] = ...) -> None: ...
+
+class NotedEvent(_message.Message):
+    __slots__ = ("time", "event", "words", "count", "last_time")
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    LAST_TIME_FIELD_NUMBER: _ClassVar[int]
+    time: float
+    event: str
+    words: str
+    count: int
+    last_time: float
+    def __init__(self, time: _Optional[float] = ..., event: _Optional[str] = ..., words: _Optional[str] = ..., count: _Optional[int] = ..., last_time: _Optional[float] = ...) -> None: ...
+
+class ModelSample(_message.Message):
+    __slots__ = ("prompt", "text", "round", "run_tokens", "time")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    text: str
+    round: int
+    run_tokens: int
+    time: float
+    def __init__(self, prompt: _Optional[str] = ..., text: _Optional[str] = ..., round: _Optional[int] = ..., run_tokens: _Optional[int] = ..., time: _Optional[float] = ...) -> None: ...
+
 class ControlReply(_message.Message):
     __slots__ = ("message",)
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -66,7 +112,7 @@ class CheckpointReply(_message.Message):
     def __init__(self, round: _Optional[int] = ..., path: _Optional[str] = ...) -> None: ...
 
 class PeerStatus(_message.Message):
-    __slots__ = ("peer", "name", "role", "version", "pid", "started_time", "time", "state", "doing", "run_name", "run_sha256", "invite_line", "round", "inner_steps_done", "inner_steps", "run_tokens", "total_tokens", "own_tokens", "own_tokens_per_s", "swarm_tokens_per_s", "losses", "peers", "sent_bytes", "received_bytes", "sent_bytes_per_s", "received_bytes_per_s", "times_below_allreduce", "stall_share", "checkpoint", "notices", "limits", "end_reason", "exit_code", "held_out_loss", "data", "last_merge", "dht_records", "stages", "end_time", "swarm_loss", "archive", "reach", "device", "adapter", "source_losses")
+    __slots__ = ("peer", "name", "role", "version", "pid", "started_time", "time", "state", "doing", "run_name", "run_sha256", "invite_line", "round", "inner_steps_done", "inner_steps", "run_tokens", "total_tokens", "own_tokens", "own_tokens_per_s", "swarm_tokens_per_s", "losses", "peers", "sent_bytes", "received_bytes", "sent_bytes_per_s", "received_bytes_per_s", "times_below_allreduce", "stall_share", "checkpoint", "notices", "limits", "end_reason", "exit_code", "held_out_loss", "data", "last_merge", "dht_records", "stages", "end_time", "swarm_loss", "archive", "reach", "device", "adapter", "shows_invite", "source_losses")
     PEER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +157,7 @@ class PeerStatus(_message.Message):
     REACH_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    SHOWS_INVITE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_LOSSES_FIELD_NUMBER: _ClassVar[int]
     peer: str
     name: str
@@ -156,8 +203,9 @@ class PeerStatus(_message.Message):
     reach: str
     device: DeviceStatus
     adapter: str
+    shows_invite: bool
     source_losses: _containers.RepeatedCompositeFieldContainer[SourceLoss]
-    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., started_time: _Optional[float] = ..., time: _Optional[float] = ..., state: _Optional[_Union[PeerState, str]] = ..., doing: _Optional[str] = ..., run_name: _Optional[str] = ..., run_sha256: _Optional[str] = ..., invite_line: _Optional[str] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., inner_steps: _Optional[int] = ..., run_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., own_tokens_per_s: _Optional[float] = ..., swarm_tokens_per_s: _Optional[float] = ..., losses: _Optional[_Iterable[_Union[LossPoint, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[SwarmPeer, _Mapping]]] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes_per_s: _Optional[float] = ..., received_bytes_per_s: _Optional[float] = ..., times_below_allreduce: _Optional[float] = ..., stall_share: _Optional[float] = ..., checkpoint: _Optional[_Union[KeptCheckpoint, _Mapping]] = ..., notices: _Optional[_Iterable[_Union[Notice, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., end_reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., held_out_loss: _Optional[float] = ..., data: _Optional[str] = ..., last_merge: _Optional[str] = ..., dht_records: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., end_time: _Optional[float] = ..., swarm_loss: _Optional[float] = ..., archive: _Optional[_Union[Archive, _Mapping]] = ..., reach: _Optional[str] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., adapter: _Optional[str] = ..., source_losses: _Optional[_Iterable[_Union[SourceLoss, _Mapping]]] = ...) -> None: ...
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., pid: _Optional[int] = ..., started_time: _Optional[float] = ..., time: _Optional[float] = ..., state: _Optional[_Union[PeerState, str]] = ..., doing: _Optional[str] = ..., run_name: _Optional[str] = ..., run_sha256: _Optional[str] = ..., invite_line: _Optional[str] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., inner_steps: _Optional[int] = ..., run_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ..., own_tokens: _Optional[int] = ..., own_tokens_per_s: _Optional[float] = ..., swarm_tokens_per_s: _Optional[float] = ..., losses: _Optional[_Iterable[_Union[LossPoint, _Mapping]]] = ..., peers: _Optional[_Iterable[_Union[SwarmPeer, _Mapping]]] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes_per_s: _Optional[float] = ..., received_bytes_per_s: _Optional[float] = ..., times_below_allreduce: _Optional[float] = ..., stall_share: _Optional[float] = ..., checkpoint: _Optional[_Union[KeptCheckpoint, _Mapping]] = ..., notices: _Optional[_Iterable[_Union[Notice, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., end_reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., held_out_loss: _Optional[float] = ..., data: _Optional[str] = ..., last_merge: _Optional[str] = ..., dht_records: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., end_time: _Optional[float] = ..., swarm_loss: _Optional[float] = ..., archive: _Optional[_Union[Archive, _Mapping]] = ..., reach: _Optional[str] = ..., device: _Optional[_Union[DeviceStatus, _Mapping]] = ..., adapter: _Optional[str] = ..., shows_invite: bool = ..., source_losses: _Optional[_Iterable[_Union[SourceLoss, _Mapping]]] = ...) -> None: ...
 
 class SourceLoss(_message.Message):
     __slots__ = ("name", "held_out_loss")

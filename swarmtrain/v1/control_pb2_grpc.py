@@ -69,6 +69,11 @@ class ControlStub(object):
                 request_serializer=swarmtrain_dot_v1_dot_control__pb2.Limits.SerializeToString,
                 response_deserializer=swarmtrain_dot_v1_dot_control__pb2.ControlReply.FromString,
                 _registered_method=True)
+        self.History = channel.unary_unary(
+                '/swarmtrain.v1.Control/History',
+                request_serializer=swarmtrain_dot_v1_dot_control__pb2.RunHistoryRequest.SerializeToString,
+                response_deserializer=swarmtrain_dot_v1_dot_control__pb2.RunHistory.FromString,
+                _registered_method=True)
 
 
 class ControlServicer(object):
@@ -123,6 +128,13 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def History(self, request, context):
+        """Return what is known of the run since its start. It may also make the peer ask others, for a later answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -160,6 +172,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Limit,
                     request_deserializer=swarmtrain_dot_v1_dot_control__pb2.Limits.FromString,
                     response_serializer=swarmtrain_dot_v1_dot_control__pb2.ControlReply.SerializeToString,
+            ),
+            'History': grpc.unary_unary_rpc_method_handler(
+                    servicer.History,
+                    request_deserializer=swarmtrain_dot_v1_dot_control__pb2.RunHistoryRequest.FromString,
+                    response_serializer=swarmtrain_dot_v1_dot_control__pb2.RunHistory.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -351,6 +368,33 @@ class Control(object):
             '/swarmtrain.v1.Control/Limit',
             swarmtrain_dot_v1_dot_control__pb2.Limits.SerializeToString,
             swarmtrain_dot_v1_dot_control__pb2.ControlReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def History(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/swarmtrain.v1.Control/History',
+            swarmtrain_dot_v1_dot_control__pb2.RunHistoryRequest.SerializeToString,
+            swarmtrain_dot_v1_dot_control__pb2.RunHistory.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,7 +63,7 @@ class Place(_message.Message):
     def __init__(self, stages: _Optional[_Iterable[int]] = ..., moving_to: _Optional[_Iterable[int]] = ..., bound: _Optional[_Iterable[int]] = ..., tokens_per_s: _Optional[float] = ..., most_stages: _Optional[int] = ..., move_s: _Optional[float] = ..., queue: _Optional[float] = ..., flow_tokens_per_s: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ..., kept_rounds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Presence(_message.Message):
-    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled", "hidden", "hosts", "place", "inner_steps", "loss", "adapter_groups")
+    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled", "hidden", "hosts", "place", "inner_steps", "loss", "adapter_groups", "device")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STAMP_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,7 @@ class Presence(_message.Message):
     INNER_STEPS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     role: Role
     name: str
     stamp: float
@@ -102,7 +103,8 @@ class Presence(_message.Message):
     inner_steps: int
     loss: float
     adapter_groups: int
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ..., hidden: bool = ..., hosts: _Optional[_Iterable[bytes]] = ..., place: _Optional[_Union[Place, _Mapping]] = ..., inner_steps: _Optional[int] = ..., loss: _Optional[float] = ..., adapter_groups: _Optional[int] = ...) -> None: ...
+    device: str
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ..., hidden: bool = ..., hosts: _Optional[_Iterable[bytes]] = ..., place: _Optional[_Union[Place, _Mapping]] = ..., inner_steps: _Optional[int] = ..., loss: _Optional[float] = ..., adapter_groups: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "tokens", "round")
@@ -331,6 +333,46 @@ class DialReply(_message.Message):
     outcome: DialReply.Outcome
     address: str
     def __init__(self, outcome: _Optional[_Union[DialReply.Outcome, str]] = ..., address: _Optional[str] = ...) -> None: ...
+
+class HistoryRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class HistoryPoint(_message.Message):
+    __slots__ = ("run_tokens", "time", "round", "loss", "held_out_loss")
+    RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_LOSS_FIELD_NUMBER: _ClassVar[int]
+    run_tokens: int
+    time: float
+    round: int
+    loss: float
+    held_out_loss: float
+    def __init__(self, run_tokens: _Optional[int] = ..., time: _Optional[float] = ..., round: _Optional[int] = ..., loss: _Optional[float] = ..., held_out_loss: _Optional[float] = ...) -> None: ...
+
+class TextSample(_message.Message):
+    __slots__ = ("prompt", "text", "round", "run_tokens", "time")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    RUN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    text: str
+    round: int
+    run_tokens: int
+    time: float
+    def __init__(self, prompt: _Optional[str] = ..., text: _Optional[str] = ..., round: _Optional[int] = ..., run_tokens: _Optional[int] = ..., time: _Optional[float] = ...) -> None: ...
+
+class HistoryReply(_message.Message):
+    __slots__ = ("points", "sample")
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    points: _containers.RepeatedCompositeFieldContainer[HistoryPoint]
+    sample: TextSample
+    def __init__(self, points: _Optional[_Iterable[_Union[HistoryPoint, _Mapping]]] = ..., sample: _Optional[_Union[TextSample, _Mapping]] = ...) -> None: ...
 
 class StateRequest(_message.Message):
     __slots__ = ("min_round",)

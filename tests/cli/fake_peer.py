@@ -86,6 +86,8 @@ class FakePeer(wire_grpc.ControlServicer):
         self.hanging = threading.Event()
         """While set, it takes calls and does not answer, like a stopped process."""
         self.refusal = ""
+        self.history: wire.RunHistory | None = None
+        """Record of its run; None: it is of a version that has none."""
         self._news = threading.Condition()
         self._version = 0
         self._gone = False
@@ -183,6 +185,11 @@ class FakePeer(wire_grpc.ControlServicer):
                 seen, status = self._version, wire.PeerStatus()
                 status.CopyFrom(self.status)
             yield status
+
+    def History(self, request: Any, context: Any) -> Any:
+        if self.history is None:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "unknown method")
+        return self.history
 
     def Pause(self, request: Any, context: Any) -> Any:
         self.asked.append(request)

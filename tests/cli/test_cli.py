@@ -52,7 +52,7 @@ WHICH_PEER = ("[NAME]", "--dir", "--address")
 
 # Every command with its arguments and options. A change here is a change of what people type: say it in CHANGELOG.md.
 FROZEN: dict[str, tuple[str, ...]] = {
-    "bootstrap": ("RUN.toml", "--wait-for", "--data", "--up", "--down", "--invite-file", *PEER_OPTIONS),
+    "bootstrap": ("RUN.toml", "--wait-for", "--data", "--up", "--down", "--invite-file", "--no-samples", *PEER_OPTIONS),
     "join": (
         *("[INVITE]", "--invite-file"),
         *("--threads", "--memory", "--nice", "--only-when-idle"),

@@ -63,7 +63,8 @@ def test_curves_are_of_what_was_measured() -> None:
     view = view_of()
     view.status.losses.add(round=12, run_tokens=1_200_000, loss=math.inf, time=NOW)
     learning = everybody(view)[0]["learning"]
-    assert learning["training"]["loss"][:2] == [4.75, 4.5] and len(learning["training"]["loss"]) == 11
+    assert learning["own"]["loss"][:2] == [4.75, 4.5] and len(learning["own"]["loss"]) == 11
+    assert learning["swarm"]["loss"] == []
     assert learning["held_out"]["loss"][-1] == 2.25 and len(learning["held_out"]["tokens"]) == 9
 
 
@@ -72,7 +73,7 @@ def test_a_long_curve_is_thinned() -> None:
     del view.status.losses[:]
     for number in range(1, 2001):
         view.status.losses.add(round=number, run_tokens=number, loss=3 + math.sin(number), time=NOW + number)
-    curve = everybody(view)[0]["learning"]["training"]
+    curve = everybody(view)[0]["learning"]["own"]
     assert len(curve["loss"]) == len(curve["time"]) == len(curve["tokens"]) == 600
     assert (curve["tokens"][0], curve["tokens"][-1]) == (1, 2000)
 
@@ -151,3 +152,62 @@ def test_before_there_is_a_status() -> None:
     panels, rows = everybody(View(status=wire.PeerStatus(), phase=PeerPhase.STARTING, now=NOW))
     assert rows == {} and panels["answers"][0]["answer"] == "no loss yet"
     assert panels["head"]["sentence"] == "it is starting, and does not answer yet"
+
+
+def history() -> wire.RunHistory:
+    """The record of the run of a volunteer that came late."""
+    told = wire.RunHistory(run_sha256="ab" * 32, total_tokens=3_000_000)
+    for number in range(1, 12):
+        told.points.add(run_tokens=number * 100_000, time=NOW - 5000 + number, loss=6 - number / 4)
+    told.points.add(run_tokens=500_000, time=NOW - 4000, held_out_loss=3.5)
+    told.points.add(run_tokens=1_150_000, time=NOW - 100, held_out_loss=1.5)
+    told.events.add(time=1, event="peer_joined", words="peer anna joined", count=1, last_time=1)
+    told.events.add(time=2, event="refused", words="refused what <b>m</b> sent", count=7, last_time=9)
+    told.events.add(time=3, event="warning", words="warning: /home/anna/secret is full", count=1, last_time=3)
+    told.sample.prompt, told.sample.text, told.sample.run_tokens = "def ", "f():\n\x1b[2J<script>", 1_150_000
+    return told
+
+
+def with_history(view: View, told: wire.RunHistory) -> tuple[dict[str, Any], dict[str, Any]]:
+    (anybodys, _), (mine, _) = page_of(view, None, told)
+    return dict(anybodys), dict(mine)
+
+
+def test_a_late_volunteers_curves_begin_with_the_run() -> None:
+    view = view_of(held_out_loss=0)
+    del view.status.losses[:]
+    view.status.losses.add(round=11, run_tokens=1_100_000, loss=3.2, time=NOW - 60)
+    learning = with_history(view, history())[0]["learning"]
+    assert learning["swarm"]["tokens"][0] == 100_000 and len(learning["swarm"]["tokens"]) == 11
+    assert learning["own"]["tokens"] == [1_100_000]
+    assert learning["held_out"]["loss"] == [3.5, 1.5]
+    answer = with_history(view, history())[0]["answers"][0]
+    assert (answer["answer"], answer["more"]) == ("1.500 nats/byte", "held-out loss, 2.164 bits/byte, down from 3.500")
+
+
+def test_what_happened_is_told_without_what_is_the_machines() -> None:
+    anybodys, mine = with_history(view_of(), history())
+    assert [event[1] for event in mine["events"]] == [
+        "refused what <b>m</b> sent",
+        "warning: /home/anna/secret is full",
+        "peer anna joined",
+    ]
+    assert mine["events"][0][2] == 7 and "secret" not in json.dumps(anybodys)
+    assert len(anybodys["events"]) == 2
+
+
+def test_a_sample_is_text_with_lines_and_nothing_else() -> None:
+    sample = with_history(view_of(), history())[0]["sample"]
+    assert sample["text"] == "f():\n\ufffd[2J<script>" and sample["tokens"] == "1.15 M"
+    assert everybody(view_of())[0]["sample"] is None
+
+
+def test_the_invite_is_the_own_users_unless_the_run_shows_it() -> None:
+    anybodys, mine = with_history(view_of(), history())
+    assert anybodys["invite"] is None and mine["invite"]["line"].startswith("swarmtrain join st1")
+    code = mine["invite"]["code"]
+    assert code["width"] > 20 and code["path"].startswith("M0 0h7v1h-7z"), "a finder pattern of seven modules"
+    shown = view_of(shows_invite=True)
+    assert with_history(shown, history())[0]["invite"] == mine["invite"]
+    assert with_history(view_of(invite_line="x" * 5000), history())[1]["invite"]["code"] is None
+    assert with_history(view_of(invite_line=""), history())[1]["invite"] is None

@@ -90,6 +90,9 @@ class Peer:
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
         return pb.StateReply(manifest=pb.Signed(payload=bytes(self.reply_bytes)))
 
+    def history(self) -> pb.HistoryReply:
+        return pb.HistoryReply(sample=pb.TextSample(text="f()"))
+
     def refused(self, peer: str, error: PeerError) -> None:
         self.named.append(peer)
 
@@ -148,6 +151,18 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
 
 
 # ---------------------------------------------------------------- calls and records
+
+
+def test_a_history_is_asked_for_and_no_failure_counts(here: Here) -> None:
+    failed: list[str] = []
+    here.a.calls.on_failure = lambda peer, error: failed.append(peer)
+    try:
+        assert here.run(here.a.calls.history(here.b.id)).sample.text == "f()"
+        with pytest.raises(PeerError):
+            here.run(here.a.calls.history(here.c.id))  # of another run: it does not know the call
+        assert not failed
+    finally:
+        here.a.calls.on_failure = lambda peer, error: None
 
 
 def test_the_daemon_has_our_identity_and_sees_the_callers(here: Here) -> None:

@@ -53,6 +53,10 @@ class Peer:
         self.num_answered += 1
         return pb.RoundReply(current_round=7)
 
+    def history(self) -> pb.HistoryReply:
+        self.num_answered += 1
+        return pb.HistoryReply(sample=pb.TextSample(text="f()"))
+
     def refused(self, peer: str, error: PeerError) -> None:
         self.named.append((peer, error))
 
@@ -93,6 +97,21 @@ def test_a_flood_of_calls_gets_short_answers_and_is_named_and_others_are_served(
         for _ in range(100):
             await asyncio.sleep(0.02)
             assert not (await calls[0]()).busy, "fifty a second are answered again"
+
+    in_virtual_time(body)
+
+
+def test_a_history_is_told_now_and_then(in_virtual_time: Any) -> None:
+    async def body(peer: Peer, clock: Any) -> None:
+        ask = lambda caller: peer.service.rpc_history(pb.HistoryRequest(), caller)  # noqa: E731
+        for _ in range(4):
+            assert (await ask(MALLORY)).sample.text == "f()"
+        with pytest.raises(BusyError):
+            await ask(MALLORY)
+        assert [who for who, _ in peer.named] == ["mallory"] and (await ask(ANNA)).sample.text == "f()"
+        await asyncio.sleep(60.0)
+        assert (await ask(MALLORY)).sample.text == "f()", "once a minute is welcome"
+        assert peer.num_answered == 6
 
     in_virtual_time(body)
 

@@ -66,6 +66,8 @@ PROGRESS = "progress"
 MAX_RECORD_BYTES = 1024
 MAX_LOSS = 1000.0
 """Most nats per token that a presence may claim: guessing a vocabulary of a million blindly costs 14."""
+MAX_DEVICE = 32
+"""Characters of the device that a presence names."""
 _SIGNATURE_BYTES = 64
 _MAX_CHECKED = 1024
 """Valid records remembered, so that each is verified once: 2 MB at most."""
@@ -108,6 +110,7 @@ def presence_to_proto(info: PeerInfo) -> pb.Presence:
         steps_per_s=info.steps_per_s,
         loss=info.loss,
         adapter_groups=info.adapter_groups,
+        device=info.device[:MAX_DEVICE],
         addresses=info.addresses,
         corpus_sha256=bytes.fromhex(info.corpus_sha256),
         training=info.training,
@@ -184,6 +187,8 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
         raise BadBytesError("a presence with a loss out of range", code="bad-presence")
     if len(message.name) > 64 or not message.name.isprintable():
         raise BadBytesError("a presence with an unprintable or long name", code="bad-presence")
+    if len(message.device) > MAX_DEVICE or not message.device.isprintable():
+        raise BadBytesError("a presence with an unprintable or long device", code="bad-presence")
     if len(message.addresses) > _MAX_ADDRESSES or not all(map(_ADDRESS.fullmatch, message.addresses)):
         raise BadBytesError("a presence with too many or malformed addresses", code="bad-presence")
     if len(message.corpus_sha256) not in (0, 32) or max(message.run_tokens, message.part_tokens) >= 2**60:
@@ -210,6 +215,7 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
         steps_per_s=speed,
         loss=message.loss,
         adapter_groups=message.adapter_groups,
+        device=message.device,
         run_tokens=message.run_tokens,
         addresses=tuple(address for address in message.addresses if address in given or may_dial(address)),
         hidden=message.hidden,

@@ -47,7 +47,9 @@ from swarmtrain.events import (
 )
 from swarmtrain.peer.control.growth import Growth
 from swarmtrain.peer.control.health import Vitals
+from swarmtrain.peer.control.history import PeerHistory
 from swarmtrain.peer.estimate import Estimate
+from swarmtrain.protocol.history import HistoryPoint
 from swarmtrain.v1 import control_pb2 as pb
 
 __all__ = ["LossCurve", "Pulse", "StatusBoard", "Watched"]
@@ -108,6 +110,8 @@ class Watched:
     run_name: str = ""
     run_sha256: str = ""
     total_tokens: int = 0
+    shows_invite: bool = False
+    """See `run.show_invite` of the run file."""
     tokens_per_step: int = 0
     estimates: Callable[[int], Estimate] | None = None
     """Returns what the run costs each of a number of volunteers that hold the whole model."""
@@ -159,6 +163,8 @@ class StatusBoard:
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
+        self.history = PeerHistory()
+        """Record of the run, from its start."""
         self._watched: Watched | None = None
         self._now, self._wall = now, wall
         self._lock = threading.Lock()
@@ -195,12 +201,20 @@ class StatusBoard:
         takes part in a run, or if they are not known."""
         return 0 if self._watched is None else self._watched.tokens_per_step * self._learnt_share
 
+    @property
+    def device_in_short(self) -> str:
+        """What this peer trains on, for others to see; empty while it is not known."""
+        devices, title = self._base.device.device.split(","), self._base.device.title
+        kind = title or devices[0].partition(":")[0]
+        return kind if len(devices) == 1 else f"{len(devices)} x {kind}"
+
     # ------------------------------------------------------------- what it is told
 
     def watch(self, watched: Watched) -> None:
         """Start reading the peer: it takes part in its run."""
         with self._lock:
             self._base.peer, self._base.name = watched.peer, watched.name
+            self._base.shows_invite = watched.shows_invite
             self._set_run(watched.run_name, watched.run_sha256, watched.total_tokens)
         self._watched = watched
 
@@ -212,6 +226,7 @@ class StatusBoard:
         """Record an event of this peer."""
         with self._lock:
             self._take(event)
+        self.history.take(event)
         for listener in self._listeners:
             listener(event)
 
@@ -244,6 +259,7 @@ class StatusBoard:
                 base.held_out_loss = event.held_out_loss
                 self._set_source_losses(event)
                 self._curve.measured(event.round, event.held_out_loss)
+                self._record_held_out(event)
             case PeerJoinedEvent():
                 self.know_name(event.joined, event.joined_name)
             case WarningEvent() | ErrorEvent():
@@ -260,6 +276,16 @@ class StatusBoard:
                 base.end_reason = event.reason
             case _:
                 pass
+
+    def _record_held_out(self, event: EvalEvent) -> None:
+        """Record a held-out loss. A bootstrap's, of its archive, is recorded by whoever measures it."""
+        if self._base.role == "bootstrap" and self._base.state == pb.PEER_STATE_SERVING:
+            return
+        tokens = self._base.archive.run_tokens if self._base.role == "bootstrap" else self._base.run_tokens
+        time = event.time or self._wall()
+        self.history.add(
+            HistoryPoint(run_tokens=tokens, time=time, round=event.round, held_out_loss=event.held_out_loss)
+        )
 
     def _set_source_losses(self, event: EvalEvent | DoneEvent) -> None:
         of_sources = zip(event.sources, event.source_losses, strict=False)
@@ -285,6 +311,7 @@ class StatusBoard:
     def _set_run(self, name: str, sha256: str, total_tokens: int) -> None:
         base = self._base
         base.run_name, base.run_sha256, base.total_tokens = name, sha256, total_tokens
+        self.history.begin(sha256, total_tokens)
         before = self._before
         if before is not None and before.run_sha256 == sha256 and not self._curve.points:
             for point in before.losses:
@@ -533,11 +560,16 @@ class StatusBoard:
         """
         told = [self._told_losses[item.peer] for item in status.peers if self._told_losses.get(item.peer)]
         status.swarm_loss = statistics.median(told) if told else 0.0
+        if told and status.state in _IN_ROUNDS:
+            point = HistoryPoint(
+                run_tokens=status.run_tokens, time=self._wall(), round=status.round, loss=status.swarm_loss
+            )
+            self.history.add(point)
         points = self._curve.points
         if status.role == "bootstrap" and told and (not points or status.run_tokens > points[-1].run_tokens):
-            point = pb.LossPoint(round=status.round, run_tokens=status.run_tokens, time=round(self._wall(), 1))
-            point.loss = status.swarm_loss
-            self._curve.add(point)
+            newest = pb.LossPoint(round=status.round, run_tokens=status.run_tokens, time=round(self._wall(), 1))
+            newest.loss = status.swarm_loss
+            self._curve.add(newest)
 
     def tell_losses(self, losses: Mapping[str, float]) -> None:
         """Set the training losses that volunteers report, by PeerID."""

@@ -7,6 +7,7 @@ own, so that neither the network nor the training waits for a caller. The server
 control.address   where clients find the server: a line for the socket, a second one for TCP if that was asked for
 control.sock      the socket, unless the folder's path is too long for one
 status.json       the peer's last status, for when it no longer runs
+history.pb        the record of the run from its start
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from grpc_health.v1.health import aio as health_aio
 
 from swarmtrain.errors import CODE_KEY, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.network.files import write_atomically
+from swarmtrain.peer.control.history import HISTORY_NAME
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 
@@ -54,8 +56,10 @@ _TICKS_A_SAVE, _FIRST_TICKS = 4, 60
 soon after it began to train leaves more than that it was starting.
 """
 _SAVE_ANYWAY_S = 15.0
+_SAVE_HISTORY_S = 30.0
 _START_S = 10.0
 _GRACE_S = 2.0  # for the last status to watchers, on a busy machine too
+_OVER = (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED)
 _MAX_SOCKET_PATH_BYTES = 100
 _MAX_REQUEST_BYTES = 16_384
 _OPTIONS = (
@@ -89,6 +93,10 @@ class ControlHandlers:
     resume: Callable[[], str] | None = None
     checkpoint: Callable[[], pb.CheckpointReply] | None = None
     limit: Callable[[pb.Limits], str] | None = None
+    history: Callable[[], pb.RunHistory] | None = None
+    """Returns the record of the run."""
+    ask_history: Callable[[], None] = lambda: None
+    """Makes the peer ask others for what it does not know of the run, for a later answer."""
 
 
 def read_status(folder: Path) -> pb.PeerStatus | None:
@@ -117,6 +125,7 @@ class ControlServer:
         self._beat: asyncio.Task[None] | None = None
         self._saving = threading.Lock()
         self._saved: tuple[int, int, float] = (-1, -1, 0.0)
+        self._history_saved_s = 0.0
 
     # ------------------------------------------------------------- life
 
@@ -239,8 +248,17 @@ class ControlServer:
             with self._saving:
                 self._saved = (status.state, status.round, time.monotonic())
                 write_atomically(self._folder / "status.json", text.encode(), mode=0o600)
+                self._save_history(now=status.state in _OVER)
         except OSError as error:
             _log.debug("status.json: %s", error)
+
+    def _save_history(self, now: bool) -> None:
+        """Write the record of the run, at most every half minute, or `now`. Raises OSError."""
+        history = None if self._powers.history is None else self._powers.history()
+        is_due = now or time.monotonic() - self._history_saved_s >= _SAVE_HISTORY_S
+        if history is not None and history.run_sha256 and is_due:
+            self._history_saved_s = time.monotonic()
+            write_atomically(self._folder / HISTORY_NAME, history.SerializeToString(), mode=0o600)
 
 
 def _listen_privately(server: Any, path: Path) -> str:
@@ -366,6 +384,11 @@ class _Calls(pb_grpc.ControlServicer):
         limit = self._powers.limit
         work = None if limit is None else lambda: limit(request)
         return pb.ControlReply(message=await self._use(context, work, "change its limits"))
+
+    async def History(self, request: pb.RunHistoryRequest, context: Any) -> pb.RunHistory:
+        """See the proto."""
+        self._powers.ask_history()
+        return await self._use(context, self._powers.history, "tell the run's history")
 
     async def _use(self, context: Any, power: Callable[[], _T] | None, what: str) -> _T:
         """Run the handler `power` on the pool and return its answer; abort the call with a sentence if the handler

@@ -8,22 +8,26 @@ an exchange, a pause switch) as soon as it has it; a call that comes earlier is 
 from __future__ import annotations
 
 import heapq
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError, with_code
 from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.history import ask_for_history, history_to_proto
+from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoints.files import Written, newest_written
 from swarmtrain.peer.control.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.control.growth import Growth
 from swarmtrain.peer.control.health import health
+from swarmtrain.peer.control.history import read_history
 from swarmtrain.peer.control.server import ControlHandlers, ControlServer, read_status
 from swarmtrain.peer.estimate import Estimate
 from swarmtrain.peer.lifecycle.folder import PeerFolder
@@ -45,6 +49,7 @@ MAX_SHOWN_PEERS = 1024
 _PATIENCE_S = 60.0
 _FIRST_ROUND_PATIENCE_S = 600.0  # nobody knows yet how long an inner step takes on this machine
 _STEPS_OF_PATIENCE = 4
+_HISTORY_AGAIN_S = 60.0
 _COUNTS_LAG_S = 15.0
 """Greatest age of a bootstrap's counts, in seconds: progress records are written and read every few seconds."""
 
@@ -76,6 +81,9 @@ class ControlSession:
     _pause_asked: Callable[[bool], None] = lambda paused: None
     _limit: Callable[[pb.Limits], str] | None = None
     _checkpoints: Checkpoints | None = None
+    _swarm: Swarm | None = None
+    _submit: Callable[[Coroutine[Any, Any, None]], object] = lambda work: work.close()
+    _history_asked_s: float = -math.inf
 
     def ended(self, done: DoneEvent) -> DoneEvent:
         """Record that the peer's work is over; what remains is to leave."""
@@ -111,11 +119,13 @@ class ControlSession:
     def watch(
         self,
         swarm: Swarm,
+        network: NetworkThread,
         pulse: Callable[[], Pulse],
         checkpoints: Checkpoints,
         estimates: Callable[[int], Estimate] | None = None,
     ) -> None:
-        """Register the swarm of the run: from now on the board reads it and `pulse`, and checkpoints can be asked for.
+        """Register the swarm of the run: from now on the board reads it and `pulse`, checkpoints can be asked for, and
+        what is known of the run is told to other peers that ask.
 
         `estimates` gives what the run costs each of a number of volunteers that hold the whole model.
         """
@@ -130,11 +140,29 @@ class ControlSession:
                 run_name=run.run.name,
                 run_sha256=swarm.published.sha256,
                 total_tokens=run.run.total_tokens,
+                shows_invite=run.run.show_invite,
                 tokens_per_step=run.tokens_per_step,
                 estimates=estimates,
             )
         )
         self._checkpoints = checkpoints
+        history = board.history
+        swarm.history = lambda: history_to_proto(history.losses(), history.sample)
+        self._swarm, self._submit = swarm, network.submit
+        self._ask_history()
+
+    def _ask_history(self) -> None:
+        """Ask other peers for what this one does not know of the run, a minute after the last time at the earliest."""
+        now_s, swarm = time.monotonic(), self._swarm
+        if swarm is None or now_s - self._history_asked_s < _HISTORY_AGAIN_S:
+            return
+        self._history_asked_s = now_s
+
+        async def ask() -> None:
+            for points, sample in await ask_for_history(swarm):
+                self.board.history.fill(points, sample)
+
+        self._submit(ask())
 
     def serving(self) -> None:
         """Report that the peer serves the run from now on."""
@@ -156,6 +184,8 @@ class ControlSession:
             resume=self._order_resume,
             checkpoint=self._checkpoint,
             limit=self._order_limit,
+            history=self.board.history.message,
+            ask_history=self._ask_history,
         )
 
     def _leave(self) -> str:
@@ -218,6 +248,7 @@ def control_session(
     board = StatusBoard(role, time.time() - process_age_s())
     if (before := read_status(folder.path)) is not None:
         board.remember(before)
+    board.history.remember(read_history(folder.path))
     board.called(settings.name)
     board.add_looker(partial(_show_checkpoint, newest_written(folder.checkpoints_path, folder.kept_sha256())))
     control = ControlSession(board, board.listening(emit), stop)
@@ -422,6 +453,7 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
                 heard_time=max(0.0, swarm.membership.heard_s(peer)),
                 hidden=info.hidden,
                 loss=info.loss,
+                device=info.device,
             )
 
     return look

@@ -22,6 +22,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler
 from swarmtrain.peer.checkpoints.manager import CheckpointManager, PeersFile
 from swarmtrain.peer.control.limits import limit_link
 from swarmtrain.peer.control.session import ControlSession
@@ -89,6 +90,8 @@ class BootstrapPeer:
     has_news: bool = False
     """True if anything was archived since this process started. Then the archived weights are newer than a model left
     in the folder."""
+    sampler: ArchiveSampler | None = None
+    """Measures the archive while the run goes on; None before the first one, or if that is not wanted."""
     since_s: float = field(default_factory=swarm_time)
     _early_looks: int = field(init=False, default=0)
 
@@ -133,12 +136,28 @@ class BootstrapPeer:
             )
         else:
             self.emit(ArchivedEvent(round=progress.round, run_tokens=progress.run_tokens, path=str(path)))
+            self._sample(progress)
+
+    def _sample(self, progress: Progress) -> None:
+        """Let the new archive be measured when that can be afforded."""
+        if not self.settings.samples_archive:
+            return
+        if self.sampler is None:
+            record, files = self.control.board.history.add_sample, lambda: self.model_folder
+            self.sampler = ArchiveSampler(self.published, self.folder.archive_path, self.emit, record, files)
+        self.sampler.offer(progress)
+
+    def stop_sampling(self) -> None:
+        """End the measurement of the archive: this peer measures the model at the run's end, or leaves."""
+        if self.sampler is not None:
+            self.sampler.close()
 
     def measure_and_save(self, model: LanguageModel, progress: Progress) -> None:
         """Measure the held-out loss at the run's end and save the model.
 
         A final model that an earlier process left in the folder stays as it is if nothing was archived since.
         """
+        self.stop_sampling()
         kept = None if self.has_news else kept_final_model(self.folder, self.published, self.model_folder)
         model = model if kept is None else kept
         tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, self.published.run.model.vocabulary_size)

@@ -114,6 +114,8 @@ class PeerSettings:
     """HOST:PORT at which to serve control over TCP as well; empty: only at the socket in `directory`."""
     metrics: str = ""
     """HOST:PORT at which to serve Prometheus metrics; empty: nowhere."""
+    samples_archive: bool = True
+    """Of a bootstrap: whether it measures its archive and lets it write, now and then."""
     report_to: tuple[str, ...] = ()
     """Trackers that draw this peer's curves: names in `peer/trackers/sinks.py:SINKS`."""
     accept_clock: bool = False

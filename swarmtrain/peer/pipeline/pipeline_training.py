@@ -119,7 +119,7 @@ class PipelineTraining:
             (),
             average_bytes_untrusted,
             context.emit,
-            PeerInfo(peer=me, name=context.name, training=True),
+            PeerInfo(peer=me, name=context.name, training=True, device=context.control.board.device_in_short),
             durable=stages.durable,
         )
         self._peers_file = PeersFile(context.folder, swarm)
@@ -171,7 +171,7 @@ class PipelineTraining:
         context.wait(context.node.serve_pipes(stage_stream_name(context.published.sha256), self._host.serve))
         context.wait(swarm.start(context.fetcher.through))
         context.wait(swarm.watch_daemon(context.stop.fail))
-        context.control.watch(swarm, stages_pulse(swarm, self._stages), self._stages)
+        context.control.watch(swarm, context.network, stages_pulse(swarm, self._stages), self._stages)
 
     def join(self) -> None:
         """Take the swarm's present weights, if they are preferred to this peer's, and announce this peer. See

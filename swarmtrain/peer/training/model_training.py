@@ -145,7 +145,12 @@ class ModelTraining:
         run, published, emit, num_shards = context.run, context.published, context.emit, loop.batches.num_shards
         groups = trained_part(run, context.settings.adapter_rank)
         me = PeerInfo(
-            peer=context.me, name=context.name, training=True, corpus_sha256=data.digest, adapter_groups=groups
+            peer=context.me,
+            name=context.name,
+            training=True,
+            device=context.control.board.device_in_short,
+            corpus_sha256=data.digest,
+            adapter_groups=groups,
         )
         swarm = self.swarm = Swarm(
             context.node,
@@ -239,7 +244,7 @@ class ModelTraining:
             num_ranks=loop.compute.num_host_ranks,
         )
         pulse = volunteer_pulse(control.board, self.exchange, lambda: self.session.learnt_share)
-        control.watch(swarm, pulse, self.manager, estimates)
+        control.watch(swarm, context.network, pulse, self.manager, estimates)
 
     def _look_for_others(self) -> None:
         """Search for others for `_ALONE_AFTER_S`, then go on alone. They may just be restarting too, and this peer

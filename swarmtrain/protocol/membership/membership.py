@@ -39,6 +39,7 @@ class PeerInfo:
     - `part`: the newest publication of its round (0: none yet); `part_tokens`: the tokens in it.
     - `steps_per_s`: its inner steps a second.
     - `loss`: mean training loss over its last round, nats per token (0: unknown).
+    - `device`: what it trains on, for people ("": unknown).
     - `adapter_groups`: groups of an adapter that it trains in each round (0: all).
     - `is_finished`: the run is over, and the peer needs nothing more from others.
     - `hidden`: nobody can dial it. It can be called only over connections that it has opened itself; its publications
@@ -58,6 +59,7 @@ class PeerInfo:
     inner_steps_done: int = 0
     steps_per_s: float = 0.0
     loss: float = 0.0
+    device: str = ""
     adapter_groups: int = 0
     run_tokens: int = 0
     is_finished: bool = False

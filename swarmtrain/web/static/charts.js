@@ -131,7 +131,7 @@ export class CurveChart {
     if (this.plot) this.plot.destroy();
     this.plot = null;
     this.legend.replaceChildren(
-      ...(this.curves.length > 1 ? this.curves : []).map((curve) => {
+      ...this.curves.filter((curve) => curve.label || this.curves.length > 1).map((curve) => {
         const swatch = make("i");
         swatch.style.background = colour(curve.colour);
         return make("span", {}, swatch, curve.name);

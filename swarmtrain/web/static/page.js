@@ -20,7 +20,7 @@ function takeKey() {
 const key = takeKey();
 const state = { panels: {}, rows: new Map(), connection: "", why: "", newsTime: 0 };
 const charts = {
-  heldOut: new CurveChart(get("chart-held-out"), "Held-out loss", "nats per byte; lower is better"),
+  heldOut: new CurveChart(get("chart-held-out"), "Held-out loss", "nats per byte"),
   training: new CurveChart(get("chart-training"), "Training loss", "nats per token"),
 };
 const HERE = ["Name", "Share", "Tokens", "Speed", "Doing", "Trains on", "Heard", "Reached"];
@@ -50,9 +50,6 @@ const draw = {
     bar.firstElementChild.style.width = `${percent}%`;
     bar.setAttribute("aria-valuenow", percent.toFixed(1));
     bar.setAttribute("aria-valuetext", progress.words);
-    setText(get("progress-tokens"), progress.tokens);
-    const at = progress.end_time ? `, at ${clock(progress.end_time)}` : "";
-    setText(get("progress-left"), progress.left ? progress.left + at : "");
   },
   answers(answers) {
     const list = get("answers");
@@ -70,34 +67,31 @@ const draw = {
     const curve = (given, name, shade, dots) => ({ name, colour: shade, x: given[axis], y: given.loss, dots });
     const given = (curves) => curves.filter((each) => each.x.length);
     charts.heldOut.show(given([curve(learning.held_out, "held-out", "--held-out", true)]), axis);
-    charts.training.show(given([curve(learning.training, learning.whose, "--training", false)]), axis);
+    const swarm = { ...curve(learning.swarm, "median of the volunteers", "--training", false), label: true };
+    const thisPeer = { ...curve(learning.own, "this peer", "--other-1", false), label: true, thin: swarm.x.length > 0 };
+    charts.training.show(given([thisPeer, swarm]), axis);
     setText(get("sources"), learning.sources ? `held-out by source: ${learning.sources}` : "");
   },
   pipeline(stages) {
     const section = get("pipeline");
     section.hidden = !stages;
     if (!stages) return;
-    section.querySelector("table")?.remove();
+    section.querySelector(".scroll")?.remove();
     const heads = ["Stage", "Held by", "Speed", "Could do", "Waiting"];
     const lines = stages.map((stage) =>
       make(
         "tr",
         { className: stage.mine ? "me" : "" },
         make("th", { scope: "row" }, String(stage.number)),
-        make("td", {}, stage.holders || (stage.peers ? `${stage.peers} peers` : "nobody")),
+        make("td", { className: "wraps" }, stage.holders || (stage.peers ? `${stage.peers} peers` : "nobody")),
         make("td", { className: "number" }, stage.speed),
         make("td", { className: "number" }, stage.most),
         make("td", { className: "number" }, String(stage.queue)),
       ),
     );
-    section.append(
-      make(
-        "table",
-        {},
-        make("thead", {}, make("tr", {}, ...heads.map((name) => make("th", { scope: "col" }, name)))),
-        make("tbody", {}, ...lines),
-      ),
-    );
+    const head = make("thead", {}, make("tr", {}, ...heads.map((name) => make("th", { scope: "col" }, name))));
+    const table = make("table", { className: "stages" }, head, make("tbody", {}, ...lines));
+    section.append(make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: "Stages" }, table));
   },
   machine(machine) {
     own.show(machine);
@@ -112,11 +106,49 @@ const draw = {
     ]);
   },
   notices(notices) {
-    get("notices").hidden = !notices.length;
-    const lines = notices.map(([time, text]) => make("li", {}, make("time", {}, clock(time)), ` ${text}`));
-    get("notices").querySelector("ol").replaceChildren(...lines);
+    drawList(get("notices"), notices);
+  },
+  events(events) {
+    drawList(get("events"), events);
+  },
+  sample(sample) {
+    get("sample").hidden = !sample;
+    if (!sample) return;
+    const when = `at ${clock(sample.time)}, after round ${sample.round} and ${sample.tokens} tokens`;
+    setText(get("sample-about"), `The swarm's model of then continued a line of its held-out text ${when}.`);
+    setText(get("sample-prompt"), sample.prompt);
+    setText(get("sample-written"), sample.text);
+  },
+  invite(invite) {
+    get("invite").hidden = !invite;
+    if (!invite) return;
+    setText(get("invite-line"), invite.line);
+    get("invite-code").hidden = !invite.code;
+    get("invite-code").querySelector("svg")?.remove();
+    if (invite.code) get("invite-code").append(drawCode(invite.code));
   },
 };
+
+function drawList(section, events) {
+  section.hidden = !events.length;
+  const lines = events.map(([time, text, count]) =>
+    make("li", {}, make("time", {}, clock(time)), ` ${text}${count > 1 ? ` (${count} times)` : ""}`),
+  );
+  section.querySelector("ol").replaceChildren(...lines);
+}
+
+/** Draw a QR code: dark on light by night too, since readers expect that. */
+function drawCode(code) {
+  const space = "http://www.w3.org/2000/svg";
+  const picture = document.createElementNS(space, "svg");
+  picture.setAttribute("viewBox", `-4 -4 ${code.width + 8} ${code.width + 8}`);
+  picture.setAttribute("role", "img");
+  picture.setAttribute("aria-label", "QR code of the invite");
+  const dark = document.createElementNS(space, "path");
+  dark.setAttribute("d", code.path);
+  picture.append(dark);
+  return picture;
+}
 
 function drawPeers() {
   const rows = [...state.rows];
@@ -161,6 +193,15 @@ function take(message) {
   if (message.all || Object.keys(message.rows).length || message.gone.length) drawPeers();
 }
 
+get("invite-copy").addEventListener("click", async () => {
+  try {
+    await navigator.clipboard.writeText(get("invite-line").textContent);
+    setText(get("invite-copied"), "copied");
+  } catch {
+    getSelection().selectAllChildren(get("invite-line"));
+    setText(get("invite-copied"), "selected: copy it with the keyboard");
+  }
+});
 get("axis").addEventListener("change", (event) => {
   axis = event.target.value;
   if (state.panels.learning) draw.learning(state.panels.learning);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,10 +154,12 @@ def test_a_volunteers_limits_and_metrics_know_what_the_run_costs(
         )
         monkeypatch.setattr("swarmtrain.peer.control.session.swarm_looker", lambda board, swarm: lambda status: None)
         kept: Any = SimpleNamespace(show=lambda status: None)
-        c.watch(swarm, lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing=""), kept)
+        network: Any = SimpleNamespace(submit=lambda work: work.close())
+        c.watch(swarm, network, lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing=""), kept)
         assert volunteer.limits._expected() is None, "of a pipeline"
         c.watch(
             swarm,
+            network,
             lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing=""),
             kept,
             estimates_of(run, num_parameters(run.model)),
@@ -342,7 +345,7 @@ def test_what_volunteers_say_of_their_losses_reaches_the_board() -> None:
         for end, training, loss in (("1", True, 2.0), ("2", True, 3.0), ("3", True, 0.0), ("4", False, 9.0))
     ]
     swarm: Any = SimpleNamespace(
-        membership=SimpleNamespace(live=lambda: live, volunteers=lambda: live),
+        membership=SimpleNamespace(live=lambda: live, volunteers=lambda: live, heard_s=lambda peer: -math.inf),
         presence=SimpleNamespace(me=PeerInfo(peer=BEN, is_bootstrap=True)),
         published=SimpleNamespace(
             run=SimpleNamespace(tokens_per_step=1, pipeline=SimpleNamespace(stages=1), adapter=AdapterSection())

@@ -1,0 +1,89 @@
+"""History of the run, as peers tell it to each other: asked for by who shows a page, answered by whoever has one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.discovery.records import MAX_LOSS
+from swarmtrain.protocol.history import CELLS, HistoryPoint, TextSample
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+if TYPE_CHECKING:
+    from swarmtrain.network.swarm import Swarm
+
+__all__ = ["ask_for_history", "history_from_proto_untrusted", "history_to_proto"]
+
+_MAX_POINTS = 2 * CELLS
+_MAX_TEXT = 4000
+_MAX_TIME_S = 1e11
+_MOST_ASKED = 2
+
+
+def history_to_proto(points: Sequence[HistoryPoint], sample: TextSample | None) -> pb.HistoryReply:
+    """Return the answer to a peer that asks for the run's history."""
+    reply = pb.HistoryReply()
+    for point in points[-_MAX_POINTS:]:
+        reply.points.add(
+            run_tokens=point.run_tokens,
+            time=point.time,
+            round=point.round,
+            loss=point.loss,
+            held_out_loss=point.held_out_loss,
+        )
+    if sample is not None:
+        reply.sample.prompt, reply.sample.text = sample.prompt, sample.text
+        reply.sample.round, reply.sample.run_tokens, reply.sample.time = sample.round, sample.run_tokens, sample.time
+    return reply
+
+
+def history_from_proto_untrusted(reply: pb.HistoryReply) -> tuple[list[HistoryPoint], TextSample | None]:
+    """Return what a peer tells of the run's history. Raises BadBytesError if a field is out of range."""
+    if len(reply.points) > _MAX_POINTS:
+        raise BadBytesError(f"a history of {len(reply.points)} points", code="bad-size")
+    points = [_point_untrusted(point) for point in reply.points]
+    return points, _sample_untrusted(reply.sample) if reply.HasField("sample") else None
+
+
+def _point_untrusted(point: pb.HistoryPoint) -> HistoryPoint:
+    losses = point.loss, point.held_out_loss
+    if not all(0 <= loss <= MAX_LOSS for loss in losses) or not 0 <= point.time < _MAX_TIME_S:  # false for NaN too
+        raise BadBytesError("a history with a loss or a time out of range", code="bad-number")
+    if point.run_tokens >= 2**60 or point.round >= 2**40:
+        raise BadBytesError("a history with a number out of range", code="bad-number")
+    return HistoryPoint(
+        run_tokens=point.run_tokens,
+        time=point.time,
+        round=point.round,
+        loss=point.loss,
+        held_out_loss=point.held_out_loss,
+    )
+
+
+def _sample_untrusted(sample: pb.TextSample) -> TextSample:
+    if len(sample.prompt) + len(sample.text) > _MAX_TEXT:
+        raise BadBytesError(f"a sample of {len(sample.prompt) + len(sample.text)} characters", code="bad-size")
+    if not 0 <= sample.time < _MAX_TIME_S or sample.run_tokens >= 2**60 or sample.round >= 2**40:
+        raise BadBytesError("a sample with a number out of range", code="bad-number")
+    return TextSample(
+        prompt=sample.prompt, text=sample.text, round=sample.round, run_tokens=sample.run_tokens, time=sample.time
+    )
+
+
+async def ask_for_history(swarm: Swarm) -> list[tuple[list[HistoryPoint], TextSample | None]]:
+    """Ask the bootstraps that are here, else two volunteers, for the run's history; return their answers."""
+    live = swarm.membership.live()
+    bootstraps = [info.peer for info in live if info.is_bootstrap]
+    others = [info.peer for info in live if not info.is_bootstrap]
+    asked = bootstraps[:_MOST_ASKED] or random.sample(others, min(_MOST_ASKED, len(others)))
+    answers = []
+    for peer in asked:
+        try:
+            answers.append(history_from_proto_untrusted(await swarm.calls.history(peer)))
+        except BadBytesError as error:
+            swarm.peers.refused(peer, error)
+        except PeerError:
+            continue  # it is gone, or of a version that tells no history
+    return answers

@@ -1,0 +1,167 @@
+"""What the archived model is worth while the run goes on: its held-out loss, and a sample of what it writes.
+
+A bootstrap does not train, so it can afford that now and then: in a thread of the lowest priority, for a twentieth of
+the time at most, and only if the model fits into free memory twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
+from swarmtrain.errors import SwarmtrainError
+from swarmtrain.events import Event
+from swarmtrain.model.export import ExportedModel, load_exported
+from swarmtrain.model.sampling import generate
+from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer.lifecycle.node import eval_event, held_out_loss_of
+from swarmtrain.protocol.history import HistoryPoint, TextSample
+from swarmtrain.protocol.tokens.progress import Progress
+
+__all__ = ["ArchiveSampler", "prompt_of"]
+
+_log = logging.getLogger(__name__)
+_REST_OF_WORK = 19.0
+"""Seconds of rest for each second of work."""
+_LEAST_REST_S = 20.0
+_NICE = 19
+_SAMPLE_TOKENS = 200
+_SAMPLE_S = 30.0
+"""Longest time that a sample may take; it ends with the token of that moment."""
+_TEMPERATURE = 0.7
+_PROMPT_CHARACTERS = 48
+_MAX_CHARACTERS = 2000
+_ROOM = 2.0
+
+
+class _ClosedError(Exception):
+    """Leaves a measurement: the peer ends."""
+
+
+class ArchiveSampler:
+    """Measures what is `offer`ed, the newest first, until `close`.
+
+    `emit` gets an `eval` event for each measurement, `record` its point of the run's history and the sample. `files`
+    returns the folder of the run's model files; None if the model is built in.
+    """
+
+    def __init__(
+        self,
+        published: PublishedRun,
+        archive: Path,
+        emit: Callable[[Event], None],
+        record: Callable[[HistoryPoint, TextSample], None],
+        files: Callable[[], Path | None] = lambda: None,
+    ) -> None:
+        self._published, self._archive, self._emit, self._record, self._files = published, archive, emit, record, files
+        self._wanted: Progress | None = None
+        self._news = threading.Condition()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def offer(self, progress: Progress) -> None:
+        """Measure the archive of this progress as soon as it can be afforded, unless there is a newer one by then."""
+        with self._news:
+            self._wanted = progress
+            self._news.notify()
+        if self._thread is None and not self._closed.is_set():
+            self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """End what it does, within some steps of the model."""
+        self._closed.set()
+        with self._news:
+            self._news.notify()
+        if self._thread is not None:
+            self._thread.join(_LEAST_REST_S)
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # of this thread alone, on Linux
+        while (progress := self._next()) is not None:
+            began_s = time.monotonic()
+            try:
+                self.measure(progress)
+            except _ClosedError:
+                return
+            except (SwarmtrainError, OSError, ValueError, MemoryError) as error:
+                _log.info("the archive is not measured: %s", error)
+            except Exception:  # the boundary of this thread: the bootstrap goes on without samples
+                _log.exception("the archive could not be measured")
+                return
+            self._closed.wait(max(_LEAST_REST_S, _REST_OF_WORK * (time.monotonic() - began_s)))
+
+    def _next(self) -> Progress | None:
+        with self._news:
+            self._news.wait_for(lambda: self._wanted is not None or self._closed.is_set())
+            progress, self._wanted = self._wanted, None
+            return None if self._closed.is_set() else progress
+
+    def measure(self, progress: Progress) -> None:
+        """Measure the archive, which should be that of `progress`, and let it write. Raises UserError if it cannot be
+        read, OSError and MemoryError."""
+        self._check_room()
+        exported = load_exported(self._archive, self._files())
+        if exported.run_tokens != progress.run_tokens:
+            return  # there is a newer one, which was offered too
+        loss = held_out_loss_of(exported.model, self._published, self._tokenizer(), self._check)
+        round, time_s = max(0, progress.round - 1), time.time()
+        self._emit(eval_event(round, loss))
+        point = HistoryPoint(run_tokens=progress.run_tokens, time=time_s, round=round, held_out_loss=loss.nats_per_byte)
+        self._record(point, self._sampled(exported, progress))
+
+    def _tokenizer(self) -> Tokenizer:
+        return tokenizer_from_bytes_untrusted(self._published.tokenizer, self._published.run.model.vocabulary_size)
+
+    def _check(self) -> None:
+        if self._closed.is_set():
+            raise _ClosedError
+
+    def _check_room(self) -> None:
+        """Raise MemoryError unless the model fits into the free memory twice."""
+        import psutil
+
+        size = sum(path.stat().st_size for path in self._archive.glob("*.safetensors"))
+        if _ROOM * size > psutil.virtual_memory().available:
+            raise MemoryError("too little memory is free")
+
+    def _sampled(self, exported: ExportedModel, progress: Progress) -> TextSample:
+        tokenizer, prompt = self._tokenizer(), prompt_of(self._published, progress.round)
+        ends, until_s = tokenizer.document_end[-1:], time.monotonic() + _SAMPLE_S
+
+        def goes_on(token: int) -> bool:
+            self._check()
+            return token not in ends and time.monotonic() < until_s
+
+        tokens = [int(token) for token in tokenizer.encode_prompt(prompt)]
+        written = generate(exported.model, tokens, _SAMPLE_TOKENS, _TEMPERATURE, progress.round, goes_on)
+        if written and written[-1] in ends:
+            written.pop()
+        return TextSample(
+            prompt=prompt,
+            text=tokenizer.decode(written).decode(errors="replace")[:_MAX_CHARACTERS],
+            round=progress.round,
+            run_tokens=progress.run_tokens,
+            time=time.time(),
+        )
+
+
+def prompt_of(published: PublishedRun, seed: int) -> str:
+    """Return the beginning of some line of the run's held-out text, which nobody trains on."""
+    if published.run.data.format != "text":
+        return "What "  # of a question: the lines of such a text are not what a person writes
+    lines = [line.strip() for line in published.held_out.decode(errors="replace").splitlines()]
+    long = [line for line in lines if len(line) >= _PROMPT_CHARACTERS // 4]
+    if not long:
+        return "The "
+    line = random.Random(seed).choice(long)
+    begin = line[:_PROMPT_CHARACTERS]
+    return line if line == begin else begin.rpartition(" ")[0] or begin

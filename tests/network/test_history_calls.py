@@ -1,0 +1,113 @@
+"""History of a run as another peer tells it: bounded, checked, and asked of whoever should know."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from codes import raises_code
+
+from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
+from swarmtrain.network.history import ask_for_history, history_from_proto_untrusted, history_to_proto
+from swarmtrain.protocol.history import HistoryPoint, TextSample
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+POINTS = [
+    HistoryPoint(run_tokens=1000 * number, time=1.7e9 + number, round=number, loss=number / 2, held_out_loss=0.25)
+    for number in range(1, 20)
+]
+SAMPLE = TextSample(prompt="def ", text="main():\n", round=3, run_tokens=3000, time=1.7e9)
+
+
+@pytest.mark.parametrize("sample", [SAMPLE, None])
+def test_it_arrives_as_it_was_sent(sample: TextSample | None) -> None:
+    reply = pb.HistoryReply.FromString(history_to_proto(POINTS, sample).SerializeToString())
+    assert history_from_proto_untrusted(reply) == (POINTS, sample)
+
+
+def test_a_long_history_fits_into_an_answer() -> None:
+    points = [HistoryPoint(run_tokens=2**50 + number, time=1.7e9, round=2**30, loss=3.0) for number in range(5000)]
+    reply = history_to_proto(points, SAMPLE)
+    assert len(reply.points) == 4096 and reply.ByteSize() < 200_000
+    assert reply.points[-1].run_tokens == points[-1].run_tokens, "the newest stay"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("loss", math.nan),
+        ("loss", -1.0),
+        ("held_out_loss", math.inf),
+        ("loss", 1e6),
+        ("time", math.nan),
+        ("time", -1.0),
+        ("time", 1e20),
+        ("run_tokens", 2**61),
+        ("round", 2**41),
+    ],
+)
+def test_a_field_out_of_range_is_refused(field: str, value: Any) -> None:
+    reply = history_to_proto(POINTS, None)
+    setattr(reply.points[3], field, value)
+    with raises_code("bad-number", BadBytesError):
+        history_from_proto_untrusted(reply)
+    if field in ("time", "run_tokens", "round"):
+        reply = history_to_proto((), SAMPLE)
+        setattr(reply.sample, field, value)
+        with raises_code("bad-number", BadBytesError):
+            history_from_proto_untrusted(reply)
+
+
+def test_too_much_is_refused() -> None:
+    reply = pb.HistoryReply()
+    for _ in range(4097):
+        reply.points.add(run_tokens=1, loss=1)
+    with raises_code("bad-size", BadBytesError):
+        history_from_proto_untrusted(reply)
+    with raises_code("bad-size", BadBytesError):
+        history_from_proto_untrusted(pb.HistoryReply(sample=pb.TextSample(prompt="x" * 2000, text="x" * 2001)))
+
+
+class FakeSwarm:
+    """Swarm of peers that answer, fail, or lie."""
+
+    def __init__(self, peers: dict[str, pb.HistoryReply | PeerError], bootstraps: tuple[str, ...]) -> None:
+        live = [PeerInfo(peer=peer, is_bootstrap=peer in bootstraps) for peer in peers]
+        self.membership = SimpleNamespace(live=lambda: live)
+        self.calls = SimpleNamespace(history=self._history)
+        self.peers = SimpleNamespace(refused=lambda peer, error: self.refused.append((peer, error.code)))
+        self.asked: list[str] = []
+        self.refused: list[tuple[str, str]] = []
+        self._peers = peers
+
+    async def _history(self, peer: str) -> pb.HistoryReply:
+        self.asked.append(peer)
+        reply = self._peers[peer]
+        if isinstance(reply, PeerError):
+            raise reply
+        return reply
+
+
+def asked(swarm: FakeSwarm) -> list[Any]:
+    return asyncio.run(ask_for_history(swarm))  # type: ignore[arg-type]
+
+
+def test_bootstraps_are_asked_and_else_two_others() -> None:
+    good = history_to_proto(POINTS, SAMPLE)
+    swarm = FakeSwarm({"a": good, "boot": good, "b": good}, ("boot",))
+    assert asked(swarm) == [(POINTS, SAMPLE)] and swarm.asked == ["boot"]
+    swarm = FakeSwarm(dict.fromkeys("abcdef", good), ())
+    assert len(asked(swarm)) == 2 and len(set(swarm.asked)) == 2
+    assert asked(FakeSwarm({}, ())) == []
+
+
+def test_who_fails_or_lies_costs_its_answer_only() -> None:
+    lie = history_to_proto(POINTS, None)
+    lie.points[0].loss = math.nan
+    peers = {"one": lie, "other": UnreachableError("it does not know this call")}
+    swarm = FakeSwarm(peers, ("one", "other"))
+    assert asked(swarm) == [] and swarm.refused == [("one", "bad-number")]

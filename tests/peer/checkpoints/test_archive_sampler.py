@@ -1,0 +1,167 @@
+"""What an archive is worth while the run goes on: measured seldom, in the background, and never in the way."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from patience import PATIENCE_S
+
+from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
+from swarmtrain.errors import UserError
+from swarmtrain.events import EvalEvent, Event
+from swarmtrain.model.run_model import build_run_model
+from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer.bootstrap import publish_run
+from swarmtrain.peer.checkpoints import archive_sampler
+from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler, prompt_of
+from swarmtrain.peer.lifecycle.node import held_out_loss_of, save_weights
+from swarmtrain.protocol.history import HistoryPoint, TextSample
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.run import parse_run
+
+RUN = """
+[run]
+total_tokens = 100_000
+[model]
+context_tokens = 16
+num_layers = 1
+width = 16
+num_heads = 2
+[data]
+source = "text"
+paths = ["*.txt"]
+held_out_bytes = 2048
+"""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> PublishedRun:
+    base = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        lines = [f"line {line} of text {number} is rather long, and says that {line * number}" for line in range(30)]
+        (base / f"{number}.txt").write_text("\n".join(lines))
+    return publish_run(parse_run(RUN, "r"), base, datetime.datetime.now(datetime.UTC))
+
+
+class Measured:
+    """A sampler of the archive in `folder`, and what it told."""
+
+    def __init__(self, published: PublishedRun, folder: Path) -> None:
+        self.published, self.folder = published, folder
+        self.events: list[Event] = []
+        self.records: list[tuple[HistoryPoint, TextSample]] = []
+        self.sampler = ArchiveSampler(
+            published, folder, self.events.append, lambda point, sample: self.records.append((point, sample))
+        )
+
+    def archive(self, round: int, tokens: int) -> Progress:
+        progress = Progress(round=round, run_tokens=tokens)
+        model = build_run_model(self.published.run, None)
+        save_weights(self.folder, dict(model.trained_parameters()), self.published, progress, None)
+        return progress
+
+
+def test_the_loss_is_the_models_and_the_sample_continues_held_out_text(published: PublishedRun, tmp_path: Path) -> None:
+    measured = Measured(published, tmp_path / "archive")
+    measured.sampler.measure(measured.archive(3, 4000))
+    (event,) = measured.events
+    tokenizer = tokenizer_from_bytes_untrusted(published.tokenizer, published.run.model.vocabulary_size)
+    expected = held_out_loss_of(build_run_model(published.run, None), published, tokenizer)
+    assert isinstance(event, EvalEvent) and event.round == 2
+    assert event.held_out_loss == pytest.approx(expected.nats_per_byte)
+    ((point, sample),) = measured.records
+    assert (point.run_tokens, point.held_out_loss) == (4000, event.held_out_loss)
+    assert sample.prompt.encode() in published.held_out and 5 < len(sample.prompt) <= 48
+    assert sample.text and len(sample.text) <= 200 and (sample.round, sample.run_tokens) == (3, 4000)
+    again = Measured(published, tmp_path / "archive")
+    again.sampler.measure(Progress(round=3, run_tokens=4000))
+    assert again.records[0][1].text == sample.text, "the same round writes the same"
+
+
+def test_an_archive_that_is_not_the_one_offered_is_left_alone(published: PublishedRun, tmp_path: Path) -> None:
+    measured = Measured(published, tmp_path / "archive")
+    measured.archive(4, 5000)
+    measured.sampler.measure(Progress(round=3, run_tokens=4000))
+    assert not measured.events and not measured.records
+    with pytest.raises(UserError):
+        Measured(published, tmp_path / "none").sampler.measure(Progress())
+
+
+def test_without_room_it_is_not_tried(published: PublishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    measured = Measured(published, tmp_path / "archive")
+    progress = measured.archive(1, 100)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    with pytest.raises(MemoryError):
+        measured.sampler.measure(progress)
+
+
+@pytest.fixture
+def rests(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    def set_rest(seconds: float) -> None:
+        monkeypatch.setattr(archive_sampler, "_LEAST_REST_S", seconds)
+        monkeypatch.setattr(archive_sampler, "_REST_OF_WORK", 0.0)
+
+    return set_rest
+
+
+class Slow(ArchiveSampler):
+    """A sampler whose measurements wait until they are let go."""
+
+    def __init__(self) -> None:
+        super().__init__(None, Path(), lambda event: None, lambda point, sample: None)  # type: ignore[arg-type]
+        import threading
+
+        self.began = threading.Semaphore(0)
+        self.let_go = threading.Semaphore(0)
+        self.measured: list[int] = []
+        self.fails: dict[int, Exception] = {}
+
+    def measure(self, progress: Progress) -> None:
+        self.measured.append(progress.round)
+        self.began.release()
+        while not self.let_go.acquire(timeout=0.01):
+            self._check()
+        if progress.round in self.fails:
+            raise self.fails[progress.round]
+
+
+def test_the_newest_that_was_offered_meanwhile_comes_next(rests: Any) -> None:
+    rests(0.0)
+    slow = Slow()
+    slow.fails[1] = OSError("the disk went away")
+    slow.offer(Progress(round=1))
+    assert slow.began.acquire(timeout=PATIENCE_S)
+    for round in (2, 3, 4):
+        slow.offer(Progress(round=round))
+    slow.let_go.release()
+    assert slow.began.acquire(timeout=PATIENCE_S)
+    slow.close()
+    assert slow.measured == [1, 4]
+    slow.offer(Progress(round=5))
+    slow.close()
+    assert slow.measured == [1, 4], "it has ended"
+
+
+def test_it_ends_while_it_rests(rests: Any) -> None:
+    rests(3600.0)
+    slow = Slow()
+    slow.offer(Progress(round=1))
+    assert slow.began.acquire(timeout=PATIENCE_S)
+    slow.let_go.release()
+    slow.offer(Progress(round=2))
+    slow.close()
+    assert slow._thread is not None and not slow._thread.is_alive() and slow.measured == [1]
+
+
+def test_prompts_are_of_the_text_and_else_a_few_letters(published: PublishedRun) -> None:
+    import dataclasses
+
+    assert len({prompt_of(published, seed) for seed in range(20)}) > 5
+    bare = dataclasses.replace(published, held_out=b"a\nb\n")
+    assert prompt_of(bare, 0) == "The "

@@ -1,0 +1,71 @@
+"""History of a run: bounded, joined with those of others, never overwritten by what they tell."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from swarmtrain.protocol.history import CELLS, HistoryPoint, LossHistory
+
+TOTAL = 10_000_000
+
+
+def point(tokens: int, loss: float = 0.0, held_out: float = 0.0, time: float = 0.0) -> HistoryPoint:
+    return HistoryPoint(run_tokens=tokens, time=time or float(tokens), loss=loss, held_out_loss=held_out)
+
+
+def test_it_does_not_grow_beyond_its_cells() -> None:
+    history = LossHistory(TOTAL)
+    for tokens in range(1, TOTAL + 1, 997):
+        history.add(point(tokens, loss=5.0, held_out=2.0))
+    points = history.points()
+    assert len(points) <= 2 * (CELLS + 1)
+    assert [each.run_tokens for each in points] == sorted(each.run_tokens for each in points)
+    assert points[0].run_tokens < TOTAL / CELLS and points[-1].run_tokens > TOTAL - 997
+
+
+def test_a_late_joiner_has_the_time_before_it_and_its_own_afterwards() -> None:
+    bootstrap, late = LossHistory(TOTAL), LossHistory(TOTAL)
+    for tokens in range(100_000, 1_000_000, 100_000):
+        bootstrap.add(point(tokens, loss=9.0, held_out=3.0 if tokens == 300_000 else 0.0))
+    late.add(point(800_000, loss=1.0))
+    late.fill(bootstrap.points())
+    losses = {each.run_tokens: each.loss for each in late.points() if each.loss}
+    assert losses == {**dict.fromkeys(range(100_000, 1_000_000, 100_000), 9.0), 800_000: 1.0}
+    assert [each.held_out_loss for each in late.points() if each.held_out_loss] == [3.0]
+
+
+def test_what_is_measured_here_replaces_what_was_told() -> None:
+    history = LossHistory(TOTAL)
+    history.fill([point(500, loss=9.0, held_out=9.0)])
+    history.add(point(501, loss=2.0))
+    history.add(point(501, held_out=1.0))
+    history.fill([point(502, loss=7.0, held_out=7.0)])
+    assert [(each.run_tokens, each.loss or each.held_out_loss) for each in history.points()] == [(501, 2.0), (501, 1.0)]
+
+
+def test_a_loss_that_is_told_again_keeps_its_time() -> None:
+    history = LossHistory(TOTAL)
+    for time in (100.0, 200.0):
+        history.add(point(500, loss=2.0, time=time))
+    assert [each.time for each in history.points()] == [100.0]
+
+
+@pytest.mark.parametrize("loss", [0.0, -1.0, math.nan, math.inf])
+def test_no_loss_no_point(loss: float) -> None:
+    history = LossHistory(TOTAL)
+    history.add(point(5, loss=loss, held_out=loss))
+    history.fill([point(6, loss=loss, held_out=loss), point(0, loss=2.0)])
+    assert history.points() == []
+
+
+def test_whoever_asks_whom_first_the_points_are_the_same() -> None:
+    chosen = random.Random(7)
+    points = [point(chosen.randrange(1, TOTAL), loss=chosen.uniform(1, 9)) for _ in range(500)]
+    forth, back = LossHistory(TOTAL), LossHistory(TOTAL)
+    by_cell = {each.run_tokens * CELLS // TOTAL: each for each in points}.values()
+    forth.fill(by_cell)
+    back.fill(reversed(list(by_cell)))
+    assert forth.points() == back.points() and len(forth.points()) == len(by_cell)
