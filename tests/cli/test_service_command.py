@@ -7,6 +7,7 @@ import os
 import shlex
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +27,13 @@ from swarmtrain.peer.service import systemd
 
 SHA256 = "5e" * 32
 INVITE = format_invite(Invite(SHA256, (InvitedPeer(new_identity().peer_id, ("/ip4/203.0.113.5/tcp/4001",)),)))
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder whose path is short enough for the sockets of the peers in it."""
+    with tempfile.TemporaryDirectory(prefix="st-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

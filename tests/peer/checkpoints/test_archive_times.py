@@ -15,6 +15,7 @@ import torch
 from swarmtrain.algorithm.outer import OuterState, flatten
 from swarmtrain.events import ArchivedEvent, Event, WarningEvent
 from swarmtrain.model.gpt import build_model
+from swarmtrain.network.codec import tensor_specs
 from swarmtrain.network.discovery.presence import OwnPresence
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NetworkThread
@@ -180,7 +181,8 @@ def test_an_archive_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypa
     )
     monkeypatch.setattr(bootstrap, "wait_for", lambda future, stop: future)
     peer.network = cast(Any, SimpleNamespace(submit=lambda future: future))
-    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=list), asynchronous=False)
+    swarm: Any = SimpleNamespace(membership=SimpleNamespace(volunteers=list), asynchronous=False, specs=specs_of(run))
+    peer.swarm = swarm
     assert peer._archive(swarm) and len(offered) == 1
     (event,) = events
     assert isinstance(event, WarningEvent) and event.code == "archive-not-written"
@@ -189,11 +191,16 @@ def test_an_archive_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypa
 # ---------------------------------------------------------------- when it is asked to leave
 
 
+def specs_of(run: RunFile) -> Any:
+    return tensor_specs(build_model(run.model, run.run.seed).named_parameters())
+
+
 @dataclass
 class Volunteers:
     """Stands in for the swarm: who is here, how far each is, and who does not answer."""
 
     tokens: Mapping[str, int]
+    specs: Any = field(default_factory=lambda: specs_of(RunFile.model_validate({"run": {"total_tokens": 100_000}})))
     silent: tuple[str, ...] = ()
     before_it_delivers: Callable[[], None] = lambda: None
     delivers: bool = True
@@ -254,7 +261,7 @@ def leaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leaving
     leaving = Leaving(None, stop)
     control.emit = leaving.events.append
     published = PublishedRun(b"", "ab" * 32, run, b"", b"")
-    settings = PeerSettings(directory=tmp_path, name="bootstrap")
+    settings = PeerSettings(directory=tmp_path, name="bootstrap", samples_archive=False)
     peer = leaving.peer = bootstrap._Bootstrap(published, settings, PeerFolder(tmp_path), network, control)
     manager = SimpleNamespace(extra=dict, keep=leaving.kept.append)
     peer.manager = cast(Any, manager)

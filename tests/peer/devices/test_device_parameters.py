@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lone_exchange import lone_exchange
 from torch import Tensor
 
 from swarmtrain.algorithm.fragments import Fragment, fragments_of
@@ -18,7 +19,6 @@ from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.data.batches import Batches
 from swarmtrain.model.gpt import build_model
-from swarmtrain.peer.alone import _Nobody
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.training.loop import ModelLoop, inner_constants
@@ -315,7 +315,7 @@ def _trained(inner_steps: int, compute: ComputeDevice) -> tuple[ModelLoop, Sessi
     run = run_file(inner_steps)
     data = Batches(TEXT, context_tokens=16, batch_sequences=4, run_sha256="ab" * 32, peer_id="me")
     loop, reports = ModelLoop(run, build_model(run.model, 0), data, compute=compute), list[RoundReport]()
-    exchange = _Nobody(inner_steps, 12)
+    exchange = lone_exchange(run, inner_steps, 12)
     session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=reports.append)
     assert loop.train(session) == "total_tokens"
     return loop, session, reports

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lone_exchange import lone_exchange
 from patience import PATIENCE_S
 
 from swarmtrain.algorithm.pacing import paced_inner_steps
 from swarmtrain.model.gpt import build_model
-from swarmtrain.peer.alone import _Nobody
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.step_rests import StepRests
 from swarmtrain.peer.lifecycle.context import VolunteerContext
@@ -142,7 +142,7 @@ def trained(card: Card, monkeypatch: pytest.MonkeyPatch) -> tuple[Session, list[
         run=RUN,
         parameters=loop.parameters,
         loop=loop,
-        exchange=_Nobody(20, 60),
+        exchange=lone_exchange(RUN, 20, 60),
         report=reports.append,
         clock=lambda: card.now_s,
     )

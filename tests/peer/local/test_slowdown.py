@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lone_exchange import lone_exchange
 
 from swarmtrain.model.gpt import build_model
-from swarmtrain.peer.alone import _Nobody
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag, StopTraining
 from swarmtrain.peer.local.slowdown import MOST_STEPS_BEHIND, TOO_BUSY_STEPS, Slowdown, SlowedSteps
@@ -196,7 +196,7 @@ def test_every_inner_step_of_a_trainer_is_slowed_and_no_merge() -> None:
 
     text = torch.from_numpy(np.arange(1000) % 200)
     batches: Any = SimpleNamespace(next_batch=lambda: text[: 4 * 17].reshape(4, 17).long())
-    model, exchange = build_model(run.model, 0), _Nobody(2, 5)
+    model, exchange = build_model(run.model, 0), lone_exchange(run, 2, 5)
     loop = ModelLoop(run, model, batches, slowed)
     loop.train(Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=report))
     assert seen == ["step", "step", "round 2", "step", "step", "round 2", "step", "round 1"]

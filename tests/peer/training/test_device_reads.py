@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from device_reads import DeviceReads
+from lone_exchange import lone_exchange
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +23,6 @@ from swarmtrain.algorithm.inner import LentMoments, Moments
 from swarmtrain.algorithm.outer import OuterConstants, OuterState
 from swarmtrain.data.batches import Batches
 from swarmtrain.model.gpt import GPT, build_model
-from swarmtrain.peer.alone import _Nobody
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.merging.updates import LocalUpdate, OuterUpdate
@@ -219,7 +219,9 @@ def numbers_read(monkeypatch: pytest.MonkeyPatch) -> list[list[float | Tensor]]:
 def test_rounds_read_losses_and_norms_once_at_their_end(numbers_read: list[list[float | Tensor]]) -> None:
     run, loop, reports = run_file(), loop_on("cpu"), list[RoundReport]()
     taken = watched(loop)
-    session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=_Nobody(2, 6), report=reports.append)
+    session = Session(
+        run=run, parameters=loop.parameters, loop=loop, exchange=lone_exchange(run, 2, 6), report=reports.append
+    )
     told = list[int]()
     while (ahead := session.next_step()) is not None:
         with DeviceReads() as reads:

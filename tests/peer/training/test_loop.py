@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lone_exchange import lone_exchange
 from torch import Tensor
 
 from swarmtrain.algorithm.batch import IGNORED, join_rows, num_targets
 from swarmtrain.algorithm.inner import learning_rate_at, moments_scale
 from swarmtrain.data.batches import Batches
 from swarmtrain.model.gpt import GPT, build_model
-from swarmtrain.peer.alone import _Nobody
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.training.loop import ModelLoop, inner_constants
 from swarmtrain.peer.training.session import RoundReport, Session
@@ -45,7 +45,7 @@ def loop_of(run: RunFile, position: int = 0) -> ModelLoop:
 
 
 def session_of(run: RunFile, loop: ModelLoop, steps: int, reports: list[RoundReport]) -> Session:
-    exchange = _Nobody(run.merge.inner_steps, steps)
+    exchange = lone_exchange(run, run.merge.inner_steps, steps)
     return Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=reports.append)
 
 

@@ -72,7 +72,7 @@ def prepared(patch: pytest.MonkeyPatch, folder: Path, method: str, compute: Comp
         network=NetworkThread(),
         stop=StopFlag(),
         pause=PauseSwitch(),
-        control=SimpleNamespace(board=None),
+        control=SimpleNamespace(board=SimpleNamespace(device_in_short="cpu")),
         slowed=lambda on_processor: nullcontext,
         rests=lambda compute: nullcontext,
         limits=SimpleNamespace(trains_on=lambda devices: None),

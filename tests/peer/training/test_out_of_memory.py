@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from codes import raises_code
+from lone_exchange import lone_exchange
 from torch import Tensor
 
 from swarmtrain.data.batches import Batches
 from swarmtrain.errors import RunTimeError
 from swarmtrain.model.gpt import GPT, build_model
-from swarmtrain.peer.alone import _Nobody
 from swarmtrain.peer.devices import compute as compute_module
 from swarmtrain.peer.devices.compute import ComputeDevice, is_out_of_memory
 from swarmtrain.peer.lifecycle.stop import StopTraining
@@ -339,7 +339,9 @@ def test_rounds_are_those_of_a_peer_with_enough_memory() -> None:
     states = list[Tensor]()
     for fitting, told in zip((BATCH, 3), reports, strict=True):
         loop = Trainer(Memory(fitting)).loop
-        session = Session(run=RUN, parameters=loop.parameters, loop=loop, exchange=_Nobody(2, 6), report=told.append)
+        session = Session(
+            run=RUN, parameters=loop.parameters, loop=loop, exchange=lone_exchange(RUN, 2, 6), report=told.append
+        )
         assert loop.train(session) == "total_tokens"
         states.append(session.replica.state.theta)
     assert len(reports[0]) == len(reports[1]) == 3

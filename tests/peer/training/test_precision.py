@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lone_exchange import lone_exchange
 from torch import Tensor
 
 from swarmtrain.algorithm.inner import Moments
 from swarmtrain.data.batches import Batches
 from swarmtrain.model.gpt import build_model
-from swarmtrain.peer.alone import _Nobody
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.merging.updates import LocalUpdate
 from swarmtrain.peer.training.loop import ModelLoop
@@ -87,7 +87,7 @@ def test_what_is_kept_is_fp32_and_products_are_not(precision: Precision) -> None
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_round_publishes_fp32_and_merges_what_it_published(precision: Precision) -> None:
     run, loop, reports = run_file(), loop_in(precision), list[RoundReport]()
-    published, exchange = list[LocalUpdate](), _Nobody(10, STEPS)
+    published, exchange = list[LocalUpdate](), lone_exchange(run, 10, STEPS)
     publish = exchange.publish
 
     def note(contribution: LocalUpdate) -> None:
