@@ -1,6 +1,7 @@
 """Compare ways to merge LoRA adapters of unequal ranks, on a small model that is really trained.
 
     python benchmarks/adapter_rules.py                     # three volunteers of ranks 4, 8 and 16, three seeds
+    python benchmarks/adapter_rules.py --plain-outer       # the same by half of the grid
     python benchmarks/adapter_rules.py --rounds 4 --seeds 1 --pretrain 40     # whether it works, in a minute
 
 A small GPT learns Python's standard library; then volunteers fine-tune it on the library's docstrings, in synchronous
@@ -51,6 +52,7 @@ RANKS = (4, 8, 16)
 RANK, GROUP_RANK, ALPHA = 16, 4, 32.0
 GRID = tuple(itertools.product((1e-3, 3e-3, 1e-2), ((1.0, 0.0), (0.7, 0.8))))
 """Inner learning rate, and outer learning rate with momentum."""
+PLAIN = tuple(each for each in GRID if each[1] == (1.0, 0.0))
 HELD_OUT_BYTES = 65_536
 Factors = list[tuple[Tensor, Tensor]]
 """A (r, in) and B (out, r) of each adapted layer."""
@@ -413,6 +415,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences of a volunteer's step")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--plain-outer", action="store_true", help="outer steps of rate 1 alone: half of the grid")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -433,7 +436,7 @@ def main() -> None:
     falls = dict[str, float]()
     for name in options.rules:
         rule, tried = RULES[name], dict[tuple[float, tuple[float, float]], float]()
-        for rate, outer in GRID if name != "alone" else GRID[::2]:
+        for rate, outer in PLAIN if options.plain_outer or name == "alone" else GRID:
             tried[rate, outer] = measured(rule(base, tokens, 0, rate, Outer(*outer), budget)[0], held_out)
         rate, outer = min(tried, key=lambda constants: tried[constants])
         losses = [tried[rate, outer]]

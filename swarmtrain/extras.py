@@ -17,9 +17,9 @@ EXTRAS = {
     "hf": "transformers>=4.55",
     "parquet": "pyarrow>=14.0.1",
     "plot": "matplotlib>=3.8",
-    "tensorboard": "tensorboard>=2.16",
-    "trackio": "trackio>=0.40",
-    "wandb": "wandb>=0.22",
+    "tensorboard": "tensorboard>=2.18",
+    "trackio": "trackio>=0.43",
+    "wandb": "wandb>=0.31",
     "web": "starlette>=0.46 uvicorn>=0.34 segno>=1.6",
     "zstd": "zstandard>=0.19",
 }

@@ -31,7 +31,7 @@ dataset-name dataset-not-loaded device-not-there device-unusable dht-not-joined 
 bad-chat-template bad-tokenizer chat-refused no-chat-template no-tokenizer-file not-a-sample nothing-to-learn
 samples-left-out tokenizer-misfit tokenizer-not-loaded
 field-not-text file-exists file-not-written file-too-long file-unreadable folder-altered folder-in-use
-bad-model-file disk-full files-not-delivered hub-failed hub-file-damaged model-files-differ
+bad-model-file disk-full files-not-delivered hub-failed hub-file-damaged hub-not-limited model-files-differ
 folder-not-empty folder-not-writable folder-of-another-run going-on-alone gone gpu-share-on-processor
 heat-not-measured invite-garbled invite-local-only invite-not-written invite-too-long kept-option key-given-twice
 key-not-changeable keys-disagree last-state-lost last-volunteer limits-fixed loss-not-measured merge-package-broken

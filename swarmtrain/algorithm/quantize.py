@@ -34,7 +34,16 @@ from torch import Tensor
 
 from swarmtrain.algorithm import memory
 
-__all__ = ["FORMATS", "ErrorFeedback", "Format", "decode", "encode", "encoded_size_bytes", "less_decoded"]
+__all__ = [
+    "FORMATS",
+    "ErrorFeedback",
+    "Format",
+    "decode",
+    "encode",
+    "encoded_size_bytes",
+    "less_decoded",
+    "surely_finite",
+]
 
 Format = Literal["fp32", "bf16", "int8", "int4", "int2"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -46,6 +55,7 @@ _LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 # some processors' threads flush to zero and others do not.
 _LARGEST_ZERO = 2.0**-112
 _LARGEST_MEAN = 2.0**124  # so that no step of int2 overflows
+_LARGEST_SURE = 2.0**126  # no code of any format decodes to more than 1.5 times its scale
 _STEP_OF_MEAN = 1.2  # least error of 1.15 to 1.45 on pseudo-gradients, and 1.25 on a normal distribution
 
 
@@ -175,6 +185,17 @@ def decode(data: Tensor, format: Format, sizes: Sequence[int], out: Tensor | Non
     else:
         out.view(torch.uint8).copy_(data)
     return out
+
+
+def surely_finite(data: Tensor, format: Format, sizes: Sequence[int]) -> bool:
+    """Return True if the scales of `data` show that it decodes to finite numbers only.
+
+    False if that depends on each number: in formats without scales, and where a scale is near fp32's end or not finite.
+    """
+    if format not in _BLOCKWISE:
+        return False
+    scales = _aligned(data[: _plan(_BLOCKWISE[format], tuple(sizes)).num_scales * _SCALE_BYTES], torch.float32)
+    return not len(scales) or bool(scales.abs().amax() <= _LARGEST_SURE)
 
 
 class ErrorFeedback:

@@ -28,6 +28,7 @@ __all__ = [
     "DisplacementClip",
     "GradientClip",
     "Group",
+    "Norms",
     "Trusted",
     "flag_mean",
     "per_tensor",
@@ -47,6 +48,7 @@ _LEAST_COSINE = 0.05
 _FLAG_ITERATIONS = 10
 _FLAG_EPSILON = 1e-7
 _RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; below, a direction is rounding
+_NOT_FINITE = "a vector that is not finite: leave its peer out"
 _CANCELLED = 1e-6  # of K: a sum of unit vectors this short has no direction but fp32's rounding
 
 
@@ -65,6 +67,14 @@ class Clipped:
     vector: Tensor
     factors: tuple[float, ...]  # what each group was multiplied by, 1.0 where it was not cut
     incident: ClipIncident | None  # None: nothing was cut
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Norms of a gradient (P,) that is finite."""
+
+    whole: float
+    groups: tuple[float, ...]  # of each group
 
 
 def per_tensor(sizes: Sequence[int]) -> tuple[Group, ...]:
@@ -114,9 +124,14 @@ class GradientClip:
         return [list(row) for row in tuple(self._rows)]
 
     @torch.no_grad()
-    def learn(self, gradient: Tensor, tokens: float) -> None:
-        """Remember this peer's own gradient (P,) of that many tokens, which is never cut."""
-        row = [_positive(tokens), *self._norms(gradient)]
+    def norms(self, gradient: Tensor) -> Norms:
+        """Return the norms of a gradient (P,), which all rules can learn from without reading it again."""
+        return Norms(groups=tuple(self._norms(gradient)), whole=_norm(gradient))
+
+    @torch.no_grad()
+    def learn(self, gradient: Tensor, tokens: float, norms: Norms | None = None) -> None:
+        """Remember this peer's own gradient (P,) of that many tokens, which is never cut; `norms` if they are known."""
+        row = [_positive(tokens), *(self._norms(gradient) if norms is None else norms.groups)]
         self._rows.append(row)
         self._own.append(row)
 
@@ -144,10 +159,19 @@ class GradientClip:
         return Clipped(vector, factors, ClipIncident("gradient", detail))
 
     def _norms(self, gradient: Tensor) -> list[float]:
-        _check([gradient], at_least=1)
+        _check_form([gradient], at_least=1)
         if len(gradient) < self._size:
             raise ValueError(f"a vector of at least {self._size} numbers is needed, got {len(gradient)}")
-        return [math.sqrt(sum(_square(gradient[a:b]) for a, b in group)) for group in self._groups]
+        squares = [sum(_square(gradient[a:b]) for a, b in group) for group in self._groups]
+        if self._covers(len(gradient)):
+            _check_sums(squares)
+        else:
+            _check_finite([gradient])
+        return [math.sqrt(square) for square in squares]
+
+    def _covers(self, size: int) -> bool:
+        """Return whether each number of a vector of this size is in a group."""
+        return sum(end - start for group in self._groups for start, end in group) == size
 
     def _limits(self, tokens: float) -> list[float]:
         """Return each group's largest norm after that many tokens; infinite where too little is known.
@@ -194,18 +218,20 @@ class DisplacementClip:
         return [float(self._doublings), *tuple(self._norms)]
 
     @torch.no_grad()
-    def learn(self, gradient: Tensor) -> None:
-        """Remember how far this peer's own pseudo-gradient (P,) goes."""
-        _check([gradient], at_least=1)
-        self._own.append(math.sqrt(_square(gradient)))
+    def learn(self, gradient: Tensor, norms: Norms | None = None) -> None:
+        """Remember how far this peer's own pseudo-gradient (P,) goes; `norms` if they are known."""
+        self._own.append(_norm(gradient) if norms is None else norms.whole)
 
     @torch.no_grad()
     def clip(self, own: Tensor, theirs: Tensor) -> Clipped:
         """Return a partner's weights (P,), or the point at distance tau from the own ones (P,) on the way to them."""
-        _check([own, theirs], at_least=2)
+        _check_form([own, theirs], at_least=2)
         if not self.enabled:
+            _check_finite([own, theirs])
             return Clipped(theirs, (1.0,), None)
-        norm = math.sqrt(sum(_square(b, a) for a, b in zip(*_chunks(own, theirs), strict=True)))
+        square = _square(theirs, own)
+        _check_sums([square])
+        norm = math.sqrt(square)
         plain = self._plain_limit()
         limit = math.ldexp(plain, self._doublings) if math.isfinite(plain) else plain
         if norm <= limit:
@@ -264,11 +290,13 @@ class DirectionTrust:
         self._own_norm = self._own_tokens = 0.0
         self._cosines: dict[str, float] = {}
 
-    def learn(self, gradient: Tensor, tokens: float) -> None:
-        """Compare with this own gradient (P,) of that many tokens from now on; nobody writes into it any more."""
-        _check([gradient], at_least=1)
-        self._own_tokens = _positive(tokens)
-        self._own, self._own_norm = gradient, math.sqrt(_square(gradient))
+    def learn(self, gradient: Tensor, tokens: float, norms: Norms | None = None) -> None:
+        """Compare with this own gradient (P,) of that many tokens from now on; nobody writes into it any more.
+
+        `norms` if they are known.
+        """
+        norm = _norm(gradient) if norms is None else norms.whole
+        self._own, self._own_norm, self._own_tokens = gradient, norm, _positive(tokens)
 
     def forget(self) -> None:
         """Compare with nothing until the next own gradient: the last one is of long ago."""
@@ -280,11 +308,16 @@ class DirectionTrust:
         own, ratio = self._own, _positive(tokens) / (self._own_tokens or tokens)
         if own is None:
             return Trusted()
-        _check([own, gradient], at_least=2)
-        norm = math.sqrt(_square(gradient))
+        _check_form([own, gradient], at_least=2)
+        square = product = 0.0
+        for a, b in zip(*_chunks(own, gradient), strict=True):
+            wide = b.double()
+            square += float(wide @ wide)
+            product += float(a.double() @ wide)
+        _check_sums([square])  # the own one was checked when it was learnt
+        norm = math.sqrt(square)
         if norm == 0 or self._own_norm == 0:
             return Trusted()
-        product = sum(float(a.double() @ b.double()) for a, b in zip(*_chunks(own, gradient), strict=True))
         cosine = product / (norm * self._own_norm)
         usual = self._usual_with(peer, cosine)
         if usual < _LEAST_COSINE:
@@ -414,15 +447,37 @@ def _positive(tokens: float) -> float:
 
 
 def _check(vectors: Sequence[Tensor], at_least: int) -> None:
+    _check_form(vectors, at_least)
+    _check_finite(vectors)
+
+
+def _check_form(vectors: Sequence[Tensor], at_least: int) -> None:
     if len(vectors) < at_least:
         raise ValueError(f"at least {at_least} vectors are needed, got {len(vectors)}")
     if any(vector.dim() != 1 or vector.shape != vectors[0].shape for vector in vectors):
         raise ValueError(f"vectors of one size are needed, got {[tuple(vector.shape) for vector in vectors]}")
     if any(vector.dtype is not torch.float32 for vector in vectors):
         raise ValueError(f"vectors of fp32 are needed, got {[vector.dtype for vector in vectors]}")
+
+
+def _check_finite(vectors: Iterable[Tensor]) -> None:
     for vector in vectors:
         if len(vector) and not all(torch.isfinite(piece.abs().amax()) for piece in torch.split(vector, _CHUNK)):
-            raise ValueError("a vector that is not finite: leave its peer out")
+            raise ValueError(_NOT_FINITE)
+
+
+def _check_sums(squares: Iterable[float]) -> None:
+    """Check sums of squares of all numbers, and so the numbers: in fp64 no sum of fp32's finite ones overflows."""
+    if not all(map(math.isfinite, squares)):
+        raise ValueError(_NOT_FINITE)
+
+
+def _norm(vector: Tensor) -> float:
+    """Return |vector|. Raises ValueError if it is not finite, or not a vector in fp32."""
+    _check_form([vector], at_least=1)
+    square = _square(vector)
+    _check_sums([square])
+    return math.sqrt(square)
 
 
 def _square(vector: Tensor, other: Tensor | None = None) -> float:

@@ -55,6 +55,7 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     run = given.load_resolved()
     peers = swarm_options.peers_for(run, peers)
     from swarmtrain.data.prepare import first_look
+    from swarmtrain.machine_memory import machine_memory
     from swarmtrain.model.base import base_description
     from swarmtrain.model.parameter_count import num_trained_parameters
     from swarmtrain.peer.devices.expected_device import (
@@ -65,7 +66,7 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     look = first_look(run, data or given.base, base_description(run, given.base))
     weights, unread = _look_at_weights(run, given.base)
     refused, unseen = (*_refused(run), *look.problems, *weights), (*look.unseen, *unread)
-    found = doubts(run, cost, look.sizes, _machine_bytes())
+    found = doubts(run, cost, look.sizes, machine_memory())
     on = expected_device(run)
     if as_json:
         table = {"run": run.run.name, **dataclasses.asdict(cost), "corpus_bytes": look.num_bytes}
@@ -241,13 +242,3 @@ def shards_in_words(run: RunFile, sizes: Sequence[int | None]) -> str:
     if num_shards := max(run.num_shards(*(size or 0 for size in known))):
         return f", in {num_shards} shards"
     return "; too little for shards: a round would read each more than once"
-
-
-def _machine_bytes() -> int | None:
-    """Return this machine's memory in bytes; None if the system does not say."""
-    import os
-
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None

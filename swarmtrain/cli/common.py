@@ -298,7 +298,7 @@ _PEER_OPTIONS = (
 
 LINK_OPTIONS = (
     click.option("--up", "up_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Upload limit in Mbit/s; 0: no limit.  [default: the run's network.up_mbit]"),
-    click.option("--down", "down_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Download limit in Mbit/s; 0: no limit.  [default: the run's network.down_mbit]"),
+    click.option("--down", "down_mbit", cls=KeptOption, type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Limit in Mbit/s of what comes from other peers; 0: none. Models and data sets of the Hugging Face hub come unlimited, as its library knows no limit.  [default: the run's network.down_mbit]"),
 )  # fmt: skip
 
 

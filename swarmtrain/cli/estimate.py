@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from swarmtrain.machine_memory import Memory
 from swarmtrain.peer.estimate import Estimate, estimate
 from swarmtrain.run import RunFile
 from swarmtrain.words import count_in_words, counted, size_in_words
@@ -11,12 +12,10 @@ from swarmtrain.words import count_in_words, counted, size_in_words
 __all__ = ["Estimate", "doubts", "estimate"]
 
 
-def doubts(
-    run: RunFile, cost: Estimate, corpus_bytes: Sequence[int | None], machine_bytes: int | None
-) -> tuple[str, ...]:
-    """List what is allowed but may not be meant, one sentence each, given the bytes of each source's text. `None`: not
-    known here."""
-    return (*_schedule_doubts(run, cost), *_data_doubts(run, corpus_bytes), *_machine_doubts(run, cost, machine_bytes))
+def doubts(run: RunFile, cost: Estimate, corpus_bytes: Sequence[int | None], memory: Memory | None) -> tuple[str, ...]:
+    """List what is allowed but may not be meant, one sentence each, given the bytes of each source's text and the
+    memory here. `None`: not known here."""
+    return (*_schedule_doubts(run, cost), *_data_doubts(run, corpus_bytes), *_memory_doubts(run, cost, memory))
 
 
 def _schedule_doubts(run: RunFile, cost: Estimate) -> list[str]:
@@ -91,10 +90,11 @@ def _data_doubts(run: RunFile, corpus_bytes: Sequence[int | None]) -> list[str]:
     return found
 
 
-def _machine_doubts(run: RunFile, cost: Estimate, machine_bytes: int | None) -> list[str]:
-    if machine_bytes is None or cost.memory_bytes <= machine_bytes:
+def _memory_doubts(run: RunFile, cost: Estimate, memory: Memory | None) -> list[str]:
+    if memory is None or cost.memory_bytes <= memory.total_bytes:
         return []
+    has = f"{memory.limited_by} has {size_in_words(memory.total_bytes)}"
     return [
-        f"a peer needs about {size_in_words(cost.memory_bytes)} with {counted(cost.num_peers, 'peer')}, this machine "
-        f"has {size_in_words(machine_bytes)}: lower inner.microbatch_sequences, or make the model smaller"
+        f"a peer needs about {size_in_words(cost.memory_bytes)} with {counted(cost.num_peers, 'peer')}, {has}: lower "
+        "inner.microbatch_sequences, or make the model smaller"
     ]

@@ -55,7 +55,7 @@ __all__ = ["command"]
     help="Hours in which to train, local time, such as 22-7 or 12-13,18:30-8; any: always.",
 )
 @click.option("--up", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Upload limit in Mbit/s; 0: no limit.")  # fmt: skip
-@click.option("--down", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Download limit in Mbit/s; 0: no limit.")  # fmt: skip
+@click.option("--down", type=click.FloatRange(0, 100_000), callback=finite, metavar="MBIT", help="Limit in Mbit/s of what comes from other peers; 0: none. Models and data sets of the Hugging Face hub come unlimited, as its library knows no limit.")  # fmt: skip
 def command(
     which: WhichPeer,
     threads: int | None,

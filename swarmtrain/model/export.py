@@ -35,6 +35,7 @@ from torch import Tensor
 
 from swarmtrain.errors import UserError
 from swarmtrain.model.atomic_folder import atomic_folder
+from swarmtrain.model.end_token import end_token
 from swarmtrain.model.gpt import GPT
 from swarmtrain.model.hub import HubModel
 from swarmtrain.model.language_model import LanguageModel, ModelSpec
@@ -85,6 +86,7 @@ _BESIDE = (
     "run.toml",
 )
 """What an export may have beside its configuration and its weights."""
+_NUMBERS_OF_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _MOST_CONTEXT_TOKENS = 2048
 """Longest sequence that a model is given which does not say how long those were that it was trained on."""
 
@@ -115,7 +117,7 @@ def export_model(
     if spec.adapter.is_used:
         _export_adapter(folder, weights, spec, run_tokens, files)
         return
-    config, generation = _described(spec)
+    config, generation = _described(spec, end_token(files))
     with atomic_folder(folder) as temporary:
         hashes = write_weights(temporary, as_qwen3(weights, section) if section.is_built_in else weights)
         provenance = Provenance(
@@ -163,14 +165,16 @@ def _check_files(spec: ModelSpec) -> Path:
     return spec.files
 
 
-def _described(spec: ModelSpec) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
+def _described(spec: ModelSpec, end: int | None) -> tuple[Mapping[str, Any], Mapping[str, bytes]]:
     """Return the configuration, and the file that says how text is drawn, if there is one.
 
-    Raises UserError for a model of Hugging Face whose files are not here.
+    `end` is the token at which a writer stops, None without one; a model of Hugging Face with its own tokenizer says
+    that itself. Raises UserError for one whose files are not here.
     """
+    ends = {} if end is None else {"eos_token_id": end}
     if spec.section.is_built_in:
         drawn = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 256}
-        return qwen3_config(spec.section), {_GENERATION: _json(drawn)}
+        return qwen3_config(spec.section) | ends, {_GENERATION: _json(drawn | ends)}
     from swarmtrain.model.huggingface_config import whole_config
 
     files = _check_files(spec)
@@ -178,11 +182,23 @@ def _described(spec: ModelSpec) -> tuple[Mapping[str, Any], Mapping[str, bytes]]
     kept = {key: value for key, value in _config(files).items() if key in ("architectures", "use_cache")}
     config = {**whole_config(files), **kept}
     drawn_as = _beside(files, _GENERATION)
-    return (
-        # Stages have a head of their own, also of a model whose head is its embedding.
-        {**config, "tie_word_embeddings": spec.section.tied_embeddings, "torch_dtype": "float32"},
-        {_GENERATION: drawn_as} if drawn_as else {},
-    )
+    # Stages have a head of their own, also of a model whose head is its embedding.
+    config |= {"tie_word_embeddings": spec.section.tied_embeddings, "torch_dtype": "float32"}
+    if spec.section.tokenizer != "model":  # numbers of another tokenizer's tokens
+        config = {key: None if key in _NUMBERS_OF_TOKENS else value for key, value in config.items()} | ends
+        drawn_as = _with_ends(drawn_as, ends)
+    return config, {_GENERATION: drawn_as} if drawn_as else {}
+
+
+def _with_ends(drawn_as: bytes, ends: Mapping[str, int]) -> bytes:
+    """Return the file that says how text is drawn, for another tokenizer."""
+    try:
+        drawn = json.loads(drawn_as) if drawn_as else {}
+    except (ValueError, RecursionError):
+        drawn = {}
+    kept: dict[str, Any] = drawn if isinstance(drawn, dict) else {}
+    kept = {key: value for key, value in kept.items() if key not in _NUMBERS_OF_TOKENS} | dict(ends)
+    return _json(kept) if kept else b""
 
 
 def _tokenizer_as_it_came(spec: ModelSpec) -> dict[str, bytes]:

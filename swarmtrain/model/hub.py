@@ -2,7 +2,7 @@
 
 A run file comes from a stranger, and it names the repository: only the files that are pinned, or may be (safetensors
 and descriptions, never pickles or code), are asked for, and no login but `HF_TOKEN` is used, as for data sets (decision
-52). Files stay in the hub's own cache, which resumes what broke off, and which other programs share.
+52). Files stay in the hub's own cache, which other programs share; large ones come by `hub_download.py`.
 
 The library's errors are translated here.
 """
@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from swarmtrain.errors import RunFileError, RunTimeError, SwarmtrainError
 from swarmtrain.extras import install_in_words
+from swarmtrain.model.hub_download import DamagedFileError, HubBlob, check_room
 from swarmtrain.protocol.pinned_files.file_list import INDEX, MODEL_NAMES, files_to_pin, most_bytes
 from swarmtrain.words import one_line, size_in_words
 
@@ -112,6 +113,7 @@ class HubModel:
             if "config.json" not in names:
                 raise HubError("it has no config.json")
             _check_sizes(sizes, names)
+            pinned.check_room({name: sizes[name] for name in names})
             self._file(library, "config.json", lambda num_bytes: None, check)  # the cache then knows the revision
             total, done, folder = sum(sizes[name] for name in names), 0, Path()
 
@@ -130,12 +132,6 @@ class HubModel:
                 f"model.base: cannot fetch {self.name} (revision {self.revision}) from the hub: {error}; check the "
                 "name, the revision and the connection (a private one needs HF_TOKEN), or give a folder",
                 code="hub-failed",
-            ) from None
-        except OSError as error:  # the disk is full: the others are translated
-            raise RunTimeError(
-                f"model.base: {self.name} does not fit on the disk ({error.strerror}); make room in the hub's cache, "
-                "or name another place with HF_HOME, and start again (what has arrived is kept)",
-                code="disk-full",
             ) from None
         return HubSnapshot(folder, commit, names)
 
@@ -173,9 +169,25 @@ class HubModel:
         """Download one file at this revision, a commit, unless the hub's cache has it; return where it is.
 
         `advance` is called, in another thread, with bytes that have arrived; `check` while waiting, and it may raise to
-        give up. Raises HubError, and OSError if the disk is full.
+        give up. Raises HubError, and RunTimeError if the disk is full.
         """
         return self._file(_own_library(), name, advance, check)
+
+    def check_room(self, sizes: Mapping[str, int]) -> None:
+        """Raise RunTimeError if the disk of the hub's cache has no room for those of these files that it does not have,
+        given their sizes in bytes by name."""
+        missing = {name: size for name, size in sizes.items() if self.cached_file(name) is None}
+        try:
+            check_room(_own_library(), self.name, missing)
+        except OSError as error:
+            raise self._full(error) from None
+
+    def _full(self, error: OSError) -> RunTimeError:
+        return RunTimeError(
+            f"model.base: {self.name} does not fit on the disk ({error.strerror}); make room in the hub's cache, or "
+            "name another place with HF_HOME, and start again (what has arrived is kept)",
+            code="disk-full",
+        )
 
     def _file(self, library: Any, name: str, advance: Advance, check: Callable[[], None]) -> Path:
         more = {}
@@ -183,9 +195,13 @@ class HubModel:
             more["tqdm_class"] = _progress_bar(advance)
 
         def download() -> Path:
+            HubBlob(library, self.name, self.revision, name, _token(), advance).fetch()
             return Path(library.hf_hub_download(self.name, name, revision=self.revision, token=_token(), **more))
 
-        return self.cached_file(name) or _interruptible(download, check)
+        try:
+            return self.cached_file(name) or _interruptible(download, check)
+        except OSError as error:  # the disk is full: the others are translated
+            raise self._full(error) from None
 
     def _listed(self, library: Any, check: Callable[[], None]) -> tuple[str, dict[str, int]]:
         """Return the commit of this revision, and the sizes of its files by name; without a connection what the hub's
@@ -290,6 +306,8 @@ def _interruptible(work: Callable[[], _T], check: Callable[[], None]) -> _T:
 
 def _translated(error: Exception) -> Exception:
     """Return what to raise for an error of the library, which raises those of many libraries below it."""
+    if isinstance(error, DamagedFileError):
+        return HubError(str(error))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return error
     known = [_REASONS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _REASONS]

@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from swarmtrain.errors import UserError
 from swarmtrain.extras import install_in_words
+from swarmtrain.machine_memory import machine_memory
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.language_model import LanguageModel, ModelSpec
 from swarmtrain.model.parameter_count import position_numbers, similar_built_in
@@ -51,13 +50,13 @@ def build_run_model(run: RunFile, files: Path | None, seed: int | None = None) -
 
 def check_positions(section: ModelSection) -> None:
     """Raise UserError if making the table of rotary positions of a built-in model, or of the one by which a machine is
-    tried (`similar_built_in`), takes more memory than this machine has: a stranger's run says how large it is."""
-    needed_bytes, has_bytes = _MADE_BYTES * position_numbers(similar_built_in(section)), psutil.virtual_memory().total
-    if needed_bytes > has_bytes:
+    tried (`similar_built_in`), takes more memory than there is: a stranger's run says how large it is."""
+    needed_bytes, memory = _MADE_BYTES * position_numbers(similar_built_in(section)), machine_memory()
+    if needed_bytes > memory.total_bytes:
         raise UserError(
             f"model.context_tokens = {section.context_tokens}: the table of positions takes "
-            f"{size_in_words(needed_bytes)} of memory while it is made, and this machine has "
-            f"{size_in_words(has_bytes)}; use a larger machine, or a run with shorter sequences",
+            f"{size_in_words(needed_bytes)} of memory while it is made, and {memory.limited_by} has "
+            f"{size_in_words(memory.total_bytes)}; use a larger one, or a run with shorter sequences",
             code="too-little-memory",
         )
 

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from swarmtrain.algorithm.gossip import PartnerUpdate
 from swarmtrain.algorithm.outer import OuterState, weighted_mean
-from swarmtrain.algorithm.quantize import ErrorFeedback, Format, decode, encode, encoded_size_bytes, less_decoded
+from swarmtrain.algorithm.quantize import (
+    ErrorFeedback,
+    Format,
+    decode,
+    encode,
+    encoded_size_bytes,
+    less_decoded,
+    surely_finite,
+)
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, TensorSpec, all_finite
 from swarmtrain.network.tensor_groups import TensorGroup
@@ -126,8 +134,10 @@ class VectorCodec:
 
     def decode_untrusted(self, held: HeldSnapshot) -> Tensor:
         """Return the vector (P,) of a downloaded publication. Raises BadBytesError if it is not finite."""
-        vector = self.decode(held.part(0, self.size_bytes))
-        _check_finite_untrusted(vector)
+        data = torch.frombuffer(held.part(0, self.size_bytes), dtype=torch.uint8)
+        vector = decode(data, self.format, self._sizes)
+        if not surely_finite(data, self.format, self._sizes):
+            _check_finite_untrusted(vector)
         return vector
 
     def decode(self, data: bytearray | memoryview) -> Tensor:

@@ -30,7 +30,7 @@ from swarmtrain.methods import load_object
 from swarmtrain.model.base import is_published_from, published_base, resolved_run
 from swarmtrain.model.huggingface_config import is_tied
 from swarmtrain.model.parameter_count import num_trained_parameters
-from swarmtrain.model.run_model import build_run_model, empty_model, spec_of
+from swarmtrain.model.run_model import build_run_model
 from swarmtrain.model.run_stages import check_weights
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
@@ -60,11 +60,11 @@ from swarmtrain.peer.lifecycle.node import (
     StopFlag,
     clock_warnings,
     leave_swarm,
+    named_weights,
     process_age_s,
     show_invite,
     use_threads,
     wait_for,
-    weights_in,
 )
 from swarmtrain.peer.merging.consensus import ARCHIVED
 from swarmtrain.peer.merging.consensus_state import ConsensusState, consensus_state_of, fetch_consensus_state
@@ -529,8 +529,9 @@ class _Bootstrap(BootstrapPeer):
         return checkpoint_of(present, self.manager)
 
     def _write_kept(self, kept: Checkpoint) -> None:
-        model = empty_model(spec_of(self.published.run, self.model_folder))
-        self.write_archive(weights_in(model, kept.state.theta), kept.progress)
+        assert self.swarm is not None
+        # Views of the state: building the model would take its memory once more.
+        self.write_archive(named_weights(kept.state.theta, self.swarm.specs), kept.progress)
 
     def _measure_and_save(self) -> None:
         if self.state is not None:

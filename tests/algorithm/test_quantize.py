@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swarmtrain.algorithm.quantize import FORMATS, ErrorFeedback, Format, decode, encode, encoded_size_bytes
+from swarmtrain.algorithm.quantize import (
+    FORMATS,
+    ErrorFeedback,
+    Format,
+    decode,
+    encode,
+    encoded_size_bytes,
+    surely_finite,
+)
 
 INTEGER: tuple[Format, ...] = ("int8", "int4")
 BLOCK = {"int8": 256, "int4": 64, "int2": 128}
@@ -276,6 +284,7 @@ def test_any_bytes_decode(format: Format, seed: int) -> None:
     sizes = (70, 300, 1)
     raw = np.random.default_rng(seed).integers(0, 256, encoded_size_bytes(format, sizes), dtype=np.uint8)
     decoded = decode(torch.from_numpy(raw), format, sizes)
+    assert bool(torch.isfinite(decoded).all()) or not surely_finite(torch.from_numpy(raw), format, sizes)
     if format in INTEGER:
         expected = torch.from_numpy(_plain_decode(raw.tobytes(), format, sizes))
         assert torch.equal(decoded.nan_to_num(nan=-3.25), expected.nan_to_num(nan=-3.25))
@@ -287,8 +296,21 @@ def test_a_scale_that_is_not_finite_shows_in_every_number_of_its_block(format: F
     sizes = (BLOCK[format], 5)
     vector = torch.arange(-100, BLOCK[format] - 95, dtype=torch.float32)  # has a zero: its code is 0
     data = encode(vector, format, sizes)
+    assert surely_finite(data, format, sizes)
     data[4:8].view(torch.float32)[0] = poison
     assert torch.isfinite(decode(data, format, sizes)).tolist() == [True] * BLOCK[format] + [False] * 5
+    assert not surely_finite(data, format, sizes)
+
+
+@pytest.mark.parametrize("format", BLOCK)
+def test_scales_that_show_no_overflow_have_none_with_any_code(format: Format) -> None:
+    sizes = (4 * 256,)
+    num_scales = sizes[0] // BLOCK[format]
+    codes = torch.arange(256, dtype=torch.uint8).repeat(4)[: encoded_size_bytes(format, sizes) - 4 * num_scales]
+    for scale in (2.0**126, -(2.0**126), 3.4e38, -3.4e38):
+        data = torch.cat([torch.full((num_scales,), scale).view(torch.uint8), codes])
+        is_finite = bool(torch.isfinite(decode(data, format, sizes)).all())
+        assert is_finite == surely_finite(data, format, sizes) == (abs(scale) == 2.0**126)
 
 
 @pytest.mark.parametrize("format", FORMATS)

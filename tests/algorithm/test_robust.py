@@ -159,17 +159,42 @@ def test_extremes_stay_finite(value: float) -> None:
 def test_what_is_not_finite_is_refused_and_not_remembered(poison: float) -> None:
     bad = torch.tensor([1.0, poison, 1.0, 1.0])
     good = torch.ones(4)
-    gradient, displacement = GradientClip(per_tensor([4])), DisplacementClip()
+    gradient, displacement, directions = GradientClip(per_tensor([4])), DisplacementClip(), DirectionTrust()
+    directions.learn(good, 1)
     for call in (
         lambda: gradient.learn(bad, 1),
         lambda: gradient.clip(bad, 1),
+        lambda: gradient.norms(bad),
+        lambda: GradientClip([((2, 4),)]).clip(bad, 1),
+        lambda: displacement.learn(bad),
         lambda: displacement.clip(good, bad),
+        lambda: directions.learn(bad, 1),
+        lambda: directions.judge("a", bad, 1),
         lambda: trimmed_mean([good, good, good, bad]),
         lambda: flag_mean([good, good, good, bad]),
     ):
         with pytest.raises(ValueError, match="not finite"):
             call()
     assert gradient.history == [] and displacement.history == [0.0]
+
+
+def test_norms_that_are_known_teach_the_same_to_the_bit() -> None:
+    sizes = [100_000, 3, 65_537]
+    own, theirs = (torch.randn(sum(sizes), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    found = []
+    for are_known in (False, True):
+        gradient, displacement, directions = GradientClip(per_tensor(sizes)), DisplacementClip(), DirectionTrust()
+        norms = gradient.norms(own) if are_known else None
+        gradient.learn(own, 7, norms)
+        displacement.learn(own, norms)
+        directions.learn(own, 7, norms)
+        clipped = displacement.clip(own, own + 100 * theirs)
+        judged = directions.judge("a", own + 0.1 * theirs, 1)
+        found.append((gradient.history, clipped.factors, judged, clipped.vector))
+    *one, vector = found[0]
+    *other, same = found[1]
+    assert one == other and torch.equal(vector, same) and one[1][0] < 1
+    assert norms is not None and math.isclose(norms.whole, math.hypot(*norms.groups), rel_tol=1e-12)
 
 
 def test_arguments_that_make_no_sense() -> None:

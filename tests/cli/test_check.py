@@ -15,6 +15,7 @@ from swarmtrain.cli.estimate import Estimate, doubts, estimate
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.data.prepare import FirstLook
 from swarmtrain.data.tokenizer_json import tokenizer_json
+from swarmtrain.machine_memory import Memory
 from swarmtrain.model.base import resolved_run
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import build_model
@@ -37,7 +38,8 @@ def cost_of(text: str = "total_tokens = 30_720_000", num_peers: int = 3) -> Esti
 
 def doubts_of(text: str, num_peers: int = 4, corpus_bytes: int | None = None, machine_bytes: int | None = None) -> str:
     run = parse_run("[run]\n" + text, "r")
-    return "\n".join(doubts(run, estimate(run, P, num_peers), (corpus_bytes,), machine_bytes))
+    memory = None if machine_bytes is None else Memory(machine_bytes, machine_bytes)
+    return "\n".join(doubts(run, estimate(run, P, num_peers), (corpus_bytes,), memory))
 
 
 def test_rounds_and_tokens() -> None:

@@ -1,4 +1,7 @@
-"""Metrics overlay: Prometheus finds all peers, has real values, and raises alerts."""
+"""Metrics overlay: Prometheus finds all peers, has real values, raises alerts, and answers the dashboard's queries.
+
+Grafana itself is left out: its image is nowhere that these tests can reach.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from docker_engine import BUILD_S, ROOT, Project, build, docker
+from dashboard import dashboard_queries
+from docker_engine import BUILD_S, IMAGE, ROOT, Project, build, docker
 
 pytestmark = pytest.mark.containers
 
@@ -34,9 +38,10 @@ def images() -> None:
 
 @pytest.fixture
 def swarm() -> Iterator[Project]:
-    project = Project(("peers/compose.yaml", "peers/metrics.yaml"), {"PROMETHEUS_IMAGE": PROMETHEUS})
+    images = {"PROMETHEUS_IMAGE": PROMETHEUS, "GRAFANA_IMAGE": IMAGE}
+    project = Project(("peers/compose.yaml", "peers/metrics.yaml"), images)
     try:
-        project.up("--scale", "volunteer=2")
+        project.up("--scale", "volunteer=2", "--scale", "grafana=0")
         yield project
     finally:
         project.down()
@@ -72,6 +77,19 @@ def test_prometheus_has_everybodys_values_and_notices_that_the_bootstrap_is_gone
     swarm.wait_until(lambda: values(both) == [2.0], "both volunteers are here", FOUND_S)
     assert not [alert for alert in ask("alerts")["alerts"] if alert["state"] == "firing"], "all is well"
     swarm.wait_until(lambda: "BootstrapGone" not in alerts(), "the bootstrap is known to be there", FOUND_S)
+
+    answers = {where: values(query) for where, query in dashboard_queries()}
+    drawn = {where.rpartition(" ")[0] for where, found in answers.items() if found}
+    assert drawn >= {
+        "Trained",
+        "Volunteers",
+        "Training loss",
+        "Peers",
+        "Speed of each",
+        "Who did what",
+        "Memory, and expected",
+    }
+    assert [answers[where] for where in ("Volunteers A", "Alerts A")] == [[2.0], [0.0]]
 
     swarm.compose("stop", "--timeout", LEAVES_S, "bootstrap")
     swarm.wait_until(lambda: "BootstrapGone" in alerts(), "it is noticed", FOUND_S)

@@ -92,6 +92,8 @@ def test_an_export_has_the_tokenizers_own_files_and_is_read_back_with_them(tmp_p
     exported = load_exported(tmp_path / "model")
     again = tokenizer_of(exported)
     assert again.to_bytes() == published.tokenizer and again.document_end == made_tokenizer().document_end
+    for name in ("config.json", "generation_config.json"):
+        assert (json.loads((tmp_path / "model" / name).read_text())["eos_token_id"],) == again.document_end
     library = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "model")
     assert library("how are you?")["input_ids"] == again.encode(b"how are you?").tolist()
     chat = [{"role": "user", "content": "how"}]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from codes import raises_code
@@ -150,6 +153,102 @@ def test_a_full_disk_is_one_line(hub: SmallHub, monkeypatch: pytest.MonkeyPatch)
     with raises_code("disk-full", RunTimeError, "anna/tiny", "HF_HOME") as raised:
         HubModel("anna/tiny").download(weights=True, advance=nothing)
     assert raised.value.exit_code == 1
+
+
+def test_a_disk_without_room_is_one_line_before_anything_large_comes(
+    hub: SmallHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.push("anna/tiny", ALL)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=len(WEIGHTS)))
+    with raises_code("disk-full", RunTimeError, "HF_HOME"):
+        HubModel("anna/tiny").download(weights=True, advance=nothing)
+    assert hub.downloads() == []
+    HubModel("anna/tiny", commit).download_file("model.safetensors", nothing, nothing)
+
+
+def _ends_after(num_bytes: int, error: Exception, http_get: Callable[..., None]) -> Callable[..., None]:
+    """Return the library's `http_get`, which fails each time once so many bytes have come."""
+
+    def get(url: str, file: Any, **more: Any) -> None:
+        data = io.BytesIO()
+        http_get(url, data, **more)
+        file.write(data.getvalue()[:num_bytes])
+        if len(data.getvalue()) > num_bytes:
+            raise error
+
+    return get
+
+
+def _breaking(monkeypatch: pytest.MonkeyPatch, num_bytes: int, error: Exception) -> None:
+    module = importlib.import_module("huggingface_hub.file_download")
+    monkeypatch.setattr(module, "http_get", _ends_after(num_bytes, error, module.http_get))
+
+
+def test_what_has_arrived_of_a_large_file_is_kept_whatever_ended_it(
+    hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("anna/tiny", ALL)
+    with monkeypatch.context() as patch:
+        _breaking(patch, 1_000_000, OSError(errno.ENOSPC, "No space left on device"))
+        with raises_code("disk-full", RunTimeError, "what has arrived is kept"):
+            HubModel("anna/tiny").download(weights=True, advance=nothing)
+    sent_bytes, seen = hub.sent_bytes, list[tuple[int, int]]()
+    found = HubModel("anna/tiny").download(weights=True, advance=lambda *done: seen.append(done))
+    assert (found.folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert hub.sent_bytes - sent_bytes < len(WEIGHTS) - 1_000_000 + 4096, "with the descriptions"
+    total = sum(map(len, CONTENTS.values()))
+    assert seen[-1] == (total, total) and max(done for done, _ in seen) == total
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_an_address_that_is_no_longer_valid_is_asked_for_anew_while_something_comes(
+    hub: SmallHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("anna/tiny", ALL)
+    with monkeypatch.context() as patch:
+        _breaking(patch, len(WEIGHTS) // 3, ValueError("403: it has expired"))
+        found = HubModel("anna/tiny").download(weights=True, advance=nothing)
+    assert (found.folder / "model.safetensors").read_bytes() == WEIGHTS
+    hub.push("anna/other", {**ALL, "model.safetensors": WEIGHTS[::-1]})
+    _breaking(monkeypatch, 0, ValueError("403: it has expired"))
+    with raises_code("hub-failed", RunFileError, "it has expired"):
+        HubModel("anna/other").download(weights=True, advance=nothing)
+
+
+def test_a_large_file_that_arrives_damaged_is_not_kept(hub: SmallHub, tmp_path: Path) -> None:
+    hub.push("anna/tiny", ALL)
+    hub.altered = lambda name, data: data[::-1] if name == "model.safetensors" else data
+    for _ in range(2):
+        with raises_code("hub-failed", RunFileError, "its model.safetensors has arrived damaged"):
+            HubModel("anna/tiny").download(weights=True, advance=nothing)
+    hub.altered = lambda name, data: data
+    found = HubModel("anna/tiny").download(weights=True, advance=nothing)
+    assert (found.folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_two_processes_fetch_a_large_file_once(hub: SmallHub) -> None:
+    commit, begun, goes_on = hub.push("anna/tiny", ALL), threading.Event(), threading.Event()
+
+    def holds(name: str, data: bytes) -> bytes:
+        begun.set()
+        goes_on.wait(10)
+        return data
+
+    hub.altered = holds
+    model, paths = HubModel("anna/tiny", commit), list[Path]()
+
+    def fetch() -> None:
+        paths.append(model.download_file("model.safetensors", nothing, nothing))
+
+    threads = [threading.Thread(target=fetch) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(10)
+    threads[1].start()
+    goes_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(paths) == 2 and all(path.read_bytes() == WEIGHTS for path in paths)
+    assert sum(each.startswith("GET") for each in hub.asked if "/resolve/" in each) == 1
 
 
 def test_whoever_waits_for_the_hub_can_give_up(hub: SmallHub) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -59,7 +60,7 @@ def _logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_trained_model_loads_in_transformers_and_here_as_it_came(family: str, tmp_path: Path) -> None:
     saved(family, tmp_path / family)
-    (tmp_path / family / "generation_config.json").write_text('{"eos_token_id": 3}')
+    (tmp_path / family / "generation_config.json").write_text('{"eos_token_id": 3, "temperature": 0.5}')
     run = resolved_run(run_of(family), tmp_path)
     model = _trained(run, base_files(run, tmp_path))
     export_model(tmp_path / "out", dict(model.named_parameters()), model.spec, 7, {"run.toml": b"run"})
@@ -73,8 +74,10 @@ def test_a_trained_model_loads_in_transformers_and_here_as_it_came(family: str, 
     assert generate(exported.model, [5, 6], 30, 0.0, 0) == generate(model, [5, 6], 30, 0.0, 0)
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in (family, "out"))
     ours = {"swarmtrain", "torch_dtype", "dtype", "tie_word_embeddings", "transformers_version"}
+    ours |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # of a tokenizer that is not the run's
+    assert not any(after.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id"))
     assert {k: v for k, v in before.items() if k not in ours} == {k: v for k, v in after.items() if k not in ours}
-    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id": 3}'
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"temperature": 0.5}
     assert copy_exported(tmp_path / "out", tmp_path / "copy") == 7
     (tmp_path / "out" / "model.safetensors").write_bytes((tmp_path / family / "model.safetensors").read_bytes())
     with raises_code("not-a-model", UserError, "model.safetensors was altered"):
@@ -167,10 +170,18 @@ def test_a_models_own_tokenizer_is_exported_as_it_came_without_code_and_paths(tm
     path = tmp_path / "llama" / "tokenizer_config.json"
     hidden = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "name_or_path": "/home/anna/secret"}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left", **hidden}))
+    (tmp_path / "llama" / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
     run = resolved_run(run_of("llama", 'tokenizer = "model"'), tmp_path)
     model = build_run_model(run, base_files(run, tmp_path))
     beside = tokenizer_files(bundle().to_bytes(), 24)
     export_model(tmp_path / "out", dict(model.named_parameters()), model.spec, 7, beside)
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id": [0, 3]}', "as it came"
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("llama", "out")]
+    assert configs[0]["eos_token_id"] == configs[1]["eos_token_id"] == 2
+    other = dataclasses.replace(model.spec, section=model.section.model_copy(update={"tokenizer": "tokenizer.json"}))
+    export_model(tmp_path / "named", dict(model.named_parameters()), other, 7, beside)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "named" / name).read_text())["eos_token_id"] == 0, "of the tokenizer that it has"
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert not hidden.keys() & written.keys() and written["padding_side"] == "left"
     path.write_text(json.dumps(written))

@@ -31,6 +31,7 @@ from swarmtrain.errors import (
     UserError,
 )
 from swarmtrain.extras import install_in_words
+from swarmtrain.machine_memory import machine_memory
 from swarmtrain.model.base import base_in_words
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, parse_invite
 from swarmtrain.network.identity import load_or_create_identity
@@ -49,7 +50,6 @@ from swarmtrain.peer.doctor.machine import (
     check_power,
     check_python,
     check_torch,
-    machine_memory,
     own_addresses,
     place_of,
     version_of,

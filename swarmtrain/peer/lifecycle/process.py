@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["process_age_s", "trim_heap", "use_few_arenas"]
+__all__ = ["keeping_freed_memory", "process_age_s", "trim_heap", "use_few_arenas"]
 
-_M_ARENA_MAX = -8
-"""Parameter of glibc's `mallopt`."""
+_M_ARENA_MAX, _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -8, -1, -3, -4
+"""Parameters of glibc's `mallopt`."""
 _ARENAS = 2
+_NEVER, _NONE = -1, 0
+_MOST_MAPS, _MAP_BYTES = 65_536, 32 * 1024 * 1024
+"""glibc's own limit of maps, and the size from which on it comes to map by itself; it trims at twice that size."""
+_TOLD_BY = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 
 
 def process_age_s() -> float:
@@ -30,12 +37,33 @@ def use_few_arenas() -> None:
     grows for hours. An explicit `MALLOC_ARENA_MAX` or `GLIBC_TUNABLES` takes precedence. Without glibc nothing happens.
     """
     told = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform.startswith("linux") and not told:
-        import ctypes
+    if not told and (mallopt := _of_glibc("mallopt")) is not None:
+        mallopt(_M_ARENA_MAX, _ARENAS)
 
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_ARENA_MAX, _ARENAS)
+
+@contextlib.contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """Have glibc keep for the next inner step what one has freed; give it back to the system at the end.
+
+    Each step makes its activations and gradients anew. By default glibc maps each large one, and returns what is freed
+    at the heap's end: of 124 million parameters 0.4 to 0.6 GB a step, whose page faults took 0.2 of 4.6 s. The peak of
+    memory, which is within a step, stays the same (decision 90). Variables of the environment that set this for
+    glibc take precedence. Without glibc nothing happens.
+    """
+    told = any(name in os.environ for name in _TOLD_BY) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    mallopt = None if told else _of_glibc("mallopt")
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    mallopt(_M_MMAP_MAX, _NONE)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_MAX, _MOST_MAPS)
+        mallopt(_M_MMAP_THRESHOLD, _MAP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _MAP_BYTES)
+        trim_heap()
 
 
 def trim_heap() -> None:
@@ -43,9 +71,15 @@ def trim_heap() -> None:
 
     Without glibc nothing happens.
     """
-    if sys.platform.startswith("linux"):
-        import ctypes
+    if (trim := _of_glibc("malloc_trim")) is not None:
+        trim(0)
 
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+
+def _of_glibc(name: str) -> Callable[..., Any] | None:
+    """Return a function of the C library that only glibc has; None where there is another one."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import ctypes
+
+    found: Callable[..., Any] | None = getattr(ctypes.CDLL(None), name, None)
+    return found

@@ -157,12 +157,13 @@ class Robustness:
     def learn(self, gradient: Tensor, tokens: int) -> None:
         """Learn from an own pseudo-gradient (P,) of `tokens` tokens what is usual here."""
         if self.rule != "none":
+            norms = self._gradients.norms(gradient)
             with self._lock:
                 self._num_learned += 1
-                self._gradients.learn(gradient, tokens)
-                self._displacements.learn(gradient)
+                self._gradients.learn(gradient, tokens, norms)
+                self._displacements.learn(gradient, norms)
                 if self.rule == "direction":
-                    self._directions.learn(gradient, tokens)
+                    self._directions.learn(gradient, tokens, norms)
 
     def not_trained(self) -> None:
         """Note that this peer does not train these tensors in this round. Where it does not, it judges no directions:

@@ -38,6 +38,7 @@ def pin_base(run: RunFile, folder: Path, place: FilesPlace) -> BaseFiles | None:
     base = base_of(run.model, folder)
     if isinstance(base, HubModel):
         place.progress.begin("fetching the model's files from the hub")
+        place.asks_hub(run.network)
         snapshot = downloaded(run.model, base, place.progress.show, place.stop.check)
         pinned = pin_folder(snapshot.folder, snapshot.names, place, run.model.num_parameters)
         for file in pinned.files:

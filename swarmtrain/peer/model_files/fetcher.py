@@ -42,6 +42,7 @@ from swarmtrain.protocol.pinned_files.file_list import (
     files_to_pin,
     is_weights_name,
 )
+from swarmtrain.run import NetworkSection
 from swarmtrain.words import size_in_words
 
 __all__ = [
@@ -70,6 +71,18 @@ class FilesPlace:
     progress: FileProgress
     emit: Emit
     stop: StopFlag
+    down_mbit: float | None = None
+    """Limit of downloads that the person has set, in Mbit/s (0: none); None: the run's."""
+
+    def asks_hub(self, network: NetworkSection) -> None:
+        """Warn that what comes from the hub is not limited, if downloads are: its library knows no limit, and its
+        fastest way of transfer cannot be slowed from outside."""
+        if network.down_mbit if self.down_mbit is None else self.down_mbit:
+            message = (
+                "downloads are limited (--down, network.down_mbit), but the model's files come from the hub at full "
+                "speed, since its library knows no limit; give a folder that has them to fetch nothing"
+            )
+            self.emit(WarningEvent(message=message, code="hub-not-limited"))
 
 
 def files_place(settings: PeerSettings, control: ControlSession, emit: Emit) -> FilesPlace:
@@ -80,6 +93,7 @@ def files_place(settings: PeerSettings, control: ControlSession, emit: Emit) -> 
         progress=FileProgress(control.board, emit),
         emit=emit,
         stop=control.stop,
+        down_mbit=settings.limits.down_mbit,
     )
 
 
@@ -291,6 +305,8 @@ class ModelFileFetcher:
             sizes: Mapping[str, int] = {}
             if any(model.cached_file(file.name) is None for file in missing):
                 sizes = model.reach(place.stop.check)
+                model.check_room({file.name: file.size_bytes for file in missing})
+                place.asks_hub(self.published.run.network)
             for file in missing:
                 if sizes.get(file.name, file.size_bytes) != file.size_bytes:  # before it fills the disk
                     raise HubError(f"its {file.name} has another size than the run pins")

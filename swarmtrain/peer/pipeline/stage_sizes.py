@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import psutil
-
 from swarmtrain.errors import UserError
+from swarmtrain.machine_memory import machine_memory
 from swarmtrain.model.parameter_count import similar_built_in
 from swarmtrain.model.run_stages import RunStageShape
 from swarmtrain.model.stages import balanced_boundaries, measured_costs, stage_shapes
@@ -58,7 +57,7 @@ def room_for_stages(
     With `card_bytes` the stages are on a card with so much memory, where they must fit too, and where graphs are. Which
     of the stages they will be is not known yet. Raises UserError if not even the largest stage fits into main memory.
     """
-    most_bytes = limit_bytes or int(_OF_MACHINE * psutil.virtual_memory().total)
+    most_bytes = limit_bytes or int(_OF_MACHINE * machine_memory().total_bytes)
     program = own_program_bytes(run)
     largest = max(stage_bytes(run, shape) for shape in shapes)
     one_graph = max(graph_bytes(run, shape) for shape in shapes)

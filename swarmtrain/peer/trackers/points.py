@@ -90,14 +90,15 @@ class Curves:
         return self._point(values, status.run_tokens, time)
 
     def of_past(self, losses: Iterable[pb.LossPoint], time: float) -> list[Point]:
-        """Return the points of the losses that a peer remembers from before its curves were drawn, oldest first."""
+        """Return the points of the losses that a peer remembers from before its curves were drawn, oldest first; at
+        `time` where it does not know when they were."""
         points = []
         for loss in losses:
             if loss.run_tokens > self.position.step:
                 values = {"train/loss": loss.loss, "train/round": loss.round, "swarm/tokens": loss.run_tokens}
                 if loss.held_out_loss:
                     values["eval/loss"] = loss.held_out_loss
-                points.append(self._point(values, loss.run_tokens, time))
+                points.append(self._point(values, loss.run_tokens, loss.time or time))
         return points
 
     def _point(self, values: Mapping[str, float], run_tokens: int, time: float) -> Point:

@@ -2,7 +2,7 @@
 
 The peer (`tracker.py`) writes a line of JSON about itself, then one for each point; each is answered by a line once the
 library has taken it, or by the reason why it did not, with which the process ends. When its standard input ends, also
-because the peer was killed, the process lets the library finish, and ends within a minute even if the library hangs.
+because the peer was killed, the process lets the library finish, and ends within three minutes even if that hangs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from swarmtrain.peer.trackers.sinks import SINKS, Sink, TrackedPeer
 __all__ = ["FINISH_LIMIT_S", "main", "serve"]
 
 _log = logging.getLogger(__name__)
-FINISH_LIMIT_S = 60
+FINISH_LIMIT_S = 180
 """Seconds in which a library must have finished, as it may still send points to its server."""
 _NICENESS = 10
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _lines(requests: IO[bytes]) -> Iterator[bytes]:
-    """Yield the lines as they come. When they end, also while the library hangs, a minute is left to finish."""
+    """Yield the lines as they come. When they end, also while the library hangs, it has three minutes to finish."""
     lines: SimpleQueue[bytes] = SimpleQueue()
 
     def read() -> None:

@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from swarmtrain.events import EvalEvent, Event, InviteEvent, RoundEvent, StageThroughputEvent, StartedEvent, short_peer
+from swarmtrain.machine_memory import machine_memory
 from swarmtrain.network.files import write_atomically
 from swarmtrain.peer.control.board import StatusBoard
 from swarmtrain.peer.trackers.points import Curves, Point, Position
@@ -181,7 +182,7 @@ def _machine(status: pb.PeerStatus) -> dict[str, Any]:
     """Return what a peer computes with: nothing that tells whose machine it is."""
     machine = {
         "cores": psutil.cpu_count() or 1,
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_gb": round(machine_memory().total_bytes / 1e9, 1),
         "swarmtrain": status.version,
     }
     if status.HasField("device"):

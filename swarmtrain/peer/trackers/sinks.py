@@ -136,8 +136,10 @@ class WandbSink:
             self._run = self._init(wandb, peer, mode="offline")
         if self._run.url and not self._run.offline:
             return Place(where=self._run.url)
-        folder = str(Path(self._run.dir).parent)
-        return Place(where=folder, shown_by=f"wandb sync {shlex.quote(folder)}", offline=offline)
+        folder = str(Path(self._run.dir).parents[1])
+        # One folder for each process of the peer: W&B sends them in their order, as one run.
+        shown_by = f"wandb sync {shlex.quote(folder)}/offline-run-*-{peer.id}"
+        return Place(where=folder, shown_by=shown_by, offline=offline)
 
     def _init(self, wandb: Any, peer: TrackedPeer, **more: str) -> Any:
         wanted = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -50,6 +51,7 @@ from swarmtrain.peer.lifecycle.node import (
     weights_in,
 )
 from swarmtrain.peer.lifecycle.preparation import data_base, initial_seed
+from swarmtrain.peer.lifecycle.process import keeping_freed_memory
 from swarmtrain.peer.lifecycle.stop import Interrupted
 from swarmtrain.peer.merging.roster_exchange import SwarmExchange, exchange_of
 from swarmtrain.peer.merging.updates import Replaced
@@ -325,7 +327,8 @@ class ModelTraining:
 
     def train(self) -> bool:
         """Train until the run has its tokens (returns True) or this peer must pause (returns False). See `Training`."""
-        has_tokens = self.loop.train(self.session) == "total_tokens"
+        with keeping_freed_memory() if self.loop.compute.is_host else nullcontext():
+            has_tokens = self.loop.train(self.session) == "total_tokens"
         if not has_tokens or self.context.stop.failure is not None:
             self.context.stop.check()
         return has_tokens

@@ -18,6 +18,7 @@ import torch
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import RunTimeError, UnreachableError
 from swarmtrain.events import CheckEvent, parse_event
+from swarmtrain.machine_memory import Memory
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.reachability.probe import DialOutcome, GreetingAnswer
@@ -36,7 +37,6 @@ from swarmtrain.peer.doctor.doctor import (
 )
 from swarmtrain.peer.doctor.machine import (
     Finding,
-    Memory,
     check_addresses,
     check_cache,
     check_disk,
@@ -45,7 +45,6 @@ from swarmtrain.peer.doctor.machine import (
     check_power,
     check_python,
     check_torch,
-    machine_memory,
     place_of,
 )
 from swarmtrain.peer.training.speed import measure_speed
@@ -198,27 +197,6 @@ def test_memory() -> None:
     a_problem(check_memory(memory, 9 * 10**9), "needs about 9 GB", "larger machine")
     small = Memory(10**9, 10**9, "the container")
     a_problem(check_memory(small, 2 * 10**9), "of 1 GB of the container", "give the container more memory")
-
-
-def test_a_containers_limit_counts(tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    own.write_text("0::/outer/inner\n")
-    groups = tmp_path / "groups"
-    (groups / "outer" / "inner").mkdir(parents=True)
-    whole = machine_memory(groups, own)
-    assert whole.limited_by == "this machine"
-    (groups / "outer" / "memory.max").write_text("300000000\n")
-    (groups / "outer" / "memory.current").write_text("200000000\n")
-    (groups / "outer" / "memory.stat").write_text("anon 5\ninactive_file 50000000\n")
-    (groups / "outer" / "inner" / "memory.max").write_text("max\n")
-    assert machine_memory(groups, own) == Memory(300_000_000, 150_000_000, "the container")
-
-    own.write_text("5:cpu:/x\n4:memory:/docker/abc\n")
-    (groups / "memory").mkdir()
-    (groups / "memory" / "memory.limit_in_bytes").write_text("200000000\n")
-    (groups / "memory" / "memory.usage_in_bytes").write_text("150000000\n")
-    assert machine_memory(groups, own) == Memory(200_000_000, 50_000_000, "the container")
-    assert machine_memory(groups, tmp_path / "nowhere").limited_by == "this machine"
 
 
 # ---------------------------------------------------------------- the run's cost

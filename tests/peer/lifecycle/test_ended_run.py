@@ -19,9 +19,10 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import OuterState, flatten
 from swarmtrain.data.batches import Batches
 from swarmtrain.data.tokens import MAGIC, ByteTokenizer
-from swarmtrain.events import DoneEvent, EvalEvent, Event, WarningEvent
+from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, Event, WarningEvent
 from swarmtrain.model.export import load_exported
-from swarmtrain.model.gpt import build_model
+from swarmtrain.model.gpt import GPT, build_model
+from swarmtrain.network.codec import tensor_specs
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer import bootstrap
 from swarmtrain.peer.lifecycle.folder import PeerFolder
@@ -40,7 +41,7 @@ from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.peer.training.model_training import ModelTraining
 from swarmtrain.peer.training.session import Session
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import RunFile, published_bytes, run_sha256
+from swarmtrain.run import ModelSection, RunFile, published_bytes, run_sha256
 
 TOTAL = 10_000
 TEXT = bytes(range(256))
@@ -293,6 +294,25 @@ def test_a_bootstrap_that_is_started_again_leaves_its_model_as_it_is(tmp_path: P
     assert said.code == "run-had-ended" and str(peer.folder.model_path) in said.message
     kept = load_exported(peer.folder.model_path).model
     assert peer.loss == held_out_loss_of(kept, peer.published, ByteTokenizer())
+
+
+def test_an_archive_is_written_from_the_state_without_building_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer, events = boot(tmp_path, bootstrap._Bootstrap)
+    theta = weights_of(peer.published, 4)
+    specs = tensor_specs(build_model(peer.published.run.model, 0).named_parameters())
+    peer.swarm = SimpleNamespace(specs=specs)
+
+    def build(self: GPT, section: ModelSection) -> None:
+        raise AssertionError("a model as large as the state")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "__init__", build)
+        peer._write_kept(SimpleNamespace(state=OuterState(theta, theta), progress=Progress(round=9, run_tokens=7)))
+    (said,) = [event for event in events if isinstance(event, ArchivedEvent)]
+    archived = load_exported(peer.folder.archive_path)
+    assert torch.equal(flatten(archived.model.parameters()), theta) and archived.run_tokens == said.run_tokens == 7
 
 
 @pytest.mark.parametrize("source", ["volunteers", "server", "stage"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import os
 import threading
@@ -50,6 +51,7 @@ class Peer:
     events: list[Event] = field(default_factory=list)
     stop: StopFlag = field(default_factory=StopFlag)
     on_event: Callable[[Event], None] = lambda event: None
+    down_mbit: float | None = None
 
     def __post_init__(self) -> None:
         self.files = pinned(write_model(self.folder / "source"))
@@ -60,7 +62,12 @@ class Peer:
         clock = iter(range(10**6))  # three seconds between two looks
         progress = FileProgress(self.board, self._emit, lambda: 3.0 * next(clock))
         return FilesPlace(
-            cache=self.folder / "cache", given=self.given, progress=progress, emit=self._emit, stop=self.stop
+            cache=self.folder / "cache",
+            given=self.given,
+            progress=progress,
+            emit=self._emit,
+            stop=self.stop,
+            down_mbit=self.down_mbit,
         )
 
     def _emit(self, event: Event) -> None:
@@ -200,6 +207,20 @@ def test_the_hub_comes_before_other_peers(peer: Peer, hub: SmallHub) -> None:
     num_asked = len(hub.asked)
     assert_whole(peer.fetch())
     assert len(hub.asked) == num_asked, "it is here by now"
+
+
+def test_that_the_hub_knows_no_limit_is_said_once_before_it_is_asked(peer: Peer, hub: SmallHub) -> None:
+    peer.base = f"anna/tiny@{hub.push_folder('anna/tiny', peer.folder / 'source')}"
+    peer.down_mbit = 5.0
+    assert_whole(peer.fetch())
+    assert peer.warnings == ["hub-not-limited"] and peer.sent_bytes == 0
+    assert_whole(peer.fetch())
+    assert len(peer.warnings) == 1, "it is here by now"
+    limits, said = NetworkSection(down_mbit=5.0), len(peer.events)
+    dataclasses.replace(peer.place, down_mbit=0.0).asks_hub(limits)
+    assert len(peer.events) == said, "the person has lifted the run's limit"
+    dataclasses.replace(peer.place, down_mbit=None).asks_hub(limits)
+    assert peer.warnings == ["hub-not-limited"] * 2
 
 
 def test_a_hub_with_other_bytes_is_not_believed(peer: Peer, hub: SmallHub) -> None:

@@ -81,10 +81,10 @@ def test_a_limit_that_not_one_stage_fits_into_is_told_with_its_numbers(limit_byt
 
 
 def test_without_a_limit_it_takes_half_of_the_machine_and_one_stage_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = SimpleNamespace(total=64 * GB)
-    monkeypatch.setattr(stage_sizes.psutil, "virtual_memory", lambda: memory)
+    memory = SimpleNamespace(total_bytes=64 * GB)
+    monkeypatch.setattr(stage_sizes, "machine_memory", lambda: memory)
     assert room_for_stages(RUN, SHAPES, 0) == room_for_stages(RUN, SHAPES, 32 * GB)
-    memory.total = GB // 4
+    memory.total_bytes = GB // 4
     room = room_for_stages(RUN, SHAPES, 0)
     assert room.most_stages == 1 and room.graph_bytes == GRAPH
 

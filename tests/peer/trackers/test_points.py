@@ -153,10 +153,11 @@ def test_traffic_is_that_of_all_processes_and_never_falls() -> None:
 
 
 def test_losses_from_before_are_drawn_once() -> None:
-    losses = [pb.LossPoint(round=n, run_tokens=100 * n, loss=4.0 - n, held_out_loss=n % 2) for n in (1, 2, 3)]
+    given = [(1, 1.0), (2, 0.0), (3, 5.0)]
+    losses = [pb.LossPoint(round=n, run_tokens=100 * n, loss=4.0 - n, held_out_loss=n % 2, time=at) for n, at in given]
     curves = Curves(Position(step=150))
     points = curves.of_past(losses, 9.0)
-    assert [point.step for point in points] == [200, 300]
+    assert [(point.step, point.time) for point in points] == [(200, 9.0), (300, 5.0)]
     assert points[1].values == {"train/loss": 1.0, "train/round": 3.0, "swarm/tokens": 300.0, "eval/loss": 1.0}
     assert curves.of_past(losses, 9.0) == []
 

@@ -52,7 +52,8 @@ def in_its_process(kind: str, peer: Mapping[str, Any], points: Mapping[int, floa
     done = subprocess.run(
         [sys.executable, "-m", "swarmtrain.peer.trackers.process", kind],
         input=b"".join(lines(peer, points)),
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT,
+        env={**os.environ, **environment},
         capture_output=True,
         timeout=LIMIT_S,
         check=False,
@@ -164,9 +165,13 @@ def test_wandb_resumes_a_run_of_one_id_and_collects_nothing_by_itself(
 
 def test_without_a_login_wandb_keeps_the_points_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", fake := Wandb(tmp_path, "No API key configured."))
-    folder = str(tmp_path / "wandb" / "offline-run-1")
+    folder = str(tmp_path / "wandb")
     (place, _) = served(WandbSink(), a_peer(tmp_path), {100: 3.0})
-    assert place == {"where": folder, "shown_by": f"wandb sync {folder}", "offline": "No API key configured."}
+    assert place == {
+        "where": folder,
+        "shown_by": f"wandb sync {folder}/offline-run-*-{ID}",
+        "offline": "No API key configured.",
+    }
     assert [init.get("mode") for init in fake.inits] == [None, "offline"] and len(fake.logged) == 1
 
 
@@ -210,8 +215,9 @@ def test_wandb_itself_offline(tmp_path: Path) -> None:
     found: list[tuple[int, float]] = []
     for points in ({100: 3.0, 250: 2.5}, {251: 2.25}):
         (place, *_) = in_its_process("wandb", a_peer(tmp_path), points, WANDB_MODE="offline", WANDB_SECRET="s3cret")
-        (file,) = Path(place["where"]).glob("*.wandb")
-        assert file.name == f"run-{ID}.wandb" and place["shown_by"] == f"wandb sync {place['where']}"
+        folder = max(tmp_path.glob(f"wandb/offline-run-*-{ID}"))  # their names begin with the time
+        assert place["shown_by"] == f"wandb sync {tmp_path}/wandb/offline-run-*-{ID}"
+        file = folder / f"run-{ID}.wandb"
         runs = []
         for record in map(Record.FromString, wandb_records(file.read_bytes())):
             if record.WhichOneof("record_type") == "history":
@@ -224,9 +230,9 @@ def test_wandb_itself_offline(tmp_path: Path) -> None:
         }
         config = {item.key: json.loads(item.value_json) for run in runs for item in run.config.update}
         assert config["run"] == CONFIG["run"] and config["machine"] == CONFIG["machine"]
-        everything = b"".join(path.read_bytes() for path in Path(place["where"]).rglob("*") if path.is_file())
-        assert b"s3cret" not in everything and not list(Path(place["where"]).rglob("requirements.txt"))
-        assert not list(Path(place["where"]).rglob("wandb-metadata.json"))
+        everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+        assert b"s3cret" not in everything and not list(folder.rglob("requirements.txt"))
+        assert not list(folder.rglob("wandb-metadata.json"))
     assert found == [(100, 3.0), (250, 2.5), (251, 2.25)]
 
 
@@ -281,7 +287,7 @@ def test_what_a_library_has_taken_before_it_failed_is_still_written(
     assert sink.ended == 1 and alarms == [process.FINISH_LIMIT_S]
 
 
-def test_a_library_that_hangs_when_the_peer_has_gone_has_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_hangs_when_the_peer_has_gone_has_three_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     alarms: list[int] = []
     monkeypatch.setattr(signal, "alarm", alarms.append)
     assert list(process._lines(io.BytesIO(b"one\ntwo\n"))) == [b"one\n", b"two\n"]

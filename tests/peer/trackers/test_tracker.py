@@ -208,7 +208,7 @@ def test_who_adds_points_never_waits_and_the_oldest_are_dropped(
 
 
 def test_the_peers_end_does_not_wait_for_a_library_that_does_not(tmp_path: Path, library: Library) -> None:
-    """It has all points, and a minute to send them."""
+    """It has all points, and some minutes to send them."""
     library.now("never ends")
     tracker = a_tracker(tmp_path, Told())
     tracker.add(point(100))
@@ -218,5 +218,5 @@ def test_the_peers_end_does_not_wait_for_a_library_that_does_not(tmp_path: Path,
     until(lambda: library.rows("ends"))
     (pid,) = library.rows("ends")
     assert is_running(pid)
-    os.kill(pid, signal.SIGALRM)  # as at the end of that minute
+    os.kill(pid, signal.SIGALRM)  # as at their end
     until(lambda: not is_running(pid))
