@@ -135,7 +135,7 @@ def test_options_are_passed_on_as_they_are_typed() -> None:
 def test_local_passes_them_to_its_volunteers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plans: list[Any] = []
 
-    def train(plan: Any, *others: object) -> None:
+    def train(plan: Any, stop: object, page: object) -> None:
         plans.append(plan)
         raise UserError("enough; end this", code="peer-failed")
 

@@ -97,7 +97,7 @@ def test_local_passes_them_to_all_its_peers(
 ) -> None:
     plans: list[Any] = []
 
-    def train(plan: Any, *others: object) -> None:
+    def train(plan: Any, stop: object, page: object) -> None:
         plans.append(plan)
         raise UserError("enough; end this", code="peer-failed")
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from swarmtrain.protocol.history import CELLS, HistoryPoint, LossHistory
+from swarmtrain.protocol.history import CELLS, GAP, HistoryPoint, LossHistory
 
 TOTAL = 10_000_000
 
@@ -26,6 +26,15 @@ def test_it_does_not_grow_beyond_its_cells() -> None:
     assert points[0].run_tokens < TOTAL / CELLS and points[-1].run_tokens > TOTAL - 997
 
 
+def test_others_fill_gaps_and_do_not_zigzag_among_ones_own() -> None:
+    history = LossHistory(CELLS * 10)
+    for cell in (1000, 1300):
+        history.add(point(cell * 10, loss=2.0))
+    history.fill([point(cell * 10, loss=3.0) for cell in range(900, 1400)])
+    told = [each.run_tokens // 10 for each in history.points() if each.loss == 3.0]
+    assert told == [*range(900, 1000 - GAP), *range(1000 + GAP + 1, 1300 - GAP), *range(1300 + GAP + 1, 1400)]
+
+
 def test_a_late_joiner_has_the_time_before_it_and_its_own_afterwards() -> None:
     bootstrap, late = LossHistory(TOTAL), LossHistory(TOTAL)
     for tokens in range(100_000, 1_000_000, 100_000):
@@ -33,7 +42,8 @@ def test_a_late_joiner_has_the_time_before_it_and_its_own_afterwards() -> None:
     late.add(point(800_000, loss=1.0))
     late.fill(bootstrap.points())
     losses = {each.run_tokens: each.loss for each in late.points() if each.loss}
-    assert losses == {**dict.fromkeys(range(100_000, 1_000_000, 100_000), 9.0), 800_000: 1.0}
+    told = dict.fromkeys((*range(100_000, 800_000, 100_000), 900_000), 9.0)  # a gap is 156,250 tokens
+    assert losses == {tokens: loss for tokens, loss in told.items() if abs(tokens - 800_000) > 156_250} | {800_000: 1.0}
     assert [each.held_out_loss for each in late.points() if each.held_out_loss] == [3.0]
 
 
