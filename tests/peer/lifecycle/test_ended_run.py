@@ -264,7 +264,9 @@ def boot(path: Path, kind: type[Any] = bootstrap._Bootstrap) -> tuple[Any, list[
     events: list[Event] = []
     control: Any = SimpleNamespace(emit=events.append, stop=StopFlag())
     published, anything = published_run(), None
-    peer = kind(published, PeerSettings(directory=path, name="b"), PeerFolder(path), anything, control)
+    peer = kind(
+        published, PeerSettings(directory=path, name="b", samples_archive=False), PeerFolder(path), anything, control
+    )
     return peer, events
 
 

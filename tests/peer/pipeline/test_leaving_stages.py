@@ -97,6 +97,7 @@ def test_it_says_that_it_is_here_only_when_it_joins(monkeypatch: pytest.MonkeyPa
     one._assignment = SimpleNamespace(choose=lambda: done.append("choose"))
     one._host = SimpleNamespace(serve=None)
     one._context = SimpleNamespace(
+        network=None,
         control=SimpleNamespace(starting=lambda what: None, watch=lambda *what: None),
         node=SimpleNamespace(serve_pipes=lambda name, serve: "serve"),
         published=SimpleNamespace(sha256="ab" * 32),
