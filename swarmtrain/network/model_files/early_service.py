@@ -77,6 +77,10 @@ class _EarlyAnswers:
         """Raise BusyError."""
         raise self._not_here()
 
+    def history(self) -> pb.HistoryReply:
+        """Raise BusyError."""
+        raise self._not_here()
+
     def refused(self, peer: str, error: PeerError) -> None:
         """Note a peer that calls too often: nobody is told before this peer takes part."""
         _log.info("%s: %s", peer, error)

@@ -118,3 +118,5 @@ def test_before_it_enters_it_answers_those_alone_that_fetch_files_too() -> None:
     ):
         with raises_code("busy", BusyError):
             asyncio.run(ask)
+    with raises_code("busy", BusyError):
+        answers.history()
