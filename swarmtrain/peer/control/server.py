@@ -254,9 +254,11 @@ class ControlServer:
 
     def _save_history(self, now: bool) -> None:
         """Write the record of the run, at most every half minute, or `now`. Raises OSError."""
-        history = None if self._powers.history is None else self._powers.history()
         is_due = now or time.monotonic() - self._history_saved_s >= _SAVE_HISTORY_S
-        if history is not None and history.run_sha256 and is_due:
+        if self._powers.history is None or not is_due:
+            return
+        history = self._powers.history()
+        if history.run_sha256:
             self._history_saved_s = time.monotonic()
             write_atomically(self._folder / HISTORY_NAME, history.SerializeToString(), mode=0o600)
 
