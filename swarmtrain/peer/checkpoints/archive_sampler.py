@@ -18,6 +18,7 @@ from pathlib import Path
 from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import SwarmtrainError
 from swarmtrain.events import Event
+from swarmtrain.machine_memory import machine_memory
 from swarmtrain.model.export import ExportedModel, load_exported
 from swarmtrain.model.sampling import generate
 from swarmtrain.network.swarm import PublishedRun
@@ -127,10 +128,8 @@ class ArchiveSampler:
 
     def _check_room(self) -> None:
         """Raise MemoryError unless the model fits into the free memory twice."""
-        import psutil
-
         size = sum(path.stat().st_size for path in self._archive.glob("*.safetensors"))
-        if _ROOM * size > psutil.virtual_memory().available:
+        if _ROOM * size > machine_memory().available_bytes:
             raise MemoryError("too little memory is free")
 
     def _sampled(self, exported: ExportedModel, progress: Progress) -> TextSample:

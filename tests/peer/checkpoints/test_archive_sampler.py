@@ -13,6 +13,7 @@ from patience import PATIENCE_S
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import UserError
 from swarmtrain.events import EvalEvent, Event
+from swarmtrain.machine_memory import Memory
 from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.bootstrap import publish_run
@@ -92,11 +93,9 @@ def test_an_archive_that_is_not_the_one_offered_is_left_alone(published: Publish
 
 
 def test_without_room_it_is_not_tried(published: PublishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import psutil
-
     measured = Measured(published, tmp_path / "archive")
     progress = measured.archive(1, 100)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    monkeypatch.setattr(archive_sampler, "machine_memory", lambda: Memory(total_bytes=10**9, available_bytes=1000))
     with pytest.raises(MemoryError):
         measured.sampler.measure(progress)
 
