@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.discovery.records import MAX_LOSS
@@ -14,7 +14,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 if TYPE_CHECKING:
     from swarmtrain.network.swarm import Swarm
 
-__all__ = ["ask_for_history", "history_from_proto_untrusted", "history_to_proto"]
+__all__ = ["ask_for_history", "history_from_proto_untrusted", "history_to_proto", "point_of", "sample_of"]
 
 _MAX_POINTS = 2 * CELLS
 _MAX_TEXT = 4000
@@ -53,12 +53,28 @@ def _point_untrusted(point: pb.HistoryPoint) -> HistoryPoint:
         raise BadBytesError("a history with a loss or a time out of range", code="bad-number")
     if point.run_tokens >= 2**60 or point.round >= 2**40:
         raise BadBytesError("a history with a number out of range", code="bad-number")
+    return point_of(point)
+
+
+def point_of(message: Any) -> HistoryPoint:
+    """Return the point of a message that has its fields, as checked or as this peer wrote it."""
     return HistoryPoint(
-        run_tokens=point.run_tokens,
-        time=point.time,
-        round=point.round,
-        loss=point.loss,
-        held_out_loss=point.held_out_loss,
+        run_tokens=message.run_tokens,
+        time=message.time,
+        round=message.round,
+        loss=message.loss,
+        held_out_loss=message.held_out_loss,
+    )
+
+
+def sample_of(message: Any) -> TextSample:
+    """Return the sample of a message that has its fields, as checked or as this peer wrote it."""
+    return TextSample(
+        prompt=message.prompt,
+        text=message.text,
+        round=message.round,
+        run_tokens=message.run_tokens,
+        time=message.time,
     )
 
 
@@ -67,9 +83,7 @@ def _sample_untrusted(sample: pb.TextSample) -> TextSample:
         raise BadBytesError(f"a sample of {len(sample.prompt) + len(sample.text)} characters", code="bad-size")
     if not 0 <= sample.time < _MAX_TIME_S or sample.run_tokens >= 2**60 or sample.round >= 2**40:
         raise BadBytesError("a sample with a number out of range", code="bad-number")
-    return TextSample(
-        prompt=sample.prompt, text=sample.text, round=sample.round, run_tokens=sample.run_tokens, time=sample.time
-    )
+    return sample_of(sample)
 
 
 async def ask_for_history(swarm: Swarm) -> list[tuple[list[HistoryPoint], TextSample | None]]:

@@ -30,6 +30,7 @@ from swarmtrain.events import (
     WarningEvent,
     in_words,
 )
+from swarmtrain.network.history import point_of, sample_of
 from swarmtrain.protocol.history import HistoryPoint, LossHistory, TextSample
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import one_line
@@ -89,11 +90,11 @@ class PeerHistory:
             before, self._before = self._before, None
             if before is None or before.run_sha256 != run_sha256:
                 return
-            self._losses.fill(map(_point_of, before.points))
+            self._losses.fill(map(point_of, before.points))
             self._events = [*before.events, *self._events]
             self._subjects = [("",)] * len(before.events) + self._subjects
             if before.HasField("sample"):
-                self._sample = _sample_of(before.sample)
+                self._sample = sample_of(before.sample)
             self.version += 1
 
     def add(self, point: HistoryPoint) -> None:
@@ -184,19 +185,3 @@ def _subject_of(event: Event) -> tuple[str, ...]:
             return event.event, event.message
         case _:
             return (event.event,)
-
-
-def _point_of(point: pb.LossPoint) -> HistoryPoint:
-    return HistoryPoint(
-        run_tokens=point.run_tokens,
-        time=point.time,
-        round=point.round,
-        loss=point.loss,
-        held_out_loss=point.held_out_loss,
-    )
-
-
-def _sample_of(sample: pb.ModelSample) -> TextSample:
-    return TextSample(
-        prompt=sample.prompt, text=sample.text, round=sample.round, run_tokens=sample.run_tokens, time=sample.time
-    )
