@@ -162,11 +162,12 @@ def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | N
     below = cost.times_below_allreduce
     stages, sequences = run.pipeline.stages, run.microbatch_sequences
     has_samples = any(source.has_samples for source in run.data.mixture)
+    tokenizer = "its own tokenizer" if model.tokenizer == "model" else model.tokenizer
     least, why = ("at least ", "; only tokens that are learnt count") if has_samples else ("", "")
     rows = {
         "model": base_in_words(model),
         "parameters": f"{count(num_parameters(model))} ({counted(model.num_layers, 'layer')}, width "
-        f"{model.width}, {counted(model.num_heads, 'head')}; {model.vocabulary_size} tokens of {model.tokenizer})",
+        f"{model.width}, {counted(model.num_heads, 'head')}; {model.vocabulary_size} tokens of {tokenizer})",
         "adapter": _adapter_in_words(run.adapter),
         "data": ", ".join(_data_in_words(run, look)) + shards_in_words(run, look.sizes),
         "inner step": f"{count(cost.tokens_per_step)} tokens: {counted(run.inner.batch_sequences, 'sequence')} of "
