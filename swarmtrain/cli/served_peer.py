@@ -163,7 +163,7 @@ class _Typed:
         """Take an option that no folder remembers. Raises a usage error for one that makes no sense for a service."""
         flag = option.opts[-1]
         if flag == "--dir":
-            raise OptionsError("--dir FOLDER goes before the two dashes", code="options-conflict")
+            raise OptionsError("--dir FOLDER goes before the two dashes; write it there", code="options-conflict")
         if flag == "--background" or option.hidden:
             why = "a service needs no terminal anyway" if flag == "--background" else "it is for rehearsals"
             raise OptionsError(f"{flag} is no option of a service: {why}; leave it out", code="options-conflict")

@@ -158,9 +158,9 @@ def _wait_until_up(manager: ServiceManager, service: InstalledService) -> str:
             if state.phase is ServicePhase.ENDED and state.exit_code == 0:
                 return "has ended well already, as when its run is over"
             if state.phase in (ServicePhase.ENDED, ServicePhase.FAILED, ServicePhase.WAITING) and state.last_exit:
-                step = _next_step(manager, service, state)
                 raise RunTimeError(
-                    f"{service.name} is installed, but the peer ended ({state.last_exit}); {step}",
+                    f"{service.name} is installed, but the peer ended ({state.last_exit}); "
+                    f"{_next_step(manager, service, state)}",
                     code="service-ended",
                 )
             pause.wait(_LOOK_EVERY_S)
