@@ -41,10 +41,8 @@ def main() -> None:
     try:
         serve(SINKS[sys.argv[1]](), _lines(requests), replies)
         code = 0
-    except Exception as error:  # a task boundary: whatever the library raises is told to the peer
+    except Exception:  # a task boundary: whatever the library raises was told to the peer
         _log.exception("the tracker failed")
-        with contextlib.suppress(OSError):  # the peer is gone
-            _reply(replies, error=f"{type(error).__name__}: {error}")
     sys.stderr.flush()
     os._exit(code)  # a library may have threads, and work of its own at the exit, that never end
 
@@ -64,15 +62,20 @@ def _lines(requests: IO[bytes]) -> Iterator[bytes]:
 
 
 def serve(sink: Sink, requests: Iterator[bytes], replies: IO[bytes]) -> None:
-    """Drive `sink` by the lines of `requests`, and answer each. Raises whatever the sink raises."""
-    place = sink.begin(TrackedPeer(**json.loads(next(requests, b"{}"))))
-    _reply(replies, where=place.where, shown_by=place.shown_by, offline=place.offline)
+    """Drive `sink` by the lines of `requests`, and answer each. Raises whatever the sink raises.
+
+    The peer is told of an error before the library is asked to end, which may hang.
+    """
     try:
+        place = sink.begin(TrackedPeer(**json.loads(next(requests, b"{}"))))
+        _reply(replies, where=place.where, shown_by=place.shown_by, offline=place.offline)
         for line in requests:
             point = json.loads(line)
             sink.log(point["step"], point["time"], point["values"])
             _reply(replies, step=point["step"])
-    except BaseException:
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the peer is gone
+            _reply(replies, error=f"{type(error).__name__}: {error}")
         signal.alarm(FINISH_LIMIT_S)
         with contextlib.suppress(Exception):  # what failed first is told
             sink.end()

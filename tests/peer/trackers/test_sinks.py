@@ -10,6 +10,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -219,6 +221,8 @@ def test_wandb_itself_offline(tmp_path: Path) -> None:
 
     found: list[tuple[int, float]] = []
     for points in ({100: 3.0, 250: 2.5}, {251: 2.25}):
+        while list(tmp_path.glob(f"wandb/offline-run-{time.strftime('%Y%m%d_%H%M%S')}-{ID}")):
+            threading.Event().wait(0.05)  # W&B names folders by the second
         (place, *_) = in_its_process("wandb", a_peer(tmp_path), points, WANDB_MODE="offline", WANDB_SECRET="s3cret")
         folder = max(tmp_path.glob(f"wandb/offline-run-*-{ID}"))  # their names begin with the time
         assert place["shown_by"] == f"wandb sync {tmp_path}/wandb/offline-run-*-{ID}"
