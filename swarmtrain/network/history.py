@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.records import MAX_LOSS
-from swarmtrain.protocol.history import CELLS, HistoryPoint, TextSample
+from swarmtrain.protocol.history import CELLS, HistoryPoint, Standing, TextSample, ToldHistory, bounded
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ __all__ = ["ask_for_history", "history_from_proto_untrusted", "history_to_proto"
 _MAX_POINTS = 2 * CELLS
 _MAX_TEXT = 4000
 _MAX_TIME_S = 1e11
-_MOST_ASKED = 2
+_MOST_ASKED = 5
+"""So many that a liar among them is outvoted."""
+_MOST_BOOTSTRAPS = 2
+"""Of those asked: anybody can call itself a bootstrap."""
 
 
 def history_to_proto(points: Sequence[HistoryPoint], sample: TextSample | None) -> pb.HistoryReply:
@@ -86,18 +90,26 @@ def _sample_untrusted(sample: pb.TextSample) -> TextSample:
     return sample_of(sample)
 
 
-async def ask_for_history(swarm: Swarm) -> list[tuple[list[HistoryPoint], TextSample | None]]:
-    """Ask the bootstraps that are here, else two volunteers, for the run's history; return their answers."""
+async def ask_for_history(swarm: Swarm, inviters: Collection[str], run_tokens: int) -> list[ToldHistory]:
+    """Ask some peers for the run's history: those of `inviters`, who are named in the invite, some bootstraps and
+    volunteers. Return what each tells, as far as it can be, where this peer counts `run_tokens` now.
+    """
     live = swarm.membership.live()
-    bootstraps = [info.peer for info in live if info.is_bootstrap]
-    others = [info.peer for info in live if not info.is_bootstrap]
-    asked = bootstraps[:_MOST_ASKED] or random.sample(others, min(_MOST_ASKED, len(others)))
+    named = [info.peer for info in live if info.peer in inviters][:_MOST_ASKED]
+    others = [info for info in live if info.peer not in named]
+    bootstraps = [info.peer for info in others if info.is_bootstrap][: min(_MOST_BOOTSTRAPS, _MOST_ASKED - len(named))]
+    volunteers = [info.peer for info in others if not info.is_bootstrap]
+    left = _MOST_ASKED - len(named) - len(bootstraps)
     answers = []
-    for peer in asked:
+    for peer in (*named, *bootstraps, *random.sample(volunteers, min(left, len(volunteers)))):
         try:
-            answers.append(history_from_proto_untrusted(await swarm.calls.history(peer)))
+            points, sample = history_from_proto_untrusted(await swarm.calls.history(peer))
         except BadBytesError as error:
             swarm.peers.refused(peer, error)
         except PeerError:
             continue  # it is gone, or of a version that tells no history
+        else:
+            standing = Standing.INVITER if peer in inviters else Standing.STRANGER
+            told = ToldHistory(teller=peer, standing=standing, points=points, sample=sample)
+            answers.append(bounded(told, run_tokens, swarm.accounting.rules.began_s, swarm_time()))
     return answers
