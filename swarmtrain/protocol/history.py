@@ -124,7 +124,7 @@ class LossHistory:
                 for point in self._told
                 if getattr(point, name) and not _is_near(_cell(point, self.total_tokens), own)
             ]
-            found += [dataclasses.replace(point, **{other: 0.0}) for point in (*curve.values(), *told)]
+            found += [dataclasses.replace(point, **{other: 0.0}) for point in (*curve.values(), *told)]  # type: ignore[arg-type]
         return sorted(found, key=lambda point: (point.run_tokens, point.time))
 
 
@@ -179,7 +179,8 @@ def _agreed_curve(told: Sequence[ToldHistory], name: str, total_tokens: int) -> 
         counting = knows if len(knows) % 2 else knows[:-1]
         values = [curve.at(point.run_tokens) for curve in counting]
         loss, time = (statistics.median(numbers) for numbers in zip(*values, strict=True))
-        agreed.append(HistoryPoint(run_tokens=point.run_tokens, time=time, round=point.round, **{name: loss}))
+        losses = {"loss": 0.0, "held_out_loss": 0.0, name: loss}
+        agreed.append(HistoryPoint(run_tokens=point.run_tokens, time=time, round=point.round, **losses))
     return agreed
 
 

@@ -31,7 +31,7 @@ from swarmtrain.events import (
     WarningEvent,
     in_words,
 )
-from swarmtrain.network.history import point_of, sample_of
+from swarmtrain.network.history import point_of, sample_of, write_history
 from swarmtrain.protocol.history import (
     HistoryPoint,
     LossHistory,
@@ -176,24 +176,7 @@ class PeerHistory:
         with self._lock:
             losses, events, sample = self._losses.points(), list(self._events), self.sample
             told = pb.RunHistory(run_sha256=self._run_sha256, total_tokens=self._losses.total_tokens, events=events)
-        for point in losses:
-            told.points.add(
-                round=point.round,
-                run_tokens=point.run_tokens,
-                loss=point.loss,
-                held_out_loss=point.held_out_loss,
-                time=point.time,
-            )
-        if sample is not None:
-            told.sample.CopyFrom(
-                pb.ModelSample(
-                    prompt=sample.prompt,
-                    text=sample.text,
-                    round=sample.round,
-                    run_tokens=sample.run_tokens,
-                    time=sample.time,
-                )
-            )
+        write_history(told, losses, sample)
         return told
 
     def losses(self) -> list[HistoryPoint]:
