@@ -11,7 +11,7 @@ function colour(name) {
 }
 
 function label(value, axis) {
-  return axis === "time" ? clock(value) : `${count(value)} tokens`;
+  return axis === "time" ? clock(value) : `${count(value)} ${axis}`;
 }
 
 function number(value) {
