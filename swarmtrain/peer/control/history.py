@@ -163,7 +163,9 @@ class PeerHistory:
                     again.count, again.last_time = again.count + 1, event.time
                     return
             words = one_line(in_words(event))[:_MAX_WORDS]
-            noted = pb.NotedEvent(time=event.time, event=event.event, words=words, count=1, last_time=event.time)
+            noted = pb.NotedEvent(
+                time=event.time, event=event.event, words=words, count=1, last_time=event.time, about=_about(event)
+            )
             self._events.append(noted)
             self._subjects.append(subject)
             if len(self._events) > MAX_EVENTS:
@@ -188,6 +190,21 @@ class PeerHistory:
     def sample(self) -> TextSample | None:
         """Text of the run's model: what this process let it write, else what others told; None if there is none."""
         return self._sample or self._told_sample
+
+
+def _about(event: Event) -> str:
+    """Return the PeerID of the other peer that an event is about; empty for this one."""
+    match event:
+        case PeerJoinedEvent():
+            return event.joined
+        case PeerLostEvent():
+            return event.lost
+        case PeerLeftEvent():
+            return event.left
+        case RefusedEvent() | ClippedEvent():
+            return event.from_peer
+        case _:
+            return ""
 
 
 def _subject_of(event: Event) -> tuple[str, ...]:

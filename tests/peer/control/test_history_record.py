@@ -11,6 +11,8 @@ from swarmtrain.events import (
     FetchedEvent,
     InviteEvent,
     PeerJoinedEvent,
+    PeerLeftEvent,
+    PeerLostEvent,
     RefusedEvent,
     WarningEvent,
 )
@@ -45,6 +47,17 @@ def test_what_is_noted_is_what_one_looks_back_at() -> None:
     history.take(DoneEvent(time=3.0, held_out_loss=None, tokens=5, run_tokens=9, wall_s=1.0, reason="asked"))
     assert [event.event for event in history.message().events] == ["peer_joined", "done"]
     assert words(history)[0] == "peer anna joined"
+
+
+def test_an_event_names_whom_it_is_about() -> None:
+    history = begun()
+    history.take(joined("anna"))
+    history.take(PeerLostEvent(time=2.0, lost="12D3KooWbert", lost_name="bert", reason="it does not answer"))
+    history.take(PeerLeftEvent(time=3.0, left="12D3KooWcleo"))
+    history.take(RefusedEvent(time=4.0, from_peer="12D3KooWmallory", rule="finite", detail="7 NaNs"))
+    history.take(WarningEvent(time=5.0, message="the disk is full", code="disk-full"))
+    told = [event.about.removeprefix("12D3KooW") for event in history.message().events]
+    assert told == ["example", "bert", "cleo", "mallory", ""]
 
 
 def test_what_repeats_is_counted() -> None:
