@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.records import MAX_LOSS
-from swarmtrain.protocol.history import CELLS, HistoryPoint, Standing, TextSample, ToldHistory, bounded
+from swarmtrain.protocol.history import CELLS, Credibility, HistoryPoint, TextSample, ToldHistory, bounded
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ async def ask_for_history(swarm: Swarm, inviters: Collection[str], run_tokens: i
         except PeerError:
             continue  # it is gone, or of a version that tells no history
         else:
-            standing = Standing.INVITER if peer in inviters else Standing.STRANGER
-            told = ToldHistory(teller=peer, standing=standing, points=points, sample=sample)
+            credibility = Credibility.INVITER if peer in inviters else Credibility.STRANGER
+            told = ToldHistory(teller=peer, credibility=credibility, points=points, sample=sample)
             answers.append(bounded(told, run_tokens, swarm.accounting.rules.began_s, swarm_time()))
     return answers

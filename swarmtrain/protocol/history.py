@@ -22,9 +22,9 @@ from enum import IntEnum
 __all__ = [
     "CELLS",
     "GAP",
+    "Credibility",
     "HistoryPoint",
     "LossHistory",
-    "Standing",
     "TextSample",
     "ToldHistory",
     "agreed_points",
@@ -66,7 +66,7 @@ class TextSample:
     time: float
 
 
-class Standing(IntEnum):
+class Credibility(IntEnum):
     """Whom to believe where two contradict each other: the lower one."""
 
     INVITER = 0
@@ -82,7 +82,7 @@ class ToldHistory:
 
     teller: str
     """PeerID; empty: this peer's own record of an earlier incarnation."""
-    standing: Standing = Standing.STRANGER
+    credibility: Credibility = Credibility.STRANGER
     points: Sequence[HistoryPoint] = ()
     sample: TextSample | None = None
 
@@ -159,10 +159,10 @@ def agreed_points(told: Sequence[ToldHistory], total_tokens: int) -> list[Histor
 def _agreed_curve(told: Sequence[ToldHistory], name: str, total_tokens: int) -> list[HistoryPoint]:
     curves: list[_Curve] = []
     edge_tokens = GAP * total_tokens // CELLS
-    for one in sorted(told, key=lambda one: one.standing):
+    for one in sorted(told, key=lambda one: one.credibility):
         measured = {point.run_tokens: point for point in one.points if _is_loss(getattr(point, name))}
         if measured:
-            is_trusted = one.standing is not Standing.STRANGER
+            is_trusted = one.credibility is not Credibility.STRANGER
             curves.append(_Curve(is_trusted, [measured[tokens] for tokens in sorted(measured)], name, edge_tokens))
     seen: dict[int, HistoryPoint] = {}
     for curve in curves:
@@ -210,7 +210,7 @@ class _Curve:
 def agreed_sample(told: Sequence[ToldHistory]) -> TextSample | None:
     """Return the sample of whom this peer believes first; among as good ones that which most tell, then the newest."""
     times = Counter(one.sample for one in told)
-    samples = [(-one.standing, times[one.sample], one.sample.run_tokens, one.sample) for one in told if one.sample]
+    samples = [(-one.credibility, times[one.sample], one.sample.run_tokens, one.sample) for one in told if one.sample]
     return max(samples, key=lambda found: found[:3])[3] if samples else None
 
 

@@ -12,7 +12,7 @@ from codes import raises_code
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.history import ask_for_history, history_from_proto_untrusted, history_to_proto
-from swarmtrain.protocol.history import HistoryPoint, Standing, TextSample, ToldHistory
+from swarmtrain.protocol.history import Credibility, HistoryPoint, TextSample, ToldHistory
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -103,7 +103,7 @@ def test_five_are_asked_of_whom_two_may_call_themselves_bootstraps() -> None:
     told = asked(swarm, inviters=("h",))
     assert swarm.asked[:3] == ["h", "a", "b"] and len(set(swarm.asked)) == 5 and not {"c", "d"} & set(swarm.asked)
     assert [one.teller for one in told] == swarm.asked
-    assert [one.standing for one in told] == [Standing.INVITER, *[Standing.STRANGER] * 4]
+    assert [one.credibility for one in told] == [Credibility.INVITER, *[Credibility.STRANGER] * 4]
     assert all((list(one.points), one.sample) == (POINTS, SAMPLE) for one in told)
     assert asked(FakeSwarm({})) == []
     many = FakeSwarm(dict.fromkeys("abcdefghi", good))

@@ -11,9 +11,9 @@ import pytest
 from swarmtrain.protocol.history import (
     CELLS,
     GAP,
+    Credibility,
     HistoryPoint,
     LossHistory,
-    Standing,
     TextSample,
     ToldHistory,
     agreed_points,
@@ -119,8 +119,8 @@ def lie(kind: str) -> list[HistoryPoint]:
 @pytest.mark.parametrize(
     "others",
     [
-        [honest("boot", standing=Standing.INVITER)],
-        [honest("", standing=Standing.EARLIER, until=TOTAL // 2), honest("b", every=70_000), honest("c")],
+        [honest("boot", credibility=Credibility.INVITER)],
+        [honest("", credibility=Credibility.EARLIER, until=TOTAL // 2), honest("b", every=70_000), honest("c")],
         [honest("a"), honest("b", every=70_000)],
         [honest("a"), honest("b", every=70_000), honest("c", every=110_000), honest("d", every=130_000)],
     ],
@@ -160,7 +160,7 @@ def test_a_sample_is_taken_from_whom_one_believes_then_as_most_tell_then_the_new
     old, new, lie = (TextSample(prompt="", text=str(n), round=1, run_tokens=n, time=1.0) for n in (5, 7, 9))
     strangers = [ToldHistory(teller=f"{n}", sample=sample) for n, sample in enumerate((old, new, old, lie, None))]
     assert agreed_sample(strangers) == old and agreed_sample(strangers[1:]) == lie
-    assert agreed_sample([*strangers, ToldHistory(teller="boot", standing=Standing.INVITER, sample=new)]) == new
+    assert agreed_sample([*strangers, ToldHistory(teller="boot", credibility=Credibility.INVITER, sample=new)]) == new
     assert agreed_sample([]) is None
 
 

@@ -33,9 +33,9 @@ from swarmtrain.events import (
 )
 from swarmtrain.network.history import point_of, sample_of, write_history
 from swarmtrain.protocol.history import (
+    Credibility,
     HistoryPoint,
     LossHistory,
-    Standing,
     TextSample,
     ToldHistory,
     agreed_points,
@@ -108,7 +108,7 @@ class PeerHistory:
                 return
             sample = sample_of(before.sample) if before.HasField("sample") else None
             points = tuple(map(point_of, before.points))
-            self._told = {"": ToldHistory(teller="", standing=Standing.EARLIER, points=points, sample=sample)}
+            self._told = {"": ToldHistory(teller="", credibility=Credibility.EARLIER, points=points, sample=sample)}
             self._agree(agreed_points(tuple(self._told.values()), total_tokens))
             self._events = [*before.events, *self._events]
             self._subjects = [("",)] * len(before.events) + self._subjects
@@ -128,7 +128,7 @@ class PeerHistory:
             for one in told:
                 self._told.pop(one.teller, None)
                 self._told[one.teller] = one
-            strangers = [one.teller for one in self._told.values() if one.standing is Standing.STRANGER]
+            strangers = [one.teller for one in self._told.values() if one.credibility is Credibility.STRANGER]
             for teller in strangers[: max(0, len(self._told) - _MAX_TELLERS)]:
                 del self._told[teller]
             known = tuple(self._told.values())

@@ -19,7 +19,7 @@ from swarmtrain.events import (
 from swarmtrain.peer.control.board import StatusBoard
 from swarmtrain.peer.control.history import HISTORY_NAME, MAX_EVENTS, PeerHistory, read_history
 from swarmtrain.peer.control.server import ControlHandlers, ControlServer
-from swarmtrain.protocol.history import HistoryPoint, Standing, TextSample, ToldHistory
+from swarmtrain.protocol.history import Credibility, HistoryPoint, TextSample, ToldHistory
 from swarmtrain.v1 import control_pb2 as pb
 
 RUN = "ab" * 32
@@ -109,14 +109,14 @@ def test_the_newest_sample_of_others_is_shown_until_its_teller_has_another() -> 
     history.fill([ToldHistory(teller="a", sample=None)])
     assert history.sample == old
     history.add_sample(HistoryPoint(run_tokens=90, time=6.0, held_out_loss=2.0), SAMPLE)
-    history.fill([ToldHistory(teller="c", standing=Standing.INVITER, sample=old)])
+    history.fill([ToldHistory(teller="c", credibility=Credibility.INVITER, sample=old)])
     assert history.sample == SAMPLE, "its own"
 
 
 def test_who_tells_less_and_who_comes_in_crowds_erase_nothing_of_the_inviters() -> None:
     history = begun()
     points = [HistoryPoint(run_tokens=tokens, time=5.0, loss=3.0) for tokens in range(10_000, 500_000, 10_000)]
-    history.fill([ToldHistory(teller="boot", standing=Standing.INVITER, points=points)])
+    history.fill([ToldHistory(teller="boot", credibility=Credibility.INVITER, points=points)])
     shown = history.losses()
     assert len(shown) == len(points)
     for number in range(100):
