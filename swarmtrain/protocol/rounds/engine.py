@@ -64,6 +64,8 @@ class RoundRules:
     share_above: int
     round_limit_s: float
     silence_s: float
+    max_wait_s: float = math.inf
+    """Longest time for which a peer that has ended its round waits for the others' publications."""
     hold_s: float = 2.0
     """Longest time for which a question without news is held."""
     retry_s: float = 0.25
@@ -401,7 +403,10 @@ class RoundEngine(Generic[Envelope, Link]):
             me=self.me,
             round=known.round,
             ended_at_s=known.ended_s,
-            deadline_s=max(known.ended_s, known.started_s + self.rules.round_limit_s),
+            deadline_s=min(
+                max(known.ended_s, known.started_s + self.rules.round_limit_s),
+                known.ended_s + self.rules.max_wait_s,
+            ),
             silence_s=self.rules.silence_s,
             share_above=self.rules.share_above,
             live=found.of[Standing.WITH_US] | found.of[Standing.BEHIND],
