@@ -70,18 +70,20 @@ class RunHistory(_message.Message):
     def __init__(self, run_sha256: _Optional[str] = ..., total_tokens: _Optional[int] = ..., points: _Optional[_Iterable[_Union[LossPoint, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[NotedEvent, _Mapping]]] = ..., sample: _Optional[_Union[ModelSample, _Mapping]] = ...) -> None: ...
 
 class NotedEvent(_message.Message):
-    __slots__ = ("time", "event", "words", "count", "last_time")
+    __slots__ = ("time", "event", "words", "count", "last_time", "about")
     TIME_FIELD_NUMBER: _ClassVar[int]
     EVENT_FIELD_NUMBER: _ClassVar[int]
     WORDS_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     LAST_TIME_FIELD_NUMBER: _ClassVar[int]
+    ABOUT_FIELD_NUMBER: _ClassVar[int]
     time: float
     event: str
     words: str
     count: int
     last_time: float
-    def __init__(self, time: _Optional[float] = ..., event: _Optional[str] = ..., words: _Optional[str] = ..., count: _Optional[int] = ..., last_time: _Optional[float] = ...) -> None: ...
+    about: str
+    def __init__(self, time: _Optional[float] = ..., event: _Optional[str] = ..., words: _Optional[str] = ..., count: _Optional[int] = ..., last_time: _Optional[float] = ..., about: _Optional[str] = ...) -> None: ...
 
 class ModelSample(_message.Message):
     __slots__ = ("prompt", "text", "round", "run_tokens", "time")

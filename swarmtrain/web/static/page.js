@@ -1,6 +1,6 @@
 // The page of a swarm: takes what the peer says, and puts each part of it into its place.
-import { CurveChart } from "./charts.js";
 import { ago, clock, make, setFacts, setText } from "./dom.js";
+import { LearningCharts } from "./learning.js";
 import { OwnPeer } from "./own.js";
 import { follow } from "./stream.js";
 import { PeerTable } from "./table.js";
@@ -19,15 +19,11 @@ function takeKey() {
 
 const key = takeKey();
 const state = { panels: {}, rows: new Map(), connection: "", why: "", newsTime: 0 };
-const charts = {
-  heldOut: new CurveChart(get("chart-held-out"), "Held-out loss", "nats per byte"),
-  training: new CurveChart(get("chart-training"), "Training loss", "nats per token"),
-};
+const charts = new LearningCharts();
 const HERE = ["Name", "Share", "Tokens", "Speed", "Doing", "Trains on", "Heard", "Reached"];
 const here = new PeerTable(get("here"), "Peers that are here now, the most work first", HERE);
 const before = new PeerTable(get("before"), "Peers that took part before", ["Name", "Share", "Tokens", "Heard"]);
 const own = new OwnPeer(get("machine"), key);
-let axis = "tokens";
 
 // ---------------------------------------------------------------- the parts
 
@@ -64,12 +60,7 @@ const draw = {
     });
   },
   learning(learning) {
-    const curve = (given, name, shade, dots) => ({ name, colour: shade, x: given[axis], y: given.loss, dots });
-    const given = (curves) => curves.filter((each) => each.x.length);
-    charts.heldOut.show(given([curve(learning.held_out, "held-out", "--held-out", true)]), axis);
-    const swarm = { ...curve(learning.swarm, "median of the volunteers", "--training", false), label: true };
-    const thisPeer = { ...curve(learning.own, "this peer", "--other-1", false), label: true, thin: swarm.x.length > 0 };
-    charts.training.show(given([thisPeer, swarm]), axis);
+    charts.show(learning);
     setText(get("sources"), learning.sources ? `held-out by source: ${learning.sources}` : "");
   },
   pipeline(stages) {
@@ -201,10 +192,6 @@ get("invite-copy").addEventListener("click", async () => {
     getSelection().selectAllChildren(get("invite-line"));
     setText(get("invite-copied"), "selected: copy it with the keyboard");
   }
-});
-get("axis").addEventListener("change", (event) => {
-  axis = event.target.value;
-  if (state.panels.learning) draw.learning(state.panels.learning);
 });
 setInterval(() => {
   here.tick();
