@@ -56,7 +56,7 @@ class BatchExchange(RosterExchange):
             round_limit_s=run.merge.round_limit_s,
             stale_s=_STALE_SHARE * run.network.presence_ttl_s,
         )
-        self._end = BatchEnd(self.swarm.identity.peer_id, rules)
+        self._end = BatchEnd(rules)
         self._optimizer = CommonOptimizer([spec.shape for spec in specs], inner_constants(run), run.merge.optimizer)
 
     @property

@@ -6,7 +6,8 @@ rates at which the last rosters counted them. One that ends the batch asks the o
 it after the step that they are in.
 
 A rate is what rosters have counted and not what a peer says of itself. A peer that no roster has counted yet is
-believed up to the rate of the fastest one that has been counted. So who boasts ends one batch early, and no second.
+believed up to the rate of the fastest one that has been counted, this peer included. So who boasts ends the first batch
+early, and no second.
 
 Pure: times are arguments, in seconds of one clock.
 """
@@ -70,15 +71,14 @@ class BatchShare:
 
 @dataclass
 class BatchEnd:
-    """Decides when the batch of one round is complete. `me` is this peer's PeerID."""
+    """Decides when the batch of one round is complete."""
 
-    me: str
     rules: BatchRules
     round: int = 0
     started_s: float = 0.0
     """Time at which this peer began to add up gradients for the batch."""
     _rates: dict[str, float] = field(default_factory=dict)
-    """Tokens per second of each peer that the last rosters counted."""
+    """Tokens per second of each peer that the last roster counted, this one included."""
     _own_rate: float = 0.0
     """Tokens per second of this peer in its own last round."""
     _asked: bool = False
@@ -94,7 +94,7 @@ class BatchEnd:
     def counted(self, tokens: Mapping[str, int], ended_s: float) -> None:
         """Learn rates from a roster: the `tokens` that it counted of each peer, for a batch that ended at `ended_s`."""
         seconds = max(ended_s - self.started_s, 1e-3)
-        found = {peer: number / seconds for peer, number in tokens.items() if peer != self.me}
+        found = {peer: number / seconds for peer, number in tokens.items()}
         self._rates = {peer: (rate + self._rates.get(peer, rate)) / 2 for peer, rate in found.items()}
 
     def share(self, own_tokens: int, others: Iterable[tuple[PeerInfo, float, float]], now: float) -> BatchShare:
@@ -103,7 +103,7 @@ class BatchEnd:
         `others` has of each volunteer that answers its presence, since when it is known to be at its present step, and
         when it last said anything.
         """
-        most = max([self._own_rate, *self._rates.values()])
+        most = max(self._rates.values(), default=0.0)
         elapsed_s, total, rates = now - self.started_s, 0.0, 0.0
         for info, since_s, heard_s in others:
             if now - heard_s > self.rules.stale_s or not self.round - 1 <= info.round <= self.round:

@@ -12,7 +12,7 @@ RULES = BatchRules(target_tokens=1000, step_tokens=10, max_wait_s=8.0, round_lim
 
 def end(round: int = 5, own_rate: float = 20.0, now: float = 100.0) -> BatchEnd:
     """A batch that began at 100 s; the last rosters counted 30 tokens/s of ben, and this peer had 20."""
-    found = BatchEnd("anna", RULES)
+    found = BatchEnd(RULES)
     found.begin(round - 1, own_rate, 90.0)
     found.counted({"anna": 200, "ben": 300}, 100.0)
     found.begin(round, own_rate, now)
@@ -52,7 +52,7 @@ def test_a_boast_is_bounded_by_what_rosters_counted() -> None:
 
 
 def test_before_any_roster_a_peer_is_believed() -> None:
-    first = BatchEnd("anna", RULES)
+    first = BatchEnd(RULES)
     first.begin(0, 0.0, 100.0)
     assert first.share(100, [told("ben", 104.0, steps=12, round=0)], 110.0).others_tokens == 120 + 30 * 6
     assert first.share(0, [told("ben", 104.0, round=0, speed=0.0)], 110.0).left_s is None
