@@ -163,12 +163,13 @@ class LocalSwarm:
 
     def _read(self, child: _Child) -> None:
         assert child.process.stdout is not None
-        for line in child.process.stdout:
-            try:
-                event = parse_event(line)
-            except ValueError:
-                continue  # cut short, as the child was killed while writing
-            self._events.put((child, event))
+        with child.process.stdout as lines:
+            for line in lines:
+                try:
+                    event = parse_event(line)
+                except ValueError:
+                    continue  # cut short, as the child was killed while writing
+                self._events.put((child, event))
         self._events.put((child, None))
 
     def events(self, limit_s: float | None = None) -> Iterator[Event]:
