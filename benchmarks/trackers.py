@@ -156,8 +156,7 @@ def trackio(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Read a peer's run in Trackio's database."""
     found: dict[str, list[tuple[int, float]]] = {}
     name = f"{folder.name}-{json.loads((folder / 'trackers.json').read_text())['id']}"
-    (path,) = (folder.parent / "trackio").glob("*.db")
-    with sqlite3.connect(path) as database:
+    with sqlite3.connect(folder.parent / "trackio" / "curves.db") as database:
         rows = database.execute("SELECT step, metrics FROM metrics WHERE run_name = ? ORDER BY id", (name,))
         for step, metrics in rows.fetchall():
             for curve, value in json.loads(metrics).items():
