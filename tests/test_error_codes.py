@@ -55,6 +55,7 @@ too-few-peers too-little-bandwidth too-little-memory too-little-text too-many-de
 too-often too-slow-for-run training-diverged unknown-key unreachable update-too-old wrong-type
 bad-tracker tracker-failed tracker-offline
 model-files-needed model-has-code model-quantised model-refused no-such-base
+bad-report-name nothing-to-report
 """
 """Codes as people have them in their notes and programs. A new one is added here; none is taken away or renamed."""
 
