@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from child_process import Child
 
-from swarmtrain.network.daemon import owned_process_args
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.model_files.fetch import PeerFetch
 from swarmtrain.network.node import Node, NodeSettings
@@ -107,35 +106,6 @@ def fetch_of(node: Node, files: PinnedFiles, folder: ModelFolder, peers: list[st
 # ---------------------------------------------------------------- the process that measures
 
 
-class Child:
-    """Handle of one of the processes above, which ends with this one."""
-
-    def __init__(self, arguments: list[str], stack: ExitStack) -> None:
-        command = owned_process_args([sys.executable, __file__, *arguments])
-        pipe, environment = subprocess.PIPE, {**os.environ, "HIVEMIND_LOGLEVEL": "ERROR"}
-        self.process = stack.enter_context(
-            subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-        )
-        stack.callback(self.close)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-
-    def line(self, said: str = "") -> list[str]:
-        """Send it `said`, and read its next line, in words."""
-        assert self.process.stdout is not None and self.process.stdin is not None
-        if said:
-            self.process.stdin.write(said + "\n")
-            self.process.stdin.flush()
-        return self.process.stdout.readline().split()
-
-    def family(self) -> list[psutil.Process]:
-        """Return the process and those it started."""
-        own = psutil.Process(self.process.pid)
-        return [own, *own.children(recursive=True)]
-
-
 def status_bytes(process: psutil.Process, key: str) -> int:
     """Read a size from `/proc/PID/status`, in bytes."""
     for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
@@ -177,16 +147,17 @@ def measure(mebibytes: int, num_sources: int) -> None:
         print(f"hashed {mebibytes} MiB in {time.perf_counter() - began_s:.2f} s")
         shared = ["--model", str(model)]
         senders = [
-            Child(["--serve", str(folder / f"sender-{number}"), *shared], stack) for number in range(num_sources)
+            Child(__file__, ["--serve", str(folder / f"sender-{number}"), *shared], stack)
+            for number in range(num_sources)
         ]
-        where = ["=".join(sender.line()) for sender in senders]
-        receiver = Child(["--fetch", str(folder / "receiver"), *shared, *where], stack)
+        where = ["=".join(sender.line().split()) for sender in senders]
+        receiver = Child(__file__, ["--fetch", str(folder / "receiver"), *shared, *where], stack)
         receiver.line()
         families = {"sender": senders[0].family(), "receiver": receiver.family()}
         before = {process.pid: status_bytes(process, "VmRSS") for family in families.values() for process in family}
         for process in (process for family in families.values() for process in family):
             Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # resets the peak
-        seconds = float(receiver.line("1")[0])
+        seconds = float(receiver.line("1").split()[0])
         print(f"fetched from {num_sources} in {seconds:.1f} s: {mebibytes * MIB / 1e6 / seconds:.0f} MB/s")
         for who, family in families.items():
             grown = [(status_bytes(process, "VmHWM") - before[process.pid]) / 1e6 for process in family]
@@ -195,7 +166,7 @@ def measure(mebibytes: int, num_sources: int) -> None:
         for path in (folder / "receiver" / "cache" / "models").glob("*/model.safetensors"):
             path.unlink()
         receiver.line("0.5")
-        seconds, listed_s, _ = map(float, receiver.line("1"))
+        seconds, listed_s, _ = map(float, receiver.line("1").split())
         print(f"ended in the middle and begun again: {listed_s:.2f} s to check what is here, {seconds:.1f} s in all")
 
 

@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from child_process import Child
 
-from swarmtrain.network.daemon import hivemind_module, owned_process_args
+from swarmtrain.network.daemon import hivemind_module
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import Node, NodeSettings
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
@@ -127,36 +127,6 @@ def load_averager(mebibytes: int, peer: str) -> None:
 # ---------------------------------------------------------------- the process that measures
 
 
-class Child:
-    """Handle of one of the processes above, which ends with this one."""
-
-    def __init__(self, arguments: list[str], stack: ExitStack) -> None:
-        command = owned_process_args([sys.executable, __file__, *arguments])
-        pipe = subprocess.PIPE
-        environment = {**os.environ, "HIVEMIND_LOGLEVEL": "ERROR"}
-        self.process = stack.enter_context(
-            subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-        )
-        stack.callback(self.close)
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-
-    def line(self, said: str = "") -> str:
-        """Send it `said`, and read its next line."""
-        assert self.process.stdout is not None and self.process.stdin is not None
-        if said:
-            self.process.stdin.write(said + "\n")
-            self.process.stdin.flush()
-        return self.process.stdout.readline().strip()
-
-    def family(self) -> list[psutil.Process]:
-        """Return the process and those it started."""
-        own = psutil.Process(self.process.pid)
-        return [own, *own.children(recursive=True)]
-
-
 def used_s(processes: list[psutil.Process]) -> float:
     """Return the processor seconds of these so far, by each one's kernel clock, which is finer than `/proc`."""
     return sum(time.clock_gettime((~process.pid << 3) | 2) for process in processes)
@@ -213,10 +183,10 @@ class Receiver:
 
 async def measure_speed(folder: Path, mebibytes: int, repeats: int, stack: ExitStack) -> None:
     """Measure all three ways in turn, repeatedly."""
-    sender = Child(["--serve", str(folder / "sender"), "--mebibytes", str(mebibytes)], stack)
+    sender = Child(__file__, ["--serve", str(folder / "sender"), "--mebibytes", str(mebibytes)], stack)
     receiver = await Receiver.connect(folder / "receiver", sender.line(), mebibytes)
-    averager = Child(["--serve-averager", "--mebibytes", str(mebibytes)], stack)
-    loader = Child(["--load-averager", averager.line(), "--mebibytes", str(mebibytes)], stack)
+    averager = Child(__file__, ["--serve-averager", "--mebibytes", str(mebibytes)], stack)
+    loader = Child(__file__, ["--load-averager", averager.line(), "--mebibytes", str(mebibytes)], stack)
     assert loader.line() == "ready"
 
     async def load() -> None:
@@ -247,7 +217,7 @@ async def measure_speed(folder: Path, mebibytes: int, repeats: int, stack: ExitS
 
 async def measure_memory(folder: Path, mebibytes: int, stack: ExitStack) -> None:
     """Measure how much the sender and its daemon grow while others read."""
-    sender = Child(["--serve", str(folder / "sender"), "--mebibytes", str(mebibytes)], stack)
+    sender = Child(__file__, ["--serve", str(folder / "sender"), "--mebibytes", str(mebibytes)], stack)
     receiver = await Receiver.connect(folder / "receiver", sender.line(), mebibytes)
     family = sender.family()
     before_bytes = [status_bytes(process, "VmRSS") for process in family]

@@ -35,8 +35,8 @@ minutes."""
         "swarmtrain generate runs/first/bootstrap/model --prompt 'def '",
         "swarmtrain generate MODEL --tokens 500 --temperature 0",
         "swarmtrain generate MODEL --device cpu",
-        "swarmtrain generate INVITE --prompt 'def '",
-        "swarmtrain generate --dir FOLDER --prompt 'def '",
+        "swarmtrain generate INVITE --prompt 'Once upon a time'",
+        "swarmtrain generate --dir FOLDER",
     ),
 )
 @click.argument("source", metavar="[MODEL|INVITE]", required=False)
@@ -47,7 +47,12 @@ minutes."""
     metavar="FOLDER",
     help="Use the newest model of a peer's folder, also while the peer trains.",
 )
-@click.option("--prompt", default="def ", show_default=True, help="Text to continue.")
+@click.option(
+    "--prompt",
+    metavar="TEXT",
+    show_default="the first words of the model's held-out text",
+    help="Text to continue.",
+)
 @click.option(
     "--tokens",
     type=click.IntRange(1, 1_000_000),
@@ -85,7 +90,7 @@ def command(
     ctx: click.Context,
     source: str | None,
     directory: Path | None,
-    prompt: str,
+    prompt: str | None,
     tokens: int,
     temperature: float,
     seed: int,
@@ -104,6 +109,7 @@ def command(
     """
     from swarmtrain.cli.background import say
     from swarmtrain.cli.progress import long_work
+    from swarmtrain.data.sample_prompt import typed_prompt
     from swarmtrain.errors import UserError
     from swarmtrain.peer.checkpoints.export import Sampling, sample_text
     from swarmtrain.peer.lifecycle.folder_lock import is_in_use
@@ -111,7 +117,7 @@ def command(
 
     if (source is None) == (directory is None):
         raise OptionsError("give MODEL, INVITE or --dir FOLDER, one of them", code="options-conflict")
-    if not prompt:
+    if prompt == "":
         raise UserError("the prompt is empty; give at least one character with --prompt", code="empty-prompt")
     if directory is not None and is_in_use(directory):
         _give_way()
@@ -122,7 +128,8 @@ def command(
         _of_peer(directory, model_dir, accept_clock) if source is None else _named(source, model_dir, accept_clock)
     )
     with long_work("writing", tokens, "tokens") as advance:
-        text = sample_text(exported, prompt, Sampling(tokens, temperature, seed, threads or 0, device), advance, say)
+        asked = typed_prompt(exported.held_out) if prompt is None else prompt
+        text = sample_text(exported, asked, Sampling(tokens, temperature, seed, threads or 0, device), advance, say)
     click.echo(text)
 
 

@@ -18,7 +18,7 @@ import click
 
 from swarmtrain import __version__
 from swarmtrain.cli.option_errors import OptionsError
-from swarmtrain.errors import Problem, SwarmtrainError, with_code
+from swarmtrain.errors import Problem, SwarmtrainError, UserError, with_code
 
 __all__ = ["ALIASES", "COMMANDS", "cli", "main", "run"]
 
@@ -55,9 +55,6 @@ _MEANT = {
 """Words that are no command, and what a person who types them may mean."""
 
 INTERRUPTED = 130
-WRONG_USE = 2
-UNDER_LAUNCHD = "SWARMTRAIN_UNDER_LAUNCHD"
-"""Variable that launchd sets for a peer that it starts as a service (`peer/service/launchd_agent.py`)."""
 
 
 class _Commands(click.Group):
@@ -162,11 +159,17 @@ def _logged_bug(error: Exception) -> Problem:
 def main() -> None:
     """Entry point of the installed command."""
     code = run(sys.argv[1:])
-    if code == WRONG_USE and os.environ.get(UNDER_LAUNCHD):
+    if code == UserError.exit_code and _is_under_launchd():
         code = 0  # it would start this again for ever, which changes nothing; the error is in its log
     if "torch" in sys.modules and hasattr(threading, "_shutdown"):
         _end_at_once(code)
     sys.exit(code)
+
+
+def _is_under_launchd() -> bool:
+    from swarmtrain.peer.service.launchd_agent import UNDER_LAUNCHD
+
+    return bool(os.environ.get(UNDER_LAUNCHD))
 
 
 def _end_at_once(code: int) -> NoReturn:

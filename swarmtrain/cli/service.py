@@ -257,7 +257,7 @@ def _beside(service: InstalledService, state: ServiceState) -> int:
 
 def _next_step(manager: ServiceManager, service: InstalledService, state: ServiceState) -> str:
     """Say what a person may want to do now."""
-    from swarmtrain.peer.service.definition import WRONG_USE
+    from swarmtrain.errors import UserError
     from swarmtrain.peer.service.state import ServicePhase
 
     start, logs = manager.start_command(service.name), manager.log_command(service.name).removesuffix(" -f")
@@ -267,7 +267,7 @@ def _next_step(manager: ServiceManager, service: InstalledService, state: Servic
     if _beside(service, state):
         return f"`swarmtrain leave {which} && {start}` hands the peer over to the service"
     match state.phase:
-        case ServicePhase.FAILED if state.exit_code == WRONG_USE:
+        case ServicePhase.FAILED if state.exit_code == UserError.exit_code:
             return f"`{logs}` says what has to be changed; then `{start}`"
         case ServicePhase.FAILED:
             return f"`{logs}` says why it failed; `{start}` tries again"

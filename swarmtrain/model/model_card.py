@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -25,9 +26,10 @@ __all__ = ["ModelCard"]
 _MOST_CONTRIBUTORS = 1000
 _MOST_LAYERS = 8
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-_TEXT = ('tokens = tokenizer("def ", return_tensors="pt")',)
+_TEXT = 'tokens = tokenizer({}, return_tensors="pt")'
+_HELLO = "Hello!"
 _CHAT = (
-    'messages = [{"role": "user", "content": "Hello!"}]',
+    f'messages = [{{"role": "user", "content": "{_HELLO}"}}]',
     'given = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
     "tokens = tokenizer.apply_chat_template(messages, **given)",
 )
@@ -65,6 +67,16 @@ class ModelCard:
     @property
     def _is_adapter(self) -> bool:
         return self.run.adapter.is_used and not self.is_merged
+
+    @property
+    def _is_chat(self) -> bool:
+        return any(source.format == "chat" for source in self.run.data.mixture)
+
+    @property
+    def _prompt(self) -> str:
+        """A prompt to begin with. None of the run's own text: a card is copied to shells and programs."""
+        most = max(self.run.data.mixture, key=lambda source: source.weight)
+        return _HELLO if self._is_chat else "def " if most.source == "python-stdlib" else "The "
 
     def _head(self) -> str:
         library = "peft" if self._is_adapter else "transformers"
@@ -140,11 +152,12 @@ class ModelCard:
                 "```python",
                 *loading,
                 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-                *(_CHAT if any(source.format == "chat" for source in self.run.data.mixture) else _TEXT),
+                *(_CHAT if self._is_chat else [_TEXT.format(json.dumps(self._prompt))]),
                 "print(tokenizer.decode(model.generate(**tokens)[0]))",
                 "```",
                 "",
-                "Or `swarmtrain generate FOLDER --prompt 'def '`, and `swarmtrain eval FOLDER` for its loss.",
+                f"Or `swarmtrain generate FOLDER --prompt {shlex.quote(self._prompt)}`, and `swarmtrain eval FOLDER` "
+                "for its loss.",
                 *(["`swarmtrain export --dir FOLDER --merge --to MODEL` makes one model of both."] * self._is_adapter),
                 "",
             ]

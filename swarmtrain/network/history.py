@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.records import MAX_LOSS
-from swarmtrain.protocol.history import CELLS, HistoryPoint, TextSample
+from swarmtrain.protocol.history import CELLS, Credibility, HistoryPoint, TextSample, ToldHistory, bounded
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 if TYPE_CHECKING:
     from swarmtrain.network.swarm import Swarm
 
-__all__ = ["ask_for_history", "history_from_proto_untrusted", "history_to_proto", "point_of", "sample_of"]
+__all__ = [
+    "ask_for_history",
+    "history_from_proto_untrusted",
+    "history_to_proto",
+    "point_of",
+    "sample_of",
+    "write_history",
+]
 
 _MAX_POINTS = 2 * CELLS
 _MAX_TEXT = 4000
+_POINT = [field.name for field in dataclasses.fields(HistoryPoint)]
+_SAMPLE = [field.name for field in dataclasses.fields(TextSample)]
 _MAX_TIME_S = 1e11
-_MOST_ASKED = 2
+_MOST_ASKED = 5
+"""So many that a liar among them is outvoted."""
+_MOST_BOOTSTRAPS = 2
+"""Of those asked: anybody can call itself a bootstrap."""
 
 
 def history_to_proto(points: Sequence[HistoryPoint], sample: TextSample | None) -> pb.HistoryReply:
     """Return the answer to a peer that asks for the run's history."""
     reply = pb.HistoryReply()
-    for point in points[-_MAX_POINTS:]:
-        reply.points.add(
-            run_tokens=point.run_tokens,
-            time=point.time,
-            round=point.round,
-            loss=point.loss,
-            held_out_loss=point.held_out_loss,
-        )
-    if sample is not None:
-        reply.sample.prompt, reply.sample.text = sample.prompt, sample.text
-        reply.sample.round, reply.sample.run_tokens, reply.sample.time = sample.round, sample.run_tokens, sample.time
+    write_history(reply, points[-_MAX_POINTS:], sample)
     return reply
+
+
+def write_history(message: Any, points: Sequence[HistoryPoint], sample: TextSample | None) -> None:
+    """Write points and sample into a message that has the fields of a `HistoryReply`."""
+    for point in points:
+        message.points.add(**dataclasses.asdict(point))
+    if sample is not None:
+        for name, value in dataclasses.asdict(sample).items():
+            setattr(message.sample, name, value)
 
 
 def history_from_proto_untrusted(reply: pb.HistoryReply) -> tuple[list[HistoryPoint], TextSample | None]:
@@ -58,24 +71,12 @@ def _point_untrusted(point: pb.HistoryPoint) -> HistoryPoint:
 
 def point_of(message: Any) -> HistoryPoint:
     """Return the point of a message that has its fields, as checked or as this peer wrote it."""
-    return HistoryPoint(
-        run_tokens=message.run_tokens,
-        time=message.time,
-        round=message.round,
-        loss=message.loss,
-        held_out_loss=message.held_out_loss,
-    )
+    return HistoryPoint(**{name: getattr(message, name) for name in _POINT})
 
 
 def sample_of(message: Any) -> TextSample:
     """Return the sample of a message that has its fields, as checked or as this peer wrote it."""
-    return TextSample(
-        prompt=message.prompt,
-        text=message.text,
-        round=message.round,
-        run_tokens=message.run_tokens,
-        time=message.time,
-    )
+    return TextSample(**{name: getattr(message, name) for name in _SAMPLE})
 
 
 def _sample_untrusted(sample: pb.TextSample) -> TextSample:
@@ -86,18 +87,26 @@ def _sample_untrusted(sample: pb.TextSample) -> TextSample:
     return sample_of(sample)
 
 
-async def ask_for_history(swarm: Swarm) -> list[tuple[list[HistoryPoint], TextSample | None]]:
-    """Ask the bootstraps that are here, else two volunteers, for the run's history; return their answers."""
+async def ask_for_history(swarm: Swarm, inviters: Collection[str], run_tokens: int) -> list[ToldHistory]:
+    """Ask some peers for the run's history: those of `inviters`, who are named in the invite, some bootstraps and
+    volunteers. Return what each tells, as far as it can be, where this peer counts `run_tokens` now.
+    """
     live = swarm.membership.live()
-    bootstraps = [info.peer for info in live if info.is_bootstrap]
-    others = [info.peer for info in live if not info.is_bootstrap]
-    asked = bootstraps[:_MOST_ASKED] or random.sample(others, min(_MOST_ASKED, len(others)))
+    named = [info.peer for info in live if info.peer in inviters][:_MOST_ASKED]
+    others = [info for info in live if info.peer not in named]
+    bootstraps = [info.peer for info in others if info.is_bootstrap][: min(_MOST_BOOTSTRAPS, _MOST_ASKED - len(named))]
+    volunteers = [info.peer for info in others if not info.is_bootstrap]
+    left = _MOST_ASKED - len(named) - len(bootstraps)
     answers = []
-    for peer in asked:
+    for peer in (*named, *bootstraps, *random.sample(volunteers, min(left, len(volunteers)))):
         try:
-            answers.append(history_from_proto_untrusted(await swarm.calls.history(peer)))
+            points, sample = history_from_proto_untrusted(await swarm.calls.history(peer))
         except BadBytesError as error:
             swarm.peers.refused(peer, error)
         except PeerError:
             continue  # it is gone, or of a version that tells no history
+        else:
+            credibility = Credibility.INVITER if peer in inviters else Credibility.STRANGER
+            told = ToldHistory(teller=peer, credibility=credibility, points=points, sample=sample)
+            answers.append(bounded(told, run_tokens, swarm.accounting.rules.began_s, swarm_time()))
     return answers

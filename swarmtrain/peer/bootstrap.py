@@ -246,6 +246,7 @@ class _Bootstrap(BootstrapPeer):
         wait_for(self.network.submit(swarm.announce()), self.stop)
         show_invite(swarm, self.folder, self.emit)
         self.control.watch(swarm, self.network, bootstrap_pulse(swarm, lambda: self.progress), manager)
+        self.control.joined()
         self.control.serving()
         self._archive_until_the_end(swarm)
         if self.leavers is not None:

@@ -116,6 +116,13 @@ def test_a_peer_that_trains_is_given_way_to(
     assert err.count("the run's final model, after 1 tokens:\n") == 3
 
 
+def test_without_a_prompt_it_continues_the_held_out_text(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", model, "--tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("some text some text some text")
+    assert run(["generate", model, "--prompt", ""]) == 2
+    assert codes_in(capsys.readouterr().err) == ["empty-prompt"]
+
+
 @pytest.mark.parametrize("words", [[], ["MODEL", "--dir", "."]])
 def test_a_model_is_named_in_one_way(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", *words]) == 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from made_tokenizers import END, MARKED, THINKING, made_tokenizer
 
-from swarmtrain.data.sample_prompt import sample_prompt
+from swarmtrain.data.sample_prompt import NEUTRAL_PROMPT, sample_prompt, typed_prompt
 from swarmtrain.data.tokens import ByteTokenizer
 from swarmtrain.run import PublishedSection, RunFile, parse_run
 
@@ -43,7 +43,7 @@ def test_of_pairs_it_is_a_prompt_without_its_completion() -> None:
     held_out = lines({"prompt": "a long question: ", "completion": "1"}, {"prompt": "2 + 2 = ", "completion": "4"})
     assert bytes(sample_prompt(PAIRS, held_out, ByteTokenizer())) == b"2 + 2 = "
     without = lines({"prompt": "", "completion": "once upon a time"})
-    assert len(sample_prompt(PAIRS, without, ByteTokenizer())), "something must come before what is written"
+    assert bytes(sample_prompt(PAIRS, without, ByteTokenizer())) == NEUTRAL_PROMPT.encode(), "something comes before"
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,32 @@ def test_it_is_of_the_source_that_gives_most() -> None:
 
 def test_of_the_standard_library_it_is_python() -> None:
     assert bytes(sample_prompt(run_of(""), b"import os\n", ByteTokenizer())) == b"def "
+
+
+@pytest.mark.parametrize("data", ["", '[data]\nsource = "text"\npaths = ["a"]\n'], ids=["code", "text"])
+def test_with_a_seed_it_is_of_some_line(data: str) -> None:
+    text = "".join(f"line {number} of a text that is rather long\n}}\n\n" for number in range(40)).encode()
+    prompts = {bytes(sample_prompt(run_of(data), text, ByteTokenizer(), seed)) for seed in range(1, 20)}
+    assert len(prompts) > 5 and all(prompt.startswith(b"line ") and prompt in text for prompt in prompts)
+    assert bytes(sample_prompt(run_of(data), b"a\nb\n", ByteTokenizer(), 3)) == b"a", "no line is long"
+
+
+def test_with_a_seed_it_is_of_some_sample() -> None:
+    held_out = lines(*({"prompt": f"question {number}: ", "completion": "yes"} for number in range(40)))
+    prompts = {bytes(sample_prompt(PAIRS, held_out, ByteTokenizer(), seed)) for seed in range(1, 20)}
+    assert len(prompts) > 5 and all(prompt.startswith(b"question ") for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "typed"),
+    [
+        (b"Once upon a time\nthere", "Once upon a time"),
+        (b"", NEUTRAL_PROMPT),
+        (b"\n\n", NEUTRAL_PROMPT),
+        (b'{"messages": []}\n', NEUTRAL_PROMPT),
+        (b"\x1b[2J evil", NEUTRAL_PROMPT),
+        (b"7\n8\n", "7"),
+    ],
+)
+def test_what_a_person_might_type(held_out: bytes, typed: str) -> None:
+    assert typed_prompt(held_out) == typed

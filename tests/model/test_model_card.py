@@ -79,3 +79,16 @@ def test_the_model_that_it_comes_from_is_named_and_its_shape_is_not_the_readers_
 def test_who_loads_a_model_for_chat_is_shown_a_conversation() -> None:
     text = card(run_file(data={"source": "jsonl", "paths": ("a.jsonl",), "format": "chat"}))
     assert "apply_chat_template(messages" in text and "apply_chat_template" not in card(run_file())
+
+
+@pytest.mark.parametrize(
+    ("data", "prompt"),
+    [
+        ({}, "def "),
+        ({"source": "jsonl", "paths": ("a",)}, "The "),
+        ({"sources": [{"name": "a", "weight": 3, "source": "text", "paths": ("a",)}, {"name": "b"}]}, "The "),
+    ],
+)
+def test_the_prompt_fits_what_the_model_was_trained_on(data: dict[str, Any], prompt: str) -> None:
+    text = card(run_file(data=data))
+    assert f'tokenizer("{prompt}", return' in text and f"--prompt '{prompt}'" in text

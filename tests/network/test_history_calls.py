@@ -12,7 +12,7 @@ from codes import raises_code
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.history import ask_for_history, history_from_proto_untrusted, history_to_proto
-from swarmtrain.protocol.history import HistoryPoint, TextSample
+from swarmtrain.protocol.history import Credibility, HistoryPoint, TextSample, ToldHistory
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -75,9 +75,10 @@ def test_too_much_is_refused() -> None:
 class FakeSwarm:
     """Swarm of peers that answer, fail, or lie."""
 
-    def __init__(self, peers: dict[str, pb.HistoryReply | PeerError], bootstraps: tuple[str, ...]) -> None:
+    def __init__(self, peers: dict[str, pb.HistoryReply | PeerError], bootstraps: tuple[str, ...] = ()) -> None:
         live = [PeerInfo(peer=peer, is_bootstrap=peer in bootstraps) for peer in peers]
         self.membership = SimpleNamespace(live=lambda: live)
+        self.accounting = SimpleNamespace(rules=SimpleNamespace(began_s=1.7e9))
         self.calls = SimpleNamespace(history=self._history)
         self.peers = SimpleNamespace(refused=lambda peer, error: self.refused.append((peer, error.code)))
         self.asked: list[str] = []
@@ -92,17 +93,26 @@ class FakeSwarm:
         return reply
 
 
-def asked(swarm: FakeSwarm) -> list[Any]:
-    return asyncio.run(ask_for_history(swarm))  # type: ignore[arg-type]
+def asked(swarm: FakeSwarm, inviters: tuple[str, ...] = (), run_tokens: int = 20_000) -> list[ToldHistory]:
+    return asyncio.run(ask_for_history(swarm, inviters, run_tokens))  # type: ignore[arg-type]
 
 
-def test_bootstraps_are_asked_and_else_two_others() -> None:
+def test_five_are_asked_of_whom_two_may_call_themselves_bootstraps() -> None:
     good = history_to_proto(POINTS, SAMPLE)
-    swarm = FakeSwarm({"a": good, "boot": good, "b": good}, ("boot",))
-    assert asked(swarm) == [(POINTS, SAMPLE)] and swarm.asked == ["boot"]
-    swarm = FakeSwarm(dict.fromkeys("abcdef", good), ())
-    assert len(asked(swarm)) == 2 and len(set(swarm.asked)) == 2
-    assert asked(FakeSwarm({}, ())) == []
+    swarm = FakeSwarm(dict.fromkeys("abcdefghi", good), tuple("abcd"))
+    told = asked(swarm, inviters=("h",))
+    assert swarm.asked[:3] == ["h", "a", "b"] and len(set(swarm.asked)) == 5 and not {"c", "d"} & set(swarm.asked)
+    assert [one.teller for one in told] == swarm.asked
+    assert [one.credibility for one in told] == [Credibility.INVITER, *[Credibility.STRANGER] * 4]
+    assert all((list(one.points), one.sample) == (POINTS, SAMPLE) for one in told)
+    assert asked(FakeSwarm({})) == []
+    many = FakeSwarm(dict.fromkeys("abcdefghi", good))
+    assert len(asked(many, inviters=tuple("abcdefghi"))) == 5
+
+
+def test_what_this_peer_does_not_count_yet_is_left_out() -> None:
+    (told,) = asked(FakeSwarm({"a": history_to_proto(POINTS, SAMPLE)}), run_tokens=2500)
+    assert list(told.points) == POINTS[:2] and told.sample is None
 
 
 def test_who_fails_or_lies_costs_its_answer_only() -> None:

@@ -9,24 +9,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from swarmtrain.data.sample_prompt import sample_prompt
 from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import SwarmtrainError
 from swarmtrain.events import Event
 from swarmtrain.machine_memory import machine_memory
 from swarmtrain.model.export import ExportedModel, load_exported
-from swarmtrain.model.sampling import generate
 from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.peer.checkpoints.export import Sampling, continuation
 from swarmtrain.peer.lifecycle.node import eval_event, held_out_loss_of
 from swarmtrain.protocol.history import HistoryPoint, TextSample
 from swarmtrain.protocol.tokens.progress import Progress
 
-__all__ = ["ArchiveSampler", "prompt_of"]
+__all__ = ["ArchiveSampler"]
 
 _log = logging.getLogger(__name__)
 _REST_OF_WORK = 19.0
@@ -37,8 +37,8 @@ _SAMPLE_TOKENS = 200
 _SAMPLE_S = 30.0
 """Longest time that a sample may take; it ends with the token of that moment."""
 _TEMPERATURE = 0.7
-_PROMPT_CHARACTERS = 48
 _MAX_CHARACTERS = 2000
+"""Of the prompt, of which the end is shown, and of the text."""
 _ROOM = 2.0
 
 
@@ -133,34 +133,19 @@ class ArchiveSampler:
             raise MemoryError("too little memory is free")
 
     def _sampled(self, exported: ExportedModel, progress: Progress) -> TextSample:
-        tokenizer, prompt = self._tokenizer(), prompt_of(self._published, progress.round)
-        ends, until_s = tokenizer.document_end[-1:], time.monotonic() + _SAMPLE_S
+        tokenizer, until_s = self._tokenizer(), time.monotonic() + _SAMPLE_S
+        prompt = sample_prompt(self._published.run, self._published.held_out, tokenizer, progress.round)
 
-        def goes_on(token: int) -> bool:
+        def goes_on() -> bool:
             self._check()
-            return token not in ends and time.monotonic() < until_s
+            return time.monotonic() < until_s
 
-        tokens = [int(token) for token in tokenizer.encode_prompt(prompt)]
-        written = generate(exported.model, tokens, _SAMPLE_TOKENS, _TEMPERATURE, progress.round, goes_on)
-        if written and written[-1] in ends:
-            written.pop()
+        sampling = Sampling(_SAMPLE_TOKENS, _TEMPERATURE, progress.round)
+        written = continuation(exported.model, tokenizer, prompt, sampling, goes_on)
         return TextSample(
-            prompt=prompt,
-            text=tokenizer.decode(written).decode(errors="replace")[:_MAX_CHARACTERS],
+            prompt=tokenizer.decode(prompt).decode(errors="replace")[-_MAX_CHARACTERS:],
+            text=written.decode(errors="replace")[:_MAX_CHARACTERS],
             round=progress.round,
             run_tokens=progress.run_tokens,
             time=time.time(),
         )
-
-
-def prompt_of(published: PublishedRun, seed: int) -> str:
-    """Return the beginning of some line of the run's held-out text, which nobody trains on."""
-    if published.run.data.format != "text":
-        return "What "  # of a question: the lines of such a text are not what a person writes
-    lines = [line.strip() for line in published.held_out.decode(errors="replace").splitlines()]
-    long = [line for line in lines if len(line) >= _PROMPT_CHARACTERS // 4]
-    if not long:
-        return "The "
-    line = random.Random(seed).choice(long)
-    begin = line[:_PROMPT_CHARACTERS]
-    return line if line == begin else begin.rpartition(" ")[0] or begin

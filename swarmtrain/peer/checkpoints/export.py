@@ -21,6 +21,7 @@ from swarmtrain.data.tokens import Tokenizer, Tokens, tokenizer_from_bytes_untru
 from swarmtrain.errors import BadBytesError, NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.events import Event, WarningEvent
 from swarmtrain.model.export import ExportedModel, copy_exported, is_first_format, load_exported, open_regular
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.model.provenance import description_of
 from swarmtrain.model.run_model import build_run_model, empty_model, spec_of
@@ -61,6 +62,7 @@ from swarmtrain.words import ago_in_words, counted
 
 __all__ = [
     "Sampling",
+    "continuation",
     "export_from_folder",
     "export_from_swarm",
     "model_of_folder",
@@ -398,19 +400,34 @@ def sample_text(
     use_threads(sampling.threads or useful_threads(exported.model))
     move_model(exported.model, sampling.device, 1, tell)
     tokenizer = tokenizer_of(exported)
-    tokens = [int(token) for token in (tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt)]
-    number, temperature, seed = sampling.num_tokens, sampling.temperature, sampling.seed
+    tokens = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+
+    def goes_on() -> bool:
+        advance(1)
+        return True
+
+    asked = prompt.encode() if isinstance(prompt, str) else tokenizer.decode(tokens)
+    return (asked + continuation(exported.model, tokenizer, tokens, sampling, goes_on)).decode(errors="replace")
+
+
+def continuation(
+    model: LanguageModel, tokenizer: Tokenizer, prompt: Tokens, sampling: Sampling, goes_on: Callable[[], bool]
+) -> bytes:
+    """Return what the model writes after the prompt's tokens (n,), up to the token that ends a text; that one is not
+    among it. `goes_on` is called after each token, and ends it by returning False. The model computes where it is:
+    `threads` and `device` of `sampling` are left alone.
+    """
     ends = tokenizer.document_end[-1:]
 
-    def goes_on(token: int) -> bool:
-        advance(1)
-        return token not in ends
+    def is_wanted(token: int) -> bool:
+        return goes_on() and token not in ends
 
-    written = generate(exported.model, tokens, number, temperature, seed, goes_on)
+    written = generate(
+        model, [int(token) for token in prompt], sampling.num_tokens, sampling.temperature, sampling.seed, is_wanted
+    )
     if written and written[-1] in ends:
         written.pop()
-    asked = prompt.encode() if isinstance(prompt, str) else tokenizer.decode(tokens)
-    return (asked + tokenizer.decode(written)).decode(errors="replace")
+    return tokenizer.decode(written)
 
 
 def tokenizer_of(exported: ExportedModel) -> Tokenizer:

@@ -415,6 +415,11 @@ class StatusBoard:
         """Return the board's clock in seconds."""
         return self._now()
 
+    @property
+    def run_tokens(self) -> int:
+        """Tokens of the run after this peer's last round, or when it joined."""
+        return self._base.run_tokens
+
     def name_of(self, peer: str) -> str:
         """Return a peer's name for a person; the end of its PeerID if it has none."""
         return self._names.get(peer) or short_peer(peer)

@@ -1,14 +1,15 @@
 """Record of a run from its start: both losses, what happened around this peer, and the newest text of the model.
 
-A peer records what it sees, and fills the time before it came with what others tell. `history.pb` in its folder keeps
-the record (`RunHistory` of the protos), for a report and for the next start. Thread-safe.
+A peer records what it sees, and fills the time before it came with what others tell, as far as they agree.
+`history.pb` in its folder keeps the record (`RunHistory` of the protos), for a report and for the next start.
+Thread-safe.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -31,8 +32,16 @@ from swarmtrain.events import (
     WarningEvent,
     in_words,
 )
-from swarmtrain.network.history import point_of, sample_of
-from swarmtrain.protocol.history import HistoryPoint, LossHistory, TextSample
+from swarmtrain.network.history import point_of, sample_of, write_history
+from swarmtrain.protocol.history import (
+    Credibility,
+    HistoryPoint,
+    LossHistory,
+    TextSample,
+    ToldHistory,
+    agreed_points,
+    agreed_sample,
+)
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import one_line
 
@@ -48,6 +57,8 @@ _NOTED = (
     *(AssignedEvent, CaughtUpEvent, ClippedEvent, DoneEvent, ErrorEvent, JoinedEvent, MovedEvent, PausedEvent),
     *(PeerJoinedEvent, PeerLeftEvent, PeerLostEvent, RefusedEvent, ResumedEvent, WarningEvent),
 )
+_MAX_TELLERS = 8
+"""Peers whose last answer is kept. Who tells nothing any more, or less, erases nothing of what others told."""
 _RECENT = 16
 """Last events among which one that repeats is looked for."""
 
@@ -73,6 +84,10 @@ class PeerHistory:
         self._subjects: list[tuple[str, ...]] = []
         """What each of `_events` is about: one that repeats is counted."""
         self._sample: TextSample | None = None
+        """What this process let the model write."""
+        self._told: dict[str, ToldHistory] = {}
+        """Last answer of each teller, the latest last."""
+        self._told_sample: TextSample | None = None
         self._before: pb.RunHistory | None = None
         self.version = 0
         """Grows with each change."""
@@ -89,15 +104,16 @@ class PeerHistory:
             if run_sha256 == self._run_sha256 or not total_tokens:
                 return
             self._run_sha256, self._losses = run_sha256, LossHistory(total_tokens)
+            self._told, self._told_sample = {}, None
             before, self._before = self._before, None
             if before is None or before.run_sha256 != run_sha256:
                 return
-            self._losses.fill(map(point_of, before.points))
+            sample = sample_of(before.sample) if before.HasField("sample") else None
+            points = tuple(map(point_of, before.points))
+            self._told = {"": ToldHistory(teller="", credibility=Credibility.EARLIER, points=points, sample=sample)}
+            self._agree(agreed_points(tuple(self._told.values()), total_tokens))
             self._events = [*before.events, *self._events]
             self._subjects = [("",)] * len(before.events) + self._subjects
-            if before.HasField("sample"):
-                self._sample = sample_of(before.sample)
-            self.version += 1
 
     def add(self, point: HistoryPoint) -> None:
         """Record losses that were measured or told now."""
@@ -105,13 +121,28 @@ class PeerHistory:
             self._losses.add(point)
             self.version += 1
 
-    def fill(self, points: Iterable[HistoryPoint], sample: TextSample | None) -> None:
-        """Record what another peer tells of the time that this one has not seen, and its sample if it is newer."""
+    def fill(self, told: Sequence[ToldHistory]) -> None:
+        """Record what other peers tell of the time that this one has not seen, each in place of what it told before;
+        what they agree on is shown. May take tens of milliseconds, in which nobody else waits.
+        """
         with self._lock:
-            self._losses.fill(points)
-            if sample is not None and (self._sample is None or sample.run_tokens > self._sample.run_tokens):
-                self._sample = sample
-            self.version += 1
+            losses = self._losses
+            for one in told:
+                self._told.pop(one.teller, None)
+                self._told[one.teller] = one
+            strangers = [one.teller for one in self._told.values() if one.credibility is Credibility.STRANGER]
+            for teller in strangers[: max(0, len(self._told) - _MAX_TELLERS)]:
+                del self._told[teller]
+            known = tuple(self._told.values())
+        agreed = agreed_points(known, losses.total_tokens)
+        with self._lock:
+            if losses is self._losses:
+                self._agree(agreed)
+
+    def _agree(self, points: Sequence[HistoryPoint]) -> None:
+        self._losses.fill(points)
+        self._told_sample = agreed_sample(tuple(self._told.values()))
+        self.version += 1
 
     def add_sample(self, point: HistoryPoint, sample: TextSample) -> None:
         """Record what the model was worth, and what it wrote, at a moment of the run."""
@@ -145,26 +176,9 @@ class PeerHistory:
     def message(self) -> pb.RunHistory:
         """Return the record, for the peer's own user and its folder."""
         with self._lock:
-            losses, events, sample = self._losses.points(), list(self._events), self._sample
+            losses, events, sample = self._losses.points(), list(self._events), self.sample
             told = pb.RunHistory(run_sha256=self._run_sha256, total_tokens=self._losses.total_tokens, events=events)
-        for point in losses:
-            told.points.add(
-                round=point.round,
-                run_tokens=point.run_tokens,
-                loss=point.loss,
-                held_out_loss=point.held_out_loss,
-                time=point.time,
-            )
-        if sample is not None:
-            told.sample.CopyFrom(
-                pb.ModelSample(
-                    prompt=sample.prompt,
-                    text=sample.text,
-                    round=sample.round,
-                    run_tokens=sample.run_tokens,
-                    time=sample.time,
-                )
-            )
+        write_history(told, losses, sample)
         return told
 
     def losses(self) -> list[HistoryPoint]:
@@ -174,8 +188,8 @@ class PeerHistory:
 
     @property
     def sample(self) -> TextSample | None:
-        """The newest text of the run's model; None if there is none."""
-        return self._sample
+        """Text of the run's model: what this process let it write, else what others told; None if there is none."""
+        return self._sample or self._told_sample
 
 
 def _about(event: Event) -> str:

@@ -7,6 +7,7 @@ an exchange, a pause switch) as soon as it has it; a call that comes earlier is 
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import math
 import statistics
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError, with_code
 from swarmtrain.events import DoneEvent, FinishingEvent, WarningEvent
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.history import ask_for_history, history_to_proto
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import Swarm
@@ -50,6 +52,7 @@ _PATIENCE_S = 60.0
 _FIRST_ROUND_PATIENCE_S = 600.0  # nobody knows yet how long an inner step takes on this machine
 _STEPS_OF_PATIENCE = 4
 _HISTORY_AGAIN_S = 60.0
+_HISTORY_TIMES = 2
 _COUNTS_LAG_S = 15.0
 """Greatest age of a bootstrap's counts, in seconds: progress records are written and read every few seconds."""
 
@@ -84,6 +87,7 @@ class ControlSession:
     _swarm: Swarm | None = None
     _submit: Callable[[Coroutine[Any, Any, None]], object] = lambda work: work.close()
     _history_asked_s: float = -math.inf
+    _inviters: frozenset[str] = frozenset()
 
     def ended(self, done: DoneEvent) -> DoneEvent:
         """Record that the peer's work is over; what remains is to leave."""
@@ -149,20 +153,33 @@ class ControlSession:
         history = board.history
         swarm.history = lambda: history_to_proto(history.losses(), history.sample)
         self._swarm, self._submit = swarm, network.submit
-        self._ask_history()
+
+    def joined(self, inviters: Iterable[InvitedPeer] = ()) -> None:
+        """Report that the peer knows how far the run is: it asks others for what it does not know of the time before,
+        and once more when it has counted on for a minute. `inviters` are those named in its invite.
+        """
+        self._inviters = frozenset(peer.peer for peer in inviters)
+
+        async def ask() -> None:
+            for _ in range(_HISTORY_TIMES):
+                self._history_asked_s = time.monotonic()
+                await self._fill_history()
+                await asyncio.sleep(_HISTORY_AGAIN_S)
+
+        self._submit(ask())
 
     def _ask_history(self) -> None:
         """Ask other peers for what this one does not know of the run, a minute after the last time at the earliest."""
-        now_s, swarm = time.monotonic(), self._swarm
-        if swarm is None or now_s - self._history_asked_s < _HISTORY_AGAIN_S:
-            return
-        self._history_asked_s = now_s
+        now_s = time.monotonic()
+        if self._swarm is not None and now_s - self._history_asked_s >= _HISTORY_AGAIN_S:
+            self._history_asked_s = now_s
+            self._submit(self._fill_history())
 
-        async def ask() -> None:
-            for points, sample in await ask_for_history(swarm):
-                self.board.history.fill(points, sample)
-
-        self._submit(ask())
+    async def _fill_history(self) -> None:
+        assert self._swarm is not None
+        run_tokens = max(self.board.run_tokens, self._swarm.accounting.total)
+        told = await ask_for_history(self._swarm, self._inviters, run_tokens)
+        await asyncio.to_thread(self.board.history.fill, told)
 
     def serving(self) -> None:
         """Report that the peer serves the run from now on."""

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 
 from swarmtrain.methods import load_object
 from swarmtrain.protocol.gossip.pulls import LARGE_MODEL, PublicationBytes, WantedPartners, gradient_format
+from swarmtrain.protocol.rounds.roles import carried_bytes
 from swarmtrain.run import RunFile
 
 __all__ = [
@@ -82,8 +83,8 @@ class DilocoCosts(MergeCosts):
         gradient_bytes = 4 * num_parameters
         if others + 1 <= run.merge.share_above:
             return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each other peer
-        # like an all-reduce: scatter the shares, gather the results
-        return 2 * gradient_bytes * others // (others + 1), 2 * gradient_bytes
+        # Like an all-reduce: scatter the shares, gather the results. Links that are alike have equal shares.
+        return math.floor(carried_bytes(gradient_bytes, others + 1, 1, others + 1)), 2 * gradient_bytes
 
 
 class ServerCosts(MergeCosts):

@@ -124,6 +124,7 @@ class PipelineBootstrap(BootstrapPeer):
         show_invite(swarm, self.folder, self.emit)
         pulse = bootstrap_pulse(swarm, lambda: self.progress)
         self.control.watch(swarm, self.network, pulse, self.archives[0].manager)
+        self.control.joined()
         self.control.serving()
         self._archive_until_the_end(swarm)
         self.control.finishing("measuring and saving the model")

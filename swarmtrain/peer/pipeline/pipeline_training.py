@@ -179,6 +179,7 @@ class PipelineTraining:
         self._context.wait(self.swarm.announce())
         show_invite(self.swarm, self._context.folder, self._context.emit)
         self._assignment.choose()
+        self._context.control.joined(self._context.fetcher.invite.peers)
 
     # ------------------------------------------------------------- training
 

@@ -18,7 +18,6 @@ __all__ = [
     "FAILED_RESTART_S",
     "PREFIX",
     "STOP_S",
-    "WRONG_USE",
     "ServiceDefinition",
     "ServiceLimits",
     "free_name",
@@ -32,8 +31,6 @@ STOP_S = 110
 gives all services of a user 120 s at shutdown."""
 FAILED_RESTART_S = 30
 """Seconds before a peer that failed or was killed is started again."""
-WRONG_USE = 2
-"""Exit code of a command that has to be changed by a person: starting it again changes nothing."""
 
 _MEMORY_FACTOR = 1.5
 _MEMORY_SPARE_BYTES = 512 * 10**6

@@ -15,7 +15,7 @@ from swarmtrain.peer.service.definition import FAILED_RESTART_S, STOP_S, Service
 __all__ = ["UNDER_LAUNCHD", "agent_bytes", "folder_of_agent"]
 
 UNDER_LAUNCHD = "SWARMTRAIN_UNDER_LAUNCHD"
-"""Environment variable of a peer that launchd starts."""
+"""Variable that launchd sets for a peer that it starts as a service."""
 
 
 def agent_bytes(definition: ServiceDefinition, log: Path) -> bytes:

@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarmtrain.peer.service.definition import FAILED_RESTART_S, STOP_S, WRONG_USE, ServiceDefinition, ServiceLimits
+from swarmtrain.errors import UserError
+from swarmtrain.peer.service.definition import FAILED_RESTART_S, STOP_S, ServiceDefinition, ServiceLimits
 
 __all__ = ["UnitFeatures", "folder_of_unit", "set_lingering", "unit_text", "with_limits"]
 
@@ -56,7 +57,7 @@ def unit_text(definition: ServiceDefinition, features: UnitFeatures) -> str:
         f"SyslogIdentifier={definition.name}",
         "# Code 0: the run has ended, or somebody asked the peer to leave. Code 2: a person has to change something.",
         "Restart=on-failure",
-        f"RestartPreventExitStatus={WRONG_USE}",
+        f"RestartPreventExitStatus={UserError.exit_code}",  # until a person changes something
         *_restart_delay(features.version),
         "# The peer says goodbye, and then ends its network daemon itself.",
         "KillMode=mixed",

@@ -293,6 +293,7 @@ class ModelTraining:
                 wall_s=process_age_s(),
             )
         )
+        context.control.joined(context.fetcher.invite.peers)
         show_invite(swarm, context.folder, context.emit)
         self._expect_speed()
 

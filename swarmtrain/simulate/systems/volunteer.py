@@ -85,9 +85,12 @@ class SimulatedVolunteer:
             hold_s=s.hold_s,
             retry_s=s.retry_s,
             look_s=s.look_s,
+            num_chunks=s.num_chunks if s.transfers_share_links and s.by_bandwidth else 0,
+            body_bytes=s.publication_bytes,
         )
         chains: Chains[None] = Chains()
         self.engine: RoundEngine[None, None] = RoundEngine(self.membership, chains, rules, random.Random(name))
+        self.engine.receive(ev.LinkMeasured(link.rates), world.clock.now)
         self.transfers = Transfers(self, world)
         self.presence = SimulatedPresence(self, world)
         self.digest = hash_of("weights of the run's seed")
@@ -311,6 +314,7 @@ class SimulatedVolunteer:
             round=self.round,
             inner_steps_done=self.inner_steps_done,
             steps_per_s=self.steps_per_s,
+            link=self.link.rates,
         )
 
     # ------------------------------------------------------------------ a round

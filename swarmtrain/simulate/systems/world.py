@@ -78,11 +78,10 @@ class _Call:
 class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
     """Volunteers of a synchronous swarm, and the log of what happened to them."""
 
-    shared = False  # the shares of a round go by formulas of their own (transfers.py)
-
     def __init__(self, settings: Settings | None = None, *, link: SimulatedLink | None = None, seed: int = 0) -> None:
         self.settings = settings or Settings()
         super().__init__(link or SimulatedLink(), self.settings.stall_limit_s, seed)
+        self.shared = self.settings.transfers_share_links
         self.log: list[WorldEvent] = []
         self.waits_s: list[tuple[str, int, float]] = []
         """Waits, as (peer, round, seconds).

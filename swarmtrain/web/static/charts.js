@@ -36,13 +36,18 @@ export class CurveChart {
     this.legend = make("span", { className: "legend" });
     this.picture = make("div", { className: "plot", tabIndex: 0 });
     this.picture.setAttribute("role", "img");
+    this.picture.setAttribute("aria-label", `${title}: nothing yet`);
     this.table = make("tbody");
     this.head = make("tr");
     this.details = make(
       "details",
       {},
       make("summary", {}, "Values"),
-      make("div", { className: "scroll" }, make("table", {}, make("thead", {}, this.head), this.table)),
+      make(
+        "div",
+        { className: "scroll", tabIndex: 0, role: "region", ariaLabel: `${title}: values` },
+        make("table", {}, make("thead", {}, this.head), this.table),
+      ),
     );
     this.details.addEventListener("toggle", () => this.#fillTable());
     const caption = make("figcaption", {}, make("strong", {}, title), make("span", { className: "quiet" }, ` ${unit}`));

@@ -18,7 +18,7 @@ from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.checkpoints import archive_sampler
-from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler, prompt_of
+from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler
 from swarmtrain.peer.lifecycle.node import held_out_loss_of, save_weights
 from swarmtrain.protocol.history import HistoryPoint, TextSample
 from swarmtrain.protocol.tokens.progress import Progress
@@ -156,11 +156,3 @@ def test_it_ends_while_it_rests(rests: Any) -> None:
     slow.offer(Progress(round=2))
     slow.close()
     assert slow._thread is not None and not slow._thread.is_alive() and slow.measured == [1]
-
-
-def test_prompts_are_of_the_text_and_else_a_few_letters(published: PublishedRun) -> None:
-    import dataclasses
-
-    assert len({prompt_of(published, seed) for seed in range(20)}) > 5
-    bare = dataclasses.replace(published, held_out=b"a\nb\n")
-    assert prompt_of(bare, 0) == "The "

@@ -18,12 +18,14 @@ from swarmtrain.errors import CODE_KEY, RunTimeError, UserError
 from swarmtrain.events import DoneEvent, Event, FetchedEvent, FinishingEvent, WarningEvent
 from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.discovery.invite import Invite
+from swarmtrain.network.discovery.invite import Invite, InvitedPeer
 from swarmtrain.network.discovery.presence import OwnPresence
+from swarmtrain.network.history import history_to_proto
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.swarm import PublishedRun, Serving
 from swarmtrain.peer.checkpoints.files import CheckpointFolder
 from swarmtrain.peer.control.board import Pulse, StatusBoard
+from swarmtrain.peer.control.history import PeerHistory
 from swarmtrain.peer.control.server import read_status
 from swarmtrain.peer.control.session import (
     ControlSession,
@@ -39,11 +41,13 @@ from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
 from swarmtrain.peer.training.pause import PauseSwitch
 from swarmtrain.peer.training.round_report import tell_loss
 from swarmtrain.peer.volunteer import Volunteer
+from swarmtrain.protocol.history import HistoryPoint, TextSample
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import AdapterSection, parse_run, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
+from swarmtrain.v1 import snapshot_pb2 as snapshot_pb
 
 BEN = "12D3KooW" + "b" * 44
 DONE = DoneEvent(held_out_loss=None, tokens=5, run_tokens=9, wall_s=1.0, reason="total_tokens")
@@ -166,6 +170,63 @@ def test_a_volunteers_limits_and_metrics_know_what_the_run_costs(
         )
         assert volunteer.limits._expected() == estimate(run, num_parameters(run.model), 3)
         assert "this run needs about" in c.powers().limit(pb.Limits(memory_bytes=10**8))
+
+
+def test_a_late_joiner_among_a_liar_sees_the_curve_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked twice: what a peer had not counted at first comes with the second answer."""
+    monkeypatch.setattr("swarmtrain.peer.control.session._HISTORY_AGAIN_S", 0.0)
+    monkeypatch.setattr("swarmtrain.peer.control.session.swarm_looker", lambda board, swarm: lambda status: None)
+    run, now_s = parse_run("[run]\ntotal_tokens = 50_000_000", "r"), swarm_time()
+    truth = {tokens: 6.0 - tokens / 10**7 for tokens in range(10**5, 10**7, 10**5)}
+    honest = PeerHistory()
+    honest.begin("ab" * 32, 50_000_000)
+    for tokens, loss in truth.items():
+        honest.add(HistoryPoint(run_tokens=tokens, time=now_s - 60, loss=loss, held_out_loss=loss / 3))
+    sample = TextSample(prompt="Once ", text="upon", round=1, run_tokens=10**6, time=now_s - 60)
+    honest.add_sample(HistoryPoint(run_tokens=10**6, time=now_s - 60), sample)
+    lies = [HistoryPoint(run_tokens=n, time=1.0 + n, loss=999, held_out_loss=999) for n in range(1, 10**7, 10**4)]
+    lies += [HistoryPoint(run_tokens=n, time=now_s, loss=999, held_out_loss=999) for n in range(1, 10**8, 10**5)]
+    forged = dataclasses.replace(sample, text="buy", run_tokens=2**59)
+    told = {peer: history_to_proto(honest.losses(), honest.sample) for peer in ("anna", "boot", "carl")}
+    told["liar"] = history_to_proto(lies, forged)
+    counted = [5 * 10**6, 10**7]
+
+    async def asked(peer: str) -> snapshot_pb.HistoryReply:
+        return told[peer]
+
+    class Accounting:
+        rules = SimpleNamespace(began_s=now_s - 3600)
+
+        @property
+        def total(self) -> int:
+            return counted.pop(0)
+
+    live = [PeerInfo(peer=peer, is_bootstrap=peer == "boot") for peer in told]
+    swarm: Any = SimpleNamespace(
+        published=PublishedRun(b"", "ab" * 32, run, b"", b""),
+        presence=SimpleNamespace(me=PeerInfo(peer=BEN)),
+        membership=SimpleNamespace(live=lambda: live),
+        calls=SimpleNamespace(history=asked),
+        accounting=Accounting(),
+    )
+    with (
+        peer_folder(tmp_path) as folder,
+        control_session("volunteer", folder, settings(tmp_path), lambda event: None, StopFlag()) as c,
+    ):
+        c.board.history.begin("ab" * 32, 50_000_000)
+        network: Any = SimpleNamespace(submit=asyncio.run)
+        kept: Any = SimpleNamespace(show=lambda status: None)
+        c.watch(swarm, network, lambda: Pulse(state=pb.PEER_STATE_TRAINING, doing=""), kept)
+        c.joined([InvitedPeer("boot", ())])
+        told_points = c.board.history.losses()
+        assert not counted
+        assert {point.run_tokens for point in told_points} >= set(truth)
+        for point in told_points:
+            right = truth.get(point.run_tokens, 6.0 - point.run_tokens / 10**7)
+            assert abs((point.loss or 3 * point.held_out_loss) - right) < 0.1 and point.run_tokens < 10**7
+        assert c.board.history.sample == sample
 
 
 def test_a_pause_that_a_person_asked_for_is_remembered_until_they_resume_it(tmp_path: Path) -> None:

@@ -1,0 +1,282 @@
+"""The page of a swarm in a real browser, beside a real swarm: what a person sees there, and what a page may do."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from browser import FOREIGN, NO_CHROMIUM, NOWHERE, PROGRAM, Browser, browsing
+from swarm import Child, Swarm, wait_until, write_run
+
+from swarmtrain.events import PeerLostEvent
+from swarmtrain.web.server import PageServer
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.long,
+    pytest.mark.skipif(not PROGRAM, reason=NO_CHROMIUM),
+]
+
+HOSTILE = f"<img src=//{NOWHERE} onerror=a()>"
+"""Name of a volunteer that would ask a foreign host for a picture, were it markup."""
+CALLS_ITSELF = f"""
+import dataclasses
+from swarmtrain.peer import volunteer
+
+as_named = volunteer.run_volunteer
+volunteer.run_volunteer = lambda invite, settings, *rest: as_named(
+    invite, dataclasses.replace(settings, name={HOSTILE!r}), *rest
+)
+"""
+UNITS = {"": 1, "k": 10**3, "M": 10**6}
+
+
+# ---------------------------------------------------------------- what a person reads
+
+
+def addresses(child: Child) -> tuple[str, str]:
+    """Return the address of its page for its own user, and for others ("" if for this machine only), as it says."""
+
+    def said(words: str) -> str:
+        found = re.search(rf"{words}: (\S+)", child.log.read_text())
+        return found[1] if found else ""
+
+    own = wait_until(lambda: said("its page"), lambda: f"its page; {child.story()}")
+    return own, said("the same for others, to read only")
+
+
+def names(page: Any, section: str = "#here") -> list[str]:
+    """Return the names in a table of peers, from top to bottom."""
+    return list(page.locator(f"{section} tbody th bdi").all_inner_texts())
+
+
+def work(page: Any) -> list[float]:
+    """Return the tokens in the table of those who are here, from top to bottom."""
+    told = [text.split() for text in page.locator("#here tbody td:nth-child(3)").all_inner_texts()]
+    return [float(words[0]) * UNITS["".join(words[1:])] if words else 0.0 for words in told]
+
+
+def curve(page: Any, which: str = "#chart-training") -> tuple[str, str]:
+    """Return what a chart tells a screen reader, and its picture."""
+    return (
+        page.locator(f"{which} .plot").get_attribute("aria-label"),
+        page.evaluate(f"document.querySelector('{which} canvas')?.toDataURL() ?? ''"),
+    )
+
+
+def end_of(curve: tuple[str, str]) -> float:
+    """Return the run's tokens at the end of a curve."""
+    ends = re.findall(r"at ([\d.]+) ?(k|M|) tokens", curve[0])
+    return max((float(number) * UNITS[unit] for number, unit in ends), default=0.0)
+
+
+def until(condition: Callable[[], Any], what: str, page: Any) -> None:
+    """Wait for something on a page."""
+    wait_until(condition, lambda: f"{what}: {page.locator('body').inner_text()[:3000]}")
+
+
+def mark(page: Any) -> None:
+    """Leave something in a page that a reload would take away."""
+    page.evaluate("window.wasHere = true")
+
+
+def assert_never_reloaded(page: Any) -> None:
+    assert page.evaluate("window.wasHere") is True
+
+
+# ---------------------------------------------------------------- the parts of the story
+
+
+def wait_for_growth(page: Any) -> None:
+    """Wait until a curve has more of the run, and another picture."""
+    until(lambda: end_of(curve(page)), "a curve", page)
+    before = curve(page)
+    until(lambda: end_of(now := curve(page)) > end_of(before) and now[1] != before[1], "a longer curve", page)
+
+
+def assert_grows_within_three_rounds(page: Any, child: Child) -> None:
+    before = child.last_round
+    wait_for_growth(page)
+    assert child.last_round <= before + 3
+
+
+def assert_sorted_by_work(page: Any, first: set[str], last: str) -> None:
+    """The two who began are above the one who came later, and the bootstrap, which does no work, is below."""
+    until(lambda: len(names(page)) == 4, "four names", page)
+    seen = wait_until(
+        lambda: (names(page), done) if (done := work(page)) == sorted(done, reverse=True) else None, "order"
+    )
+    assert set(seen[0][:2]) == first and seen[0][2:] == [last, "bootstrap"], seen
+
+
+def assert_accessible(browser: Browser, url: str) -> None:
+    """axe finds nothing on the page, with all that opens open: on a phone by day, and on a desk by night."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    for width, scheme in ((390, "light"), (1440, "dark")):
+        page = browser.open(url, width=width)
+        page.emulate_media(color_scheme=scheme)
+        page.locator("#here tbody tr").first.wait_for()
+        page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+        found = Axe().run(page).response["violations"]
+        told = [(each["id"], each["impact"], [node["html"][:120] for node in each["nodes"]]) for each in found]
+        assert not told, f"{width} pixels, {scheme}: {told}"
+        wide, room = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert wide <= room, f"{width} pixels: the page is {wide} wide"
+        page.context.close()
+
+
+def assert_paused_and_resumed(page: Any, child: Child) -> None:
+    """Its own user stops it by a button, and lets it go on."""
+    page.get_by_role("button", name="Pause").click()
+    page.locator("#state", has_text="paused").wait_for()
+    page.get_by_role("button", name="Resume").click()
+    page.locator("#state", has_text=re.compile("training|merging")).wait_for()
+    child.wait_more_rounds(1)
+
+
+ASK = """async ([url, headers]) => {
+  try {
+    const reply = await fetch(url, {method: "POST", headers, body: "{}"});
+    return [reply.status, await reply.text()];
+  } catch (error) { return [0, String(error)]; }
+}"""
+
+
+def assert_read_only(page: Any, key: str) -> None:
+    """Over the network nobody is shown the machine, and an order is refused, with the key too."""
+    page.locator("#here tbody tr").first.wait_for()
+    assert page.locator("#about").inner_text().endswith("read only")
+    assert not page.locator("#machine").is_visible() and not page.get_by_role("button", name="Pause").count()
+    for headers in ({}, {"Authorization": f"Bearer {key}"}):
+        status, text = page.evaluate(ASK, ["order/pause", headers])
+        assert status == 403 and "read only over the network" in text
+
+
+def assert_foreign_names_and_pages_are_refused(browser: Browser, own: str) -> None:
+    """A foreign name that leads here is refused, and a foreign page can neither read nor embed the page, nor order."""
+    where = urlsplit(own)
+    key = where.fragment.removeprefix("key=")
+    page = browser.open("about:blank")
+    reply = page.goto(f"http://{FOREIGN}:{where.port}/")
+    assert reply.status == 403 and "not served under that name" in page.inner_text("body")
+
+    answers: list[int] = []
+    page.on("response", lambda reply: answers.append(reply.status) if f"//{where.netloc}/" in reply.url else None)
+    html = f"<iframe src='http://{where.netloc}/'></iframe>"
+    page.route(f"http://{FOREIGN}/", lambda route: route.fulfill(body=html, content_type="text/html"))
+    page.goto(f"http://{FOREIGN}/")
+    (frame,) = page.frames[1:]
+    assert not frame.locator("#run").count()
+    answers.clear()  # the page itself, which the browser then did not show in a frame
+    for path in ("order/pause", "state"):
+        status, text = page.evaluate(ASK, [f"http://{where.netloc}/{path}", {"Authorization": f"Bearer {key}"}])
+        assert status == 0, text
+    said = page.evaluate("(url) => fetch(url, {mode: 'no-cors'}).then(() => 'read', String)", f"http://{where.netloc}/")
+    assert said.startswith("TypeError")
+    assert set(answers) <= {403}
+    page.context.close()
+
+
+# ---------------------------------------------------------------- the story
+
+
+def test_a_swarm_is_seen_in_a_browser(swarm: Swarm) -> None:
+    run = write_run(swarm.folder, merge={"inner_steps": 30})
+    bootstrap = swarm.bootstrap(run, "--web")
+    invite = bootstrap.invite.invite
+    anna = swarm.join("anna", invite, "--web", "0.0.0.0:0")
+    bert = swarm.join("bert", invite)
+    for child in (anna, bert):
+        child.wait_round(1)
+    eve = swarm.join("eve", invite, prelude=CALLS_ITSELF)
+    eve.wait_round(2)
+    with browsing() as browser:
+        own, for_others = addresses(anna)
+        page = browser.open(own)
+        hosts = {urlsplit(own).netloc}
+        mark(page)
+        assert "key" not in page.url, "a copied address does not have the key"
+        assert_grows_within_three_rounds(page, anna)
+        assert_sorted_by_work(page, {"anna", "bert"}, HOSTILE)
+
+        # the bootstrap's page, while it is killed and comes back
+        address, _ = addresses(bootstrap)
+        at_bootstrap = browser.open(address)
+        hosts.add(urlsplit(address).netloc)
+        mark(at_bootstrap)
+        until(lambda: end_of(curve(at_bootstrap, "#chart-held-out")), "a held-out loss", at_bootstrap)
+        bootstrap.kill()
+        at_bootstrap.locator("#connection", has_text="goes on when it is back").wait_for()
+        assert len(names(at_bootstrap)) + len(names(at_bootstrap, "#before")) >= 3, "what was known stays"
+        assert_grows_within_three_rounds(page, anna)
+
+        # a volunteer that is killed
+        assert page.locator("#here img, #before img").count() == 0
+        eve.kill()
+        until(lambda: names(page, "#before") == [HOSTILE] and HOSTILE not in names(page), "who is gone", page)
+        anna.wait_event(PeerLostEvent, lambda event: event.lost == eve.id)
+
+        again = swarm.bootstrap(run)
+        until(lambda: not at_bootstrap.locator("#connection").is_visible(), "the bootstrap's page again", at_bootstrap)
+        wait_for_growth(at_bootstrap)
+        assert_never_reloaded(at_bootstrap)
+
+        assert_paused_and_resumed(page, anna)
+        assert_never_reloaded(page)
+        assert_accessible(browser, own)
+        assert browser.hosts == hosts and not browser.errors, (browser.hosts, browser.errors)
+
+        assert_foreign_names_and_pages_are_refused(browser, own)
+        host = urlsplit(for_others).hostname or ""
+        try:
+            is_reached = not ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            is_reached = False
+        if is_reached:
+            assert_read_only(browser.open(for_others), urlsplit(own).fragment.removeprefix("key="))
+    swarm.interrupt_all([anna, bert, again])
+    if not is_reached:
+        pytest.skip("all but the page over the network: this machine has no address but its own")
+
+
+def row(number: int, *, is_me: bool) -> dict[str, Any]:
+    """Return a row of the table, as `page_of` makes it, with the less work the greater its number."""
+    tokens = 1000 - number
+    words = {"name": f"peer-{number}", "short": "", "work": str(tokens), "share": "", "speed": "", "device": ""}
+    facts = {"me": is_me, "here": True, "bootstrap": False, "tokens": tokens, "heard": 0, "round": 3, "loss": 0.0}
+    return {**words, **facts, "reached": "directly", "stages": ""}
+
+
+def test_a_table_of_many_peers_is_shown_in_pages() -> None:
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = PageServer(sock, lambda name, given: "", "k" * 32)
+    server.start()
+    state = ({}, {f"id-{number:03}": row(number, is_me=number == 60) for number in range(120)})
+    server.publish(state, state)
+    try:
+        with browsing() as browser:
+            page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/")
+            pages, body = page.locator("#here .pages"), page.locator("#here tbody")
+            body.locator("tr").first.wait_for()
+
+            def shown() -> list[int]:
+                return [int(name.removeprefix("peer-")) for name in names(page)]
+
+            assert shown() == [*range(25), 60], "the most work first, and this peer, wherever it is"
+            pages.get_by_text("Show 50 of 120").click()
+            assert shown() == [*range(50), 60] and pages.get_by_role("button", name="Previous").is_disabled()
+            pages.get_by_role("button", name="Next").press("Enter")
+            assert shown() == [*range(50, 100)] and "51 to 100 of 120" in pages.inner_text()
+            pages.get_by_role("button", name="Next").click()
+            assert shown() == [60, *range(100, 120)] and pages.get_by_role("button", name="Next").is_disabled()
+            pages.get_by_text("Show the first 25").click()
+            assert shown() == [*range(25), 60]
+            assert not browser.errors
+    finally:
+        server.stop()
