@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["check_target", "command", "write_page"]
 
 _SUFFIXES = (".html", ".htm")
-_MARK = b'<meta name="generator" content="swarmtrain">'
+_GENERATOR = b'<meta name="generator" content="swarmtrain">'
 _HEAD_BYTES = 16_384
 
 
@@ -95,7 +95,7 @@ def check_target(path: Path, option: str) -> None:
         raise OptionsError(f"{option} {path}: there is no folder {path.parent}; create it first", code="no-such-folder")
     try:
         with path.open("rb") as file:
-            if _MARK not in file.read(_HEAD_BYTES):
+            if _GENERATOR not in file.read(_HEAD_BYTES):
                 raise OptionsError(
                     f"{option} {path}: already exists, and is no page that swarmtrain wrote; give another name",
                     code="file-exists",
