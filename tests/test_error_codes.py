@@ -54,6 +54,7 @@ stages-only stalled state-not-delivered stdlib-missing still-ending tied-embeddi
 too-few-peers too-little-bandwidth too-little-memory too-little-text too-many-devices too-many-threads too-much-churn
 too-often too-slow-for-run training-diverged unknown-key unreachable update-too-old wrong-type
 bad-tracker tracker-failed tracker-offline
+gradient-not-counted
 model-files-needed model-has-code model-quantised model-refused no-such-base
 bad-report-name nothing-to-report
 """

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -110,12 +111,13 @@ class Swarm:
         settings = RoundSettings(
             run_sha256=sha256,
             specs=specs,
-            state_specs=state_specs(specs),
+            state_specs=state_specs(specs, run.merge.kind.num_moments),
             max_tokens=run.max_round_tokens,
             share_above=run.merge.share_above,
             round_limit_s=run.merge.round_limit_s,
             silence_s=run.merge.silence_s,
             pull=PullLimits(stall_limit_s=limits.stall_limit_s, min_bytes_per_s=limits.min_pull_bytes_per_s),
+            max_wait_s=run.merge.max_wait_s if run.merge.kind.reads("max_wait_s") else math.inf,
         )
         downloads = Downloads(identity.peer_id, calls, store, settings.pull, peers.refused)
         rounds = self.rounds = RoundRunner(

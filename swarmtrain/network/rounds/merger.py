@@ -59,6 +59,7 @@ class RoundSettings:
     round_limit_s: float
     silence_s: float
     pull: PullLimits
+    max_wait_s: float = math.inf
 
     @cached_property
     def groups(self) -> GradientGroups:

@@ -15,6 +15,7 @@ from swarmtrain.run import RunFile
 
 __all__ = [
     "BYTES_PER_PARAMETER",
+    "BatchCosts",
     "DilocoCosts",
     "GossipCosts",
     "MergeCosts",
@@ -85,6 +86,14 @@ class DilocoCosts(MergeCosts):
             return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each other peer
         # Like an all-reduce: scatter the shares, gather the results. Links that are alike have equal shares.
         return math.floor(carried_bytes(gradient_bytes, others + 1, 1, others + 1)), 2 * gradient_bytes
+
+
+class BatchCosts(DilocoCosts):
+    """Costs of one large batch: a gradient for each step, merged as in synchronous rounds.
+
+    Of memory it is the same sum: in place of the inner optimizer's moments a volunteer has the gradients added up (4
+    bytes a parameter) and the second moment of the common step (4).
+    """
 
 
 class ServerCosts(MergeCosts):

@@ -119,6 +119,15 @@ class SwarmExchange(ABC):
 
     # ------------------------------------------------------------- what a volunteer asks
 
+    @property
+    def is_training(self) -> bool:
+        """True until this peer's inner steps of the round are done. Any thread may ask."""
+        return self.steps_done < self.round_steps or not self.round_steps
+
+    def progress_in_words(self) -> str:
+        """Say how far the round is. Any thread may ask."""
+        return f"{self.steps_done} of {self.round_steps} steps"
+
     def serving(self) -> Serving:
         """Return the services that this peer offers to others from the moment it enters the swarm."""
         return Serving()
@@ -316,6 +325,10 @@ class RosterExchange(SwarmExchange):
         if (archived := self.archives.state_that_holds()) is not None:
             # The bootstrap's archive may hold a state that is preferred to this round's result; see `ArchiveWatch`.
             return self._replaced(archived)
+        return self._mean(outcome)
+
+    def _mean(self, outcome: RosterMean) -> Averaged:
+        """Return the update of a round that ended with a roster."""
         roster = outcome.roster
         return Averaged(
             gradient=torch.frombuffer(outcome.mean, dtype=torch.float32),

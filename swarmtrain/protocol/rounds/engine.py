@@ -65,6 +65,8 @@ class RoundRules:
     share_above: int
     round_limit_s: float
     silence_s: float
+    max_wait_s: float = math.inf
+    """Longest time for which a peer that has ended its round waits for the others' publications."""
     num_chunks: int = 0
     """Chunks of the mean that shares are made of; 0: all shares are equal, whatever the links."""
     body_bytes: int = 0
@@ -424,7 +426,10 @@ class RoundEngine(Generic[Envelope, Link]):
             me=self.me,
             round=known.round,
             ended_at_s=known.ended_s,
-            deadline_s=max(known.ended_s, known.started_s + self.rules.round_limit_s),
+            deadline_s=min(
+                max(known.ended_s, known.started_s + self.rules.round_limit_s),
+                known.ended_s + self.rules.max_wait_s,
+            ),
             silence_s=self.rules.silence_s,
             share_above=self.rules.share_above,
             live=found.of[Standing.WITH_US] | found.of[Standing.BEHIND],
