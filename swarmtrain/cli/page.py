@@ -11,6 +11,7 @@ import functools
 import shlex
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swarmtrain.cli.facts import (
@@ -240,9 +241,12 @@ def _answers(view: View, curves: _Curves) -> list[dict[str, str]]:
     left = time_left_in_words(view)
     speed = f"{speed_of(status.swarm_tokens_per_s)} together" if finite(status.swarm_tokens_per_s) else ""
     known = [peer for peer in status.peers if not peer.bootstrap]
+    how_far = {"name": "How long yet?", "answer": left or "not known yet", "more": tokens_in_words(view)}
+    if view.phase.over and not left:  # it heard no more of the run
+        how_far = {"name": "How far did it come?", "answer": tokens_in_words(view), "more": ""}
     return [
-        {"name": "Is it learning?", "answer": learns, "more": how},
-        {"name": "How long yet?", "answer": left or "not known yet", "more": tokens_in_words(view)},
+        {"name": "Did it learn?" if view.phase.over else "Is it learning?", "answer": learns, "more": how},
+        how_far,
         {
             "name": "Who took part?" if view.phase.over else "Who is here?",
             "answer": volunteers_in_words(view) if view.phase.over else counted(len(here), "volunteer"),
@@ -258,9 +262,13 @@ def _away(number: int) -> str:
 
 
 def _learns(curves: _Curves) -> tuple[str, str]:
-    """Return the newest loss, and how it has changed since the first one that is known."""
+    """Return the newest loss, and how it has changed since the first one that is known.
+
+    It is the held-out loss, unless that is of a time when the run had not half of its present tokens.
+    """
     held_out, training = [loss for _, _, loss in curves.held_out], [loss for _, _, loss in curves.training]
-    if newest := curves.newest_held_out:
+    is_old = bool(held_out and training) and 2 * curves.held_out[-1][0] < curves.training[-1][0]
+    if (newest := curves.newest_held_out) and not is_old:
         change = _change(held_out[0], newest) if held_out else ""
         return f"{newest:.3f} nats/byte", f"held-out loss, {bits_per_byte(newest):.3f} bits/byte{change}"
     if training:
@@ -427,7 +435,7 @@ def _machine(view: View, use: MachineUse | None) -> dict[str, Any]:
         "Adapter": one_line(status.adapter),
         "Checkpoint": "" if status.HasField("archive") else checkpoint_in_words(view),
         "Archive": archive_in_words(view),
-        "Folder": one_line(str(view.folder)) if view.folder is not None else "",
+        "Folder": _folder_in_words(view.folder) if view.folder is not None else "",
     }
     running = view.phase is PeerPhase.RUNNING
     return {
@@ -437,6 +445,12 @@ def _machine(view: View, use: MachineUse | None) -> dict[str, Any]:
         "paused": status.state == wire.PEER_STATE_PAUSED,
         "limits": _limits(status.limits) if status.HasField("limits") and is_volunteer else None,
     }
+
+
+def _folder_in_words(folder: Path) -> str:
+    """Return a path as a person writes it: from the home folder on, if it is below that."""
+    home = Path.home()
+    return one_line(str(Path("~", folder.relative_to(home)) if folder.is_relative_to(home) else folder))
 
 
 def _limits(limits: Any) -> dict[str, Any]:
