@@ -22,6 +22,7 @@ from swarmtrain.network.refusals import RULES, Refusals, rule_of
 
 FROZEN = """
 address-elsewhere address-not-an-ip against-own all-volunteers-run another-run archive-not-written background-ended
+bootstrap-left-alone
 bad-address bad-assignment bad-bytes bad-chain bad-device bad-format bad-hash bad-limit bad-name bad-number
 bad-plot-name bad-presence bad-publication bad-round bad-sender bad-shape bad-signature bad-size bad-stages bad-stream
 bad-time bad-tokens bad-trace bad-value broken-off bug busy card-not-watched checkpoint-mismatch checkpoint-not-finite
