@@ -5,14 +5,19 @@ import { ago, make, NO_TIME, setText } from "./dom.js";
 const FIRST = 25;
 const PAGE = 50;
 
+/** Return a speed without its unit, which is at the head of its column. */
+export function perSecond(speed) {
+  return speed.replace(/ tokens\/s$/, "");
+}
+
 /** Columns: name, class, and the text of a row's cell at a time (Unix seconds). */
 const COLUMNS = [
   ["Name", "name", null],
   ["Share", "number", (row) => row.share],
   ["Tokens", "number", (row) => row.work],
-  ["Speed", "number", (row) => row.speed],
+  ["Tokens/s", "number", (row) => perSecond(row.speed)],
   ["Doing", "", (row) => row.stages || (row.round >= 0 ? `round ${row.round}` : row.bootstrap && row.here ? "bootstrap" : "")],
-  ["Trains on", "", (row) => row.device],
+  ["Trains on", "device", (row) => row.device],
   ["Heard", "number", (row, now) => (row.me || !row.heard ? "" : ago(now - row.heard))],
   ["Reached", "", (row) => row.reached],
 ];
