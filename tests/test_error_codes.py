@@ -22,6 +22,7 @@ from swarmtrain.network.refusals import RULES, Refusals, rule_of
 
 FROZEN = """
 address-elsewhere address-not-an-ip against-own all-volunteers-run another-run archive-not-written background-ended
+bootstrap-left-alone
 bad-address bad-assignment bad-bytes bad-chain bad-device bad-format bad-hash bad-limit bad-name bad-number
 bad-plot-name bad-presence bad-publication bad-round bad-sender bad-shape bad-signature bad-size bad-stages bad-stream
 bad-time bad-tokens bad-trace bad-value broken-off bug busy card-not-watched checkpoint-mismatch checkpoint-not-finite
@@ -56,6 +57,7 @@ too-often too-slow-for-run training-diverged unknown-key unreachable update-too-
 bad-tracker tracker-failed tracker-offline
 gradient-not-counted
 model-files-needed model-has-code model-quantised model-refused no-such-base
+bad-report-name nothing-to-report
 """
 """Codes as people have them in their notes and programs. A new one is added here; none is taken away or renamed."""
 
