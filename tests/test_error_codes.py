@@ -57,6 +57,7 @@ too-often too-slow-for-run training-diverged unknown-key unreachable update-too-
 bad-tracker tracker-failed tracker-offline
 gradient-not-counted
 model-files-needed model-has-code model-quantised model-refused no-such-base
+bad-report-name nothing-to-report
 """
 """Codes as people have them in their notes and programs. A new one is added here; none is taken away or renamed."""
 

@@ -36,6 +36,8 @@ const draw = {
     setText(get("seen-by"), `as ${head.peer} sees it`);
     const run = head.run_sha256 ? `run ${head.run_sha256}, ` : "";
     setText(get("about"), `${run}swarmtrain ${head.version}${head.is_owner ? "" : ", read only"}`);
+    get("keep").hidden = !head.keep;
+    setText(get("keep").querySelector("code"), head.keep);
     document.title = `${head.run || head.peer}: ${head.state}`;
     announceState(`${head.peer} is ${head.state}`);
     drawConnection();
