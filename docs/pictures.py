@@ -4,10 +4,10 @@
     python docs/pictures.py                 # the pictures of the documentation: docs/pictures/
     python docs/pictures.py --all --to DIR  # each width, by day and by night, of both pages: to look at
 
-A bootstrap and five volunteers of unlike speed train `stdlib-gpt` on this machine for some minutes, with little held-out
-text, whose loss they measure every other round. One of them is killed, one leaves, one comes late. Pictures are of a
-volunteer's page as its own user sees it, and as others do. All folders of the peers are below a temporary home folder,
-and they listen at 127.0.0.1, so that no picture shows a path, a name or an address of this machine.
+A bootstrap and five volunteers of unlike speed train `stdlib-gpt` on this machine for some minutes, with little
+held-out text, whose loss they measure every other round. One of them is killed, one leaves, one comes late. Pictures
+are of a volunteer's page as its own user sees it, and as others do. All folders of the peers are below a temporary
+home folder, and they listen at 127.0.0.1, so that no picture shows a path, a name or an address of this machine.
 """
 
 from __future__ import annotations
