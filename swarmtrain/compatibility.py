@@ -60,6 +60,7 @@ KEYS_SINCE: Mapping[str, int] = {
     "data.source=parquet": 2,
     "data.sources": 2,
     "inner.precision": 2,
+    "merge.delay_steps": 2,
     "merge.max_wait_s": 2,
     "merge.method=batch": 2,
     "merge.optimizer": 2,

@@ -218,7 +218,7 @@ class MergeSection(Section):
     gradient_format: _FormatOrAuto = Field(
         "auto",
         description=with_values(
-            'With "gossip" and "server": how pseudo-gradients travel.',
+            'With "gossip" and "server": how pseudo-gradients travel. With "batch": how gradients travel, "fp32" (the default), "bf16" or "int8"; what rounding loses is added to the next one.',
             {
                 "auto": 'The format int2; with "gossip" int4 where a round then brings no more bytes than in a large swarm, and takes at most a fifth of the round.',
                 **{name: FORMATS[name] for name in get_args(_FormatOrAuto)[1:]},
@@ -246,6 +246,7 @@ class MergeSection(Section):
     momentum_share: float = Field(0.0, ge=0, le=1, description='With "server": share of the momentum that each arrival applies (c), at most 1 / N; 0: the momentum is applied only when it is refreshed.')  # fmt: skip
     target_tokens: int = Field(0, ge=0, le=10**12, description='With "batch": tokens of the large batch; the step is taken once all volunteers together have about so many. 0: what merge.inner_steps inner steps read.')  # fmt: skip
     max_wait_s: float = Field(10.0, gt=0, le=3600, description='With "batch": once the batch is there, how long the step waits for volunteers that have not delivered their gradient, in seconds; then it is taken without them, and what they computed for it does not count.')  # fmt: skip
+    delay_steps: int = Field(0, ge=0, le=1, description='With "batch": 1 has volunteers compute gradients for the next batch, at the old weights, while the mean of this one is made and travels.')  # fmt: skip
     optimizer: Literal["adamw", "lamb"] = Field(
         "adamw",
         description=with_values(
@@ -266,6 +267,11 @@ class MergeSection(Section):
     def gradient_formats(self) -> tuple[GradientFormat, ...]:
         """Formats that a pseudo-gradient may have, the coarsest first."""
         return self.kind.auto_formats if self.gradient_format == "auto" else (self.gradient_format,)
+
+    @property
+    def roster_format(self) -> GradientFormat:
+        """Format of what a roster names: with synchronous rounds of pseudo-gradients always fp32."""
+        return self.gradient_formats[0] if self.kind.common_step else "fp32"
 
     @property
     def num_fragments(self) -> int:
@@ -306,6 +312,11 @@ class MergeSection(Section):
                 raise ValueError(
                     f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with {allowed}'
                 )
+        if self.kind.formats and self.gradient_format not in self.kind.formats:
+            allowed = ", ".join(f'"{name}"' for name in self.kind.formats)
+            raise ValueError(
+                f'merge.gradient_format: "{self.gradient_format}" with merge.method = "{self.method}"; allowed: {allowed}'
+            )
         if self.kind.has_server and self.robust not in ("none", "clip"):
             raise ValueError(
                 f'merge.robust: "{self.robust}" compares several gradients, and with merge.method = "{self.method}" they '
@@ -611,6 +622,11 @@ class RunFile(Section):
             raise ValueError(f'{method} with merge.method = "{merge.method}"; allowed: with {allowed}')
         if self.pipeline.stages > 1:
             raise ValueError(f"{method} with pipeline.stages = {self.pipeline.stages}; allowed: with 1")
+        if merge.kind.common_step and merge.roster_format != "fp32":
+            raise ValueError(
+                f'merge.gradient_format: "{merge.gradient_format}" with an adapter, of which volunteers publish groups; '
+                'allowed: "fp32"'
+            )
         if merge.init != "common":
             raise ValueError(
                 f'merge.init: "{merge.init}" with an adapter, whose B begins with zeros; allowed: "common"'

@@ -729,6 +729,12 @@ def test_a_large_batch_is_given_in_tokens_or_in_inner_steps() -> None:
         batch_run(target_tokens=10**9)
 
 
+def test_gradients_of_a_large_batch_travel_in_some_formats() -> None:
+    assert batch_run().merge.roster_format == "fp32" and batch_run(gradient_format="int8").merge.roster_format == "int8"
+    with pytest.raises(ValueError, match=r'gradient_format: "int2" with .* allowed: "fp32", "bf16"'):
+        batch_run(gradient_format="int2")
+
+
 @pytest.mark.parametrize(
     "merge", [{"outer_momentum": 0.9}, {"pacing": True}, {"outer_learning_rate": 1.0}, {"robust": "clip"}]
 )

@@ -42,6 +42,8 @@ class MergeMethod:
     """Formats of a pseudo-gradient if `merge.gradient_format` is "auto", the coarsest first."""
     unread: frozenset[str] = frozenset()
     """Keys of `[merge]` that every other method reads. Only their defaults are accepted with this one."""
+    formats: tuple[GradientFormat, ...] = ()
+    """Values of `merge.gradient_format` that are accepted; empty for all, if the method reads the key."""
     asynchronous: bool = True
     """True if peers merge at their own pace, without rosters."""
     own_weights: bool = False

@@ -10,13 +10,17 @@ import dataclasses
 import logging
 import math
 import random
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
+from swarmtrain.algorithm.quantize import FedBackSum
 from swarmtrain.events import WarningEvent
+from swarmtrain.network.codec import body_of_pieces
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.rounds.runner import RosterMean
+from swarmtrain.network.snapshots.store import Body
 from swarmtrain.peer.merging.roster_exchange import RosterExchange
 from swarmtrain.peer.merging.updates import Averaged, BatchMean, LocalUpdate, Replaced
 from swarmtrain.peer.training.loop import inner_constants
@@ -56,6 +60,10 @@ class BatchExchange(RosterExchange):
             round_limit_s=run.merge.round_limit_s,
             stale_s=_STALE_SHARE * run.network.presence_ttl_s,
         )
+        format = run.merge.roster_format
+        self._encoder = None if format == "fp32" else FedBackSum(format)
+        self._has_counted: Callable[[], None] = lambda: None
+        """Called once this peer's gradient is on a roster."""
         self._end = BatchEnd(rules)
         self._optimizer = CommonOptimizer([spec.shape for spec in specs], inner_constants(run), run.merge.optimizer)
 
@@ -96,16 +104,33 @@ class BatchExchange(RosterExchange):
             return section.inner_steps, 0, is_late
         return math.ceil(target / sequences), sequences, is_late
 
+    def step_done(self, inner_steps_done: int) -> None:
+        """Note that an inner step is done. One taken while a batch is merged is of the next one. See `Exchange`."""
+        if self.is_training:
+            super().step_done(inner_steps_done)
+        else:
+            self.num_steps += self.step_share
+
     def publish(self, contribution: LocalUpdate) -> None:
         """Hand over the mean gradient of this peer's part of the batch. See `Exchange`."""
         self._published, self._ended_s = contribution, swarm_time()
         super().publish(contribution)
 
+    def _body(self, contribution: LocalUpdate) -> Body:
+        """Return the bytes to publish."""
+        if self._encoder is None:
+            return super()._body(contribution)
+        pieces, self._has_counted = self._encoder.encode(contribution.gradient, contribution.tokens)
+        return body_of_pieces(pieces)
+
     def collect(self, fragment: int = 0) -> Averaged | Replaced:
         """Return the mean gradient of the batch, once a roster says whose are in it. See `Exchange`."""
         own, arrived = self._published, super().collect(fragment)
         assert own is not None
-        if isinstance(arrived, Replaced) or self.swarm.identity.peer_id not in arrived.partners:
+        is_counted = not isinstance(arrived, Replaced) and self.swarm.identity.peer_id in arrived.partners
+        if is_counted:
+            self._has_counted()
+        else:
             message = (
                 f"the step of round {own.round} was taken without this volunteer's {own.tokens:,} tokens, which came "
                 "too late and do not count; its next gradients are of the new weights"

@@ -95,6 +95,17 @@ class BatchCosts(DilocoCosts):
     bytes a parameter) and the second moment of the common step (4).
     """
 
+    def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
+        """Return (bytes sent per round, bytes held of what arrives and is being merged) with `others` other peers. See
+        `MergeCosts`."""
+        from swarmtrain.algorithm.quantize import encoded_size_bytes  # torch takes a second: only once a file was read
+
+        mean_bytes, sent = 4 * num_parameters, encoded_size_bytes(run.merge.roster_format, [num_parameters])
+        lost = 0 if run.merge.roster_format == "fp32" else 3 * mean_bytes  # kept for the next one, and decoded twice
+        if others + 1 <= run.merge.share_above:
+            return sent * others, mean_bytes * others + lost
+        return (sent + mean_bytes) * others // (others + 1), 2 * mean_bytes + lost
+
 
 class ServerCosts(MergeCosts):
     """Costs of a volunteer with a server: it sends pseudo-gradients and pulls the server's weights."""

@@ -311,10 +311,14 @@ class RosterExchange(SwarmExchange):
             inner_steps=contribution.inner_steps,
             roster_sha256=bytes.fromhex(contribution.base),
         )
-        groups, trained = self.swarm.rounds.settings.groups, contribution.trained
-        body = body_of(*(contribution.gradient[place] for place in groups.places(trained)))
-        held = build_snapshot(self.swarm.identity, manifest, groups.table(trained), body)
+        table = self.swarm.rounds.settings.groups.table(contribution.trained)
+        held = build_snapshot(self.swarm.identity, manifest, table, self._body(contribution))
         self._merge = self.network.submit(self.swarm.rounds.finish(contribution.round, held, self._started_s))
+
+    def _body(self, contribution: LocalUpdate) -> Body:
+        """Return the bytes to publish."""
+        places = self.swarm.rounds.settings.groups.places(contribution.trained)
+        return body_of(*(contribution.gradient[place] for place in places))
 
     def collect(self, fragment: int = 0) -> Averaged | Replaced:
         """Return what arrived for that fragment; wait as long as the merge method says. See `Exchange`."""

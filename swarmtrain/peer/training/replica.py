@@ -115,13 +115,16 @@ class Replica:
             return replace(update, mean_gradient=mean_gradient)
         return update if update.lent else replace(update, reached=self.parameters.read())
 
-    def contribution_soon(self, part: int, inner_steps: int, tokens: int) -> Callable[[], LocalUpdate]:
+    def contribution_soon(
+        self, part: int, inner_steps: int, tokens: int, mean_gradient: Tensor | None = None
+    ) -> Callable[[], LocalUpdate]:
         """Return a function that any thread may call and that returns what `contribution` would now.
 
         It waits for a device that has not copied the weights yet; `contribution_soon` does not.
         """
         update = self._contribution(part, inner_steps, tokens)
-        if update.lent:
+        if update.lent or mean_gradient is not None:
+            update = replace(update, mean_gradient=mean_gradient)
             return lambda: update
         read = self.parameters.read_soon()
         return lambda: replace(update, reached=read())

@@ -545,7 +545,8 @@ class Session:
         """Begin a round with the steps taken ahead of it, and do what they have made due."""
         replica, self.reason = self.replica, ""
         if not replica.is_entered:
-            assert not self._ahead.number, "their weights would be overwritten"
+            is_kept = self.run.merge.kind.common_step  # such steps leave the weights as they are
+            assert not self._ahead.number or is_kept, "their weights would be overwritten"
             self.exchange.hold(replica.states)
         if not self._ahead.number:
             self.loop.begin_round()
@@ -599,12 +600,12 @@ class Session:
         If the weights of the update are not lent, a worker waits for them: then that function publishes.
         """
         steps, replica, kind = round.steps, self.replica, self.run.merge.kind
+        gradient = self.loop.mean_gradient() if kind.common_step else None
         if self.worker is None or kind.lends_weights:
-            gradient = self.loop.mean_gradient() if kind.common_step else None
             own = replica.contribution(part, steps.number, steps.tokens, gradient)
             self.exchange.publish(own)
             return lambda: own
-        wait = replica.contribution_soon(part, steps.number, steps.tokens)
+        wait = replica.contribution_soon(part, steps.number, steps.tokens, gradient)
 
         @cache
         def publish() -> LocalUpdate:
@@ -711,7 +712,8 @@ class Session:
             self.adopt(merged)
             self._tell_new_state(round)
             return
-        assert self.worker is None or merged.change is not None, "steps taken meanwhile would be lost"
+        is_kept = self.worker is None or merged.change is not None or self.run.merge.kind.common_step
+        assert is_kept, "steps taken meanwhile would be lost"
         self.replica.enter(merged)
         if not merged.arrived.is_whole:
             self.exchange.merged(merged.fragment, self.replica.state_of(merged.fragment))

@@ -14,6 +14,7 @@ from swarmtrain.algorithm.common_step import NUM_MOMENTS, CommonOptimizer, Commo
 from swarmtrain.algorithm.fragments import fragments_of, mean_by_fragment
 from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, kept_where, outer_step, weighted_mean
+from swarmtrain.algorithm.quantize import FedBackSum, decode_pieces, encoded_size_bytes
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.protocol.rounds.batch_end import planned_sequences
 from swarmtrain.simulate.learning.learner import Learner
@@ -204,8 +205,13 @@ def batch(setting: Setting) -> RunOutcome:
     }
     theta = everyone[0].reached
     state, recorder = OuterState(theta, torch.zeros(NUM_MOMENTS * theta.numel())), Recorder(setting)
-    rng, size_bytes = random.Random(_wire(setting)), _BYTES * theta.numel()
+    format = run.merge.roster_format
+    encoders = [None if format == "fp32" else FedBackSum(format) for _ in everyone]
+    # Gradients as they are published go to those who average, and fp32 means come back.
+    size_bytes = (encoded_size_bytes(format, [theta.numel()]) + _BYTES * theta.numel()) // 2
+    rng = random.Random(_wire(setting))
     now_s, tokens, sent_bytes, num_sequences, worked_s, lost, taken = 0.0, 0, 0, 0, 0.0, 0, 0
+    before, arrives_s = state, 0.0  # with delayed steps, volunteers go on from `before` until the new weights arrive
     num_groups = 1 + max(parameters.groups or [0])
     while tokens < setting.total_tokens:
         present = [number for number in range(num_peers) if not setting.is_away(number, now_s)]
@@ -218,23 +224,31 @@ def batch(setting: Setting) -> RunOutcome:
         if not found.steps:
             now_s = max(found.met_s, setting.speaks_again_s(found.met_s))
             continue
-        learners, weights = [everyone[number] for number in found.steps], list[int]()
+        learners, gradients, weights = [everyone[number] for number in found.steps], list[Tensor](), list[int]()
         for number, steps in found.steps.items():
             learner = everyone[number]
             learner.train_only(setting.groups_of_round(number, taken, num_groups))
-            learner.enter(state.theta)
-            for _ in range(steps):
-                learner.step(tokens / setting.total_tokens, sequences[number])
+            share = sequences[number] / full
+            stale = min(steps, setting.steps_between(number, now_s, arrives_s, share)) if arrives_s > now_s else 0
+            for theta, number_of_them in ((before.theta, stale), (state.theta, steps - stale)):
+                learner.enter(theta)
+                for _ in range(number_of_them):
+                    learner.step(tokens / setting.total_tokens, sequences[number])
             weights.append(steps * sequences[number] * run.model.context_tokens)
+            gradients.append(_as_published(learner.loop.mean_gradient(), weights[-1], encoders[number]))
             worked_s += setting.takes_s(number, now_s, steps) * sequences[number] / full
-        mean, untrained = _mean_of(learners, [learner.loop.mean_gradient() for learner in learners], weights)
+        mean, untrained = _mean_of(learners, gradients, weights)
         at = CommonStep(taken + 1, tokens / setting.total_tokens)
-        state = kept_where(optimizer.step(state, mean, at), state, untrained)
+        before, state = state, kept_where(optimizer.step(state, mean, at), state, untrained)
         tokens, taken = tokens + sum(weights), taken + 1
         num_sequences += sum(weights) // run.model.context_tokens
-        now_s = found.met_s + setting.all_reduce_s(len(learners), size_bytes, rng)
+        # The mean of one batch is not begun before that of the last one is there.
+        now_s = max(found.met_s, arrives_s)
+        arrives_s = now_s + setting.all_reduce_s(len(learners), size_bytes, rng)
+        now_s = now_s if run.merge.delay_steps else arrives_s
         sent_bytes += 2 * (len(learners) - 1) * size_bytes
-        recorder.see(tokens, now_s, lambda: state.theta)  # noqa: B023 - called at once
+        recorder.see(tokens, arrives_s, lambda: state.theta)  # noqa: B023 - called at once
+    now_s = arrives_s
     return RunOutcome(
         held_out_loss=setting.text.held_out_loss(state.theta),
         virtual_time_s=now_s,
@@ -245,6 +259,15 @@ def batch(setting: Setting) -> RunOutcome:
         tokens_lost=lost * run.model.context_tokens,
         curve=tuple(recorder.points),
     )
+
+
+def _as_published(gradient: Tensor, tokens: int, encoder: FedBackSum | None) -> Tensor:
+    """Return a mean gradient (P,) of so many tokens as others read it."""
+    if encoder is None:
+        return gradient
+    pieces, counted = encoder.encode(gradient, tokens)
+    counted()
+    return torch.cat([decode_pieces(piece, encoder.format) for piece in pieces])
 
 
 def _wire(setting: Setting) -> str:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TypeAlias
 
 from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
+from swarmtrain.algorithm.quantize import encoded_size_bytes
 from swarmtrain.errors import UserError
 from swarmtrain.methods import load_object
 from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, publication_sizes
@@ -265,8 +266,12 @@ def by_rosters(run: RunFile, machines: PlaybackMachines, links: LinksSection, se
         up_bytes=sent,
         partners=share * (others + 1) - 1,
         fresh_share=share,
-        sizes=PublicationBytes(weights=0, gradient=4 * parameters),
+        sizes=PublicationBytes(weights=0, gradient=_on_roster_bytes(run)),
     )
+
+
+def _on_roster_bytes(run: RunFile) -> int:
+    return encoded_size_bytes(run.merge.roster_format, [stage_parameters(run)])
 
 
 def _on_rosters(
@@ -283,7 +288,7 @@ def _on_rosters(
         presence_ttl_s=run.network.presence_ttl_s,
         call_limit_s=run.network.call_limit_s,
         stall_limit_s=run.network.stall_limit_s,
-        publication_bytes=4 * parameters,
+        publication_bytes=_on_roster_bytes(run),
         state_bytes=4 * (1 + merge.kind.num_moments) * parameters,
     )
     # Whole pseudo-gradients all pass at once, and the simulated links are not shared.

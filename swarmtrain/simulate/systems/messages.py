@@ -59,6 +59,9 @@ class Settings:
     tokens_per_step: int = 1000
     round_limit_s: float = 600.0
     silence_s: float = 5.0
+    target_tokens: int = 0
+    """Tokens of the large batch that all volunteers make together; 0: rounds of `inner_steps`."""
+    max_wait_s: float = math.inf
     share_above: int = 5
     presence_ttl_s: float = 30.0
     read_presence_s: float = 3.0

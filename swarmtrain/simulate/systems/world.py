@@ -15,6 +15,7 @@ from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.rounds.messages import RoundQuestion
 from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.simulate.clock import Timer
+from swarmtrain.simulate.systems.batch_volunteer import BatchVolunteer
 from swarmtrain.simulate.systems.messages import Settings, SimulatedLink, WorldMoment
 from swarmtrain.simulate.systems.network import NetworkFault, SimulatedNetwork, kept_until
 from swarmtrain.simulate.systems.transfers import Owner
@@ -111,7 +112,8 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
         return self._begin(peer)
 
     def _make(self, name: str, steps_per_s: float, link: SimulatedLink) -> SimulatedVolunteer:
-        return SimulatedVolunteer(self, name, steps_per_s, link)
+        kind = BatchVolunteer if self.settings.target_tokens else SimulatedVolunteer
+        return kind(self, name, steps_per_s, link)
 
     def _begin(self, peer: SimulatedVolunteer) -> SimulatedVolunteer:
         self.peers[peer.name] = peer

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,8 @@ class NoLoop:
         self.added = 0
 
     def mean_gradient(self) -> Tensor:
-        return torch.full((6,), float(self.added))
+        added, self.added = self.added, 0
+        return torch.full((6,), float(added))
 
     def end(self) -> None:
         self.told.append("end")
@@ -743,3 +745,50 @@ def test_a_large_batch_ends_when_all_have_it_and_its_gradients_are_of_the_same_w
     assert session.next_step() is None
     exchange.ends_at.append(10**9)
     assert session.next_step() is not None and loop.added == 0, "what was added up before a pause is dropped"
+
+
+@dataclass
+class ByHand:
+    """Worker whose merge is done when the test says so."""
+
+    work: list[Callable[[], Any]] = field(default_factory=list)
+    is_done: bool = False
+
+    def __call__(self, work: Callable[[], Any]) -> ByHand:
+        self.work.append(work)
+        return self
+
+    def done(self) -> bool:
+        return self.is_done
+
+    def result(self) -> Any:
+        return self.work[-1]()
+
+
+def test_with_delayed_steps_gradients_at_the_old_weights_are_of_the_next_batch() -> None:
+    run = run_file(9, stages=1)
+    run = run.model_copy(update={"merge": run.merge.model_copy(update={"method": "batch", "fragments": 1})})
+    exchange, reports, loop, worker = (
+        Together(9, 1, ends_at=[2 * STEP, 4 * STEP]),
+        list[RoundReport](),
+        NoLoop(),
+        ByHand(),
+    )
+    session = Session(
+        run=run, parameters=parameters(), loop=loop, exchange=exchange, report=reports.append, worker=worker
+    )
+    weights = list[list[float]]()
+    for step in range(6):
+        worker.is_done = step == 4
+        assert session.next_step() is not None
+        weights.append(session.parameters.read().tolist())
+        loop.added += 1
+        session.step(STEP, 2.0)
+    assert weights[0] == weights[1] == weights[2] == weights[3] != weights[4] == weights[5]
+    assert [own.gradient.tolist() for own in exchange.published] == [[2.0] * 6], "the second is not merged yet"
+    assert len(reports) == 1 and reports[0].contribution.inner_steps == 2
+    assert len(worker.work) == 2 and loop.added == 0, "two steps at the old weights and two at the new ones"
+    worker.is_done = True
+    exchange.ends_at.append(9 * STEP)
+    assert session.next_step() is not None
+    assert [own.gradient.tolist() for own in exchange.published] == [[2.0] * 6, [4.0] * 6]
