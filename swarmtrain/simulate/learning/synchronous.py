@@ -235,6 +235,7 @@ def batch(setting: Setting) -> RunOutcome:
                 for _ in range(number_of_them):
                     learner.step(tokens / setting.total_tokens, sequences[number])
             weights.append(steps * sequences[number] * run.model.context_tokens)
+            recorder.count(number, weights[-1])
             gradients.append(_as_published(learner.loop.mean_gradient(), weights[-1], encoders[number]))
             worked_s += setting.takes_s(number, now_s, steps) * sequences[number] / full
         mean, untrained = _mean_of(learners, gradients, weights)
@@ -258,6 +259,7 @@ def batch(setting: Setting) -> RunOutcome:
         stall_share=1.0 - worked_s / (num_peers * now_s),
         tokens_lost=lost * run.model.context_tokens,
         curve=tuple(recorder.points),
+        peer_tokens=recorder.peer_tokens,
     )
 
 
