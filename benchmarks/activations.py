@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 from cold_start import read_run
 
-from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
+from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.outer import flatten
 from swarmtrain.algorithm.quantize import Format
 from swarmtrain.model.gpt import build_model
 from swarmtrain.model.stage_work import StageWork
 from swarmtrain.model.stages import balanced_boundaries, build_stage, joined_weights, measured_costs, stage_shapes
 from swarmtrain.network.codec import ActivationCodec
+from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.simulate.learning.learner import Text
 
 FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8")
@@ -32,7 +33,7 @@ FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8")
 def train(text: Text, boundaries: tuple[int, ...], form: Format) -> float:
     """Train; return the final held-out loss in nats per byte."""
     run = text.run
-    constants = InnerConstants(**run.inner.model_dump(exclude={"batch_sequences", "microbatch_sequences"}))
+    constants = inner_constants(run)
     stages = [build_stage(shape, run.run.seed) for shape in stage_shapes(run.model, boundaries)]
     work = [StageWork(stage) for stage in stages]
     inner = [InnerOptimizer(stage.named_parameters(), constants) for stage in stages]

@@ -156,8 +156,7 @@ def trackio(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Read a peer's run in Trackio's database."""
     found: dict[str, list[tuple[int, float]]] = {}
     name = f"{folder.name}-{json.loads((folder / 'trackers.json').read_text())['id']}"
-    (path,) = (folder.parent / "trackio").glob("*.db")
-    with sqlite3.connect(path) as database:
+    with sqlite3.connect(folder.parent / "trackio" / "curves.db") as database:
         rows = database.execute("SELECT step, metrics FROM metrics WHERE run_name = ? ORDER BY id", (name,))
         for step, metrics in rows.fetchall():
             for curve, value in json.loads(metrics).items():
@@ -190,12 +189,13 @@ def train(folder: Path) -> None:
     print("| peer | tracker | points of train/loss | of eval/loss | curves | steps rise | losses are those told |")
     print("|---|---|---|---|---|---|---|")
     for name, lives in (("anna, killed and back", (anna, again)), ("ben", (ben,)), ("bootstrap", (bootstrap,))):
-        told = {round(each["loss"], 5) for life in lives for each in life.of("round")}
+        told = [each["loss"] for life in lives for each in life.of("round")]
         for read in (tensorboard, wandb, trackio):
             curves = read(lives[0].folder)
             rise = all(a < b for points in curves.values() for (a, _), (b, _) in pairwise(points))
-            drawn = {round(value, 5) for _, value in curves["train/loss"]}
-            same = f"{len(drawn & told)} of {len(told)}" if told else "-"
+            drawn = [value for _, value in curves["train/loss"]]  # some trackers keep them in 32 bits
+            num_same = sum(any(abs(loss - value) < 1e-6 for value in drawn) for loss in told)
+            same = f"{num_same} of {len(told)}" if told else "-"
             counts = [len(curves.get(curve, [])) for curve in ("train/loss", "eval/loss")]
             print(f"| {name} | {read.__name__} | {counts[0]} | {counts[1]} | {len(curves)} | {rise} | {same} |")
     print()

@@ -1,36 +1,50 @@
-"""Measure what a flood of Watch clients costs the trainer.
+"""Measure what a flood of Watch clients costs the trainer, or browsers that show its page.
 
     python benchmarks/watch_flood.py
     python benchmarks/watch_flood.py --blocks 50 --retry-s 0.2
+    python benchmarks/watch_flood.py --browsers 8
+    python benchmarks/watch_flood.py --browsers 8 --elsewhere
 
 A trainer takes inner steps of a real model in the main thread, as a volunteer does, beside a status board of fifty
 peers with a full loss curve, and a control server. Blocks alternate: no clients; then 32 clients watch, and 200 more
 are refused and ask again after `--retry-s`. A step's time excludes its waits for a processor (Linux: schedstat), so
 that other programs do not count but waits for Python's lock do. The processor time of the server's threads is printed
 beside it; together they are the cost of the flood.
+
+With `--browsers`, the page is served by a process of its own at a niceness of 10, as `--web` does, and instead of the
+flood so many windows of Chromium show it, on the same machine. With `--elsewhere` as many readers take the page's
+stream and draw nothing, as for the trainer's machine browsers on other machines do.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import http.client
+import os
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
 import torch
 
-from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
+from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.events import RoundEvent, StartedEvent
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.control.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.control.health import health
 from swarmtrain.peer.control.server import MAX_WATCHERS, ControlHandlers, ControlServer
+from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.run import load_run
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
@@ -45,9 +59,8 @@ class Trainer:
 
     def __init__(self) -> None:
         run = load_run(ROOT / "examples" / "stdlib-gpt.toml")
-        values = run.inner.model_dump(exclude={"batch_sequences", "microbatch_sequences"})
         self.model = build_model(run.model, 0)
-        self.optimizer = InnerOptimizer(self.model.named_parameters(), InnerConstants(**values))
+        self.optimizer = InnerOptimizer(self.model.named_parameters(), inner_constants(run))
         self.batch = torch.randint(0, run.model.vocabulary_size, (4, run.model.context_tokens + 1))
         self.num_steps = 0
 
@@ -108,8 +121,16 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
     parser.add_argument("--block-s", type=float, default=4.0)
     parser.add_argument("--retry-s", type=float, default=1.0, help="how soon those who were refused ask again")
+    parser.add_argument("--browsers", type=int, default=0, metavar="N", help="N browsers instead of the flood")
+    parser.add_argument("--elsewhere", action="store_true", help="they draw nothing here")
     parser.add_argument("--flood", metavar="ADDRESS", help=argparse.SUPPRESS)
+    parser.add_argument("--page", metavar="ADDRESS", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.page:
+        serve_page(given.page)
+    elif given.flood and given.browsers:
+        obey_with_browsers(given.flood, given.browsers, elsewhere=given.elsewhere)
+        return
     if given.flood:
         asyncio.run(Flood(given.flood, given.retry_s).obey())
         return
@@ -132,6 +153,7 @@ def measure(trainer: Trainer, address: str, given: argparse.Namespace) -> None:
     """Measure blocks without and with the flood, in turn."""
     trainer.steps_for(2.0)
     command = [sys.executable, __file__, "--flood", address, "--retry-s", str(given.retry_s)]
+    command += ["--browsers", str(given.browsers)] + ["--elsewhere"] * given.elsewhere
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1) as clients:
         assert clients.stdin is not None and clients.stdout is not None
@@ -221,6 +243,90 @@ class Flood:
                     task.cancel()
                 await asyncio.wait(tasks)
                 print(f"{told} {self.num_refused} times", flush=True)
+        print("ended", flush=True)
+
+
+# ---------------------------------------------------------------- browsers
+
+
+def serve_page(address: str) -> None:
+    """Serve the page of the peer at `address` on a free port, which is printed, until this process is killed."""
+    from swarmtrain.cli.page_address import PageAddress
+    from swarmtrain.cli.page_service import PageService
+    from swarmtrain.cli.peers import LocalPeer
+
+    os.nice(10)
+    sock = socket.create_server(("127.0.0.1", 0))
+    port = sock.getsockname()[1]
+    print(port, flush=True)
+    PageService(LocalPeer(address=address), sock, PageAddress(host="127.0.0.1", port=port), "k" * 32).run()
+
+
+class Readers:
+    """Readers of the page's stream, which draw nothing."""
+
+    def __init__(self, port: int, number: int) -> None:
+        self.num_bytes = 0
+        self._connections = [http.client.HTTPConnection("127.0.0.1", port) for _ in range(number)]
+        for connection in self._connections:
+            connection.request("GET", "/state")
+            threading.Thread(target=self._read, args=(connection.getresponse(),), daemon=True).start()
+
+    def _read(self, response: Any) -> None:
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError, http.client.HTTPException
+        ):  # closed while it reads
+            while data := response.read1(65536):
+                self.num_bytes += len(data)
+
+    def close(self) -> str:
+        told = f"{len(self._connections)} readers got {self.num_bytes / 1e6:.1f} MB"
+        for connection in self._connections:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        return told
+
+
+class Windows:
+    """Windows of a browser that show the page."""
+
+    def __init__(self, engine: Any, port: int, number: int) -> None:
+        self._contexts = [engine.new_context(viewport={"width": 1440, "height": 900}) for _ in range(number)]
+        self._pages = [context.new_page() for context in self._contexts]
+        for page in self._pages:
+            page.goto(f"http://127.0.0.1:{port}/")
+            page.locator("#here tbody tr").first.wait_for()
+
+    def close(self) -> str:
+        sentences = {page.locator("#sentence").inner_text() for page in self._pages}
+        for context in self._contexts:
+            context.close()
+        return f"{len(self._contexts)} windows show {', '.join(sorted(sentences))}"
+
+
+def obey_with_browsers(address: str, number: int, *, elsewhere: bool) -> None:
+    """Serve the page, and open and close browsers, as standard input says."""
+    with contextlib.ExitStack() as stack:
+        engine: Any = None
+        if not elsewhere:
+            from playwright.sync_api import sync_playwright
+
+            program = shutil.which("chromium") or shutil.which("google-chrome")
+            assert program is not None, "there is no Chromium here: apt-get install chromium"
+            engine = stack.enter_context(sync_playwright()).chromium.launch(executable_path=program)
+        while (word := sys.stdin.readline().strip()) == "on":
+            command = [sys.executable, __file__, "--page", address]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as page:
+                assert page.stdout is not None
+                port = int(page.stdout.readline())
+                readers = Readers(port, number) if elsewhere else Windows(engine, port, number)
+                time.sleep(2.0)
+                print("on", flush=True)
+                assert sys.stdin.readline().strip() == "off"
+                told = readers.close()
+                page.kill()
+            print(told, flush=True)
+        assert word == "end"
         print("ended", flush=True)
 
 

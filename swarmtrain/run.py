@@ -34,6 +34,7 @@ from swarmtrain.run_adapter import FILLED_ADAPTER_KEYS, AdapterSection
 from swarmtrain.run_aliases import Translation, translate
 from swarmtrain.run_data import DataSection, DataSource, SourceKeys
 from swarmtrain.run_model import BOOTSTRAP_MODEL_KEYS, PUBLISHED_BASE, ModelSection
+from swarmtrain.run_pipeline import FORMATS, PipelineSection
 
 __all__ = [
     "CHUNK_BYTES",
@@ -148,14 +149,6 @@ _METHODS = " or ".join(f'"{name}"' for name in METHODS) + ' or "PACKAGE:METHOD" 
 _Format = Literal["fp32", "bf16", "int8", "int4"]
 _FormatOrAuto = Literal["auto", "fp32", "bf16", "int8", "int4", "int2"]
 
-_FORMATS = {
-    "fp32": "4 bytes a number, exact.",
-    "bf16": "2 bytes a number.",
-    "int8": "1 byte a number, and a scale for each block.",
-    "int4": "Half a byte a number, and a scale for each block.",
-    "int2": "A quarter of a byte a number, and a scale for each block.",
-}
-
 
 def _kind_of(merge: dict[str, Any]) -> MergeMethod | None:
     """Return the merge method that the table names; None if it names none, or one that is not installed."""
@@ -180,15 +173,15 @@ class MergeSection(Section):
             },
         ),
     )
-    inner_steps: int = Field(25, ge=1, le=1_000_000, description="Inner steps of one round (H).")
+    inner_steps: int = Field(25, ge=1, le=1_000_000, description='Inner steps of one round (H). With "batch": the batches of inner.batch_sequences that make the large batch, whoever computes them; it follows from merge.target_tokens if that is given.')  # fmt: skip
     outer_learning_rate: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer Nesterov step.")
     outer_momentum: float = Field(0.8, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "diloco" the default is 0.9.')  # fmt: skip
     momentum_ramp_rounds: int = Field(0, ge=0, description="Rounds over which the outer momentum rises linearly from 0; 0: no rise.")  # fmt: skip
     pacing: bool = Field(True, description='Give slower peers fewer inner steps, so that rounds take equally long; with "gossip" they also end at the same moment, for which a peer takes up to half as many steps more. With "diloco" the default is false.')  # fmt: skip
-    share_above: int = Field(5, ge=1, description='With "diloco": if a roster has more peers than this, each averages one share of the parameters, and the others pull the result.')  # fmt: skip
+    share_above: int = Field(5, ge=1, description='With "diloco" and "batch": if a roster has more peers than this, each averages one share of the parameters, and the others pull the result.')  # fmt: skip
     min_peers: int = Field(1, ge=1, le=10_000, description="Round 0 begins when this many volunteers are present.")
-    round_limit_s: float = Field(600.0, gt=0, description='Longest time of a round, in seconds; with "diloco" the round is closed then.')  # fmt: skip
-    silence_s: float = Field(5.0, gt=0, description='With "diloco": a signer that is silent for this long after a round\'s end is passed over, in seconds.')  # fmt: skip
+    round_limit_s: float = Field(600.0, gt=0, description='Longest time of a round, in seconds; with "diloco" the round is closed then, and with "batch" the step is taken then with what is there.')  # fmt: skip
+    silence_s: float = Field(5.0, gt=0, description='With "diloco" and "batch": a signer that is silent for this long after a round\'s end is passed over, in seconds.')  # fmt: skip
     init: Literal["common", "own"] = Field(
         "common",
         description=with_values(
@@ -219,16 +212,16 @@ class MergeSection(Section):
         "int8",
         description=with_values(
             'With "gossip" and "server": how weights travel.',
-            {name: _FORMATS[name] for name in get_args(_Format)},
+            {name: FORMATS[name] for name in get_args(_Format)},
         ),
     )
     gradient_format: _FormatOrAuto = Field(
         "auto",
         description=with_values(
-            'With "gossip" and "server": how pseudo-gradients travel.',
+            'With "gossip" and "server": how pseudo-gradients travel. With "batch": how gradients travel, "fp32" (the default), "bf16" or "int8"; what rounding loses is added to the next one.',
             {
                 "auto": 'The format int2; with "gossip" int4 where a round then brings no more bytes than in a large swarm, and takes at most a fifth of the round.',
-                **{name: _FORMATS[name] for name in get_args(_FormatOrAuto)[1:]},
+                **{name: FORMATS[name] for name in get_args(_FormatOrAuto)[1:]},
             },
         ),
     )
@@ -251,6 +244,19 @@ class MergeSection(Section):
     max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='With "gossip": a publication that is further behind the median round is not merged, and a peer that is further behind takes the others\' weights. With "server": a pseudo-gradient that began from weights further behind is not taken in.')  # fmt: skip
     buffer_arrivals: int = Field(0, ge=0, le=10_000, description='With "server": number of arrivals after which the outer momentum is refreshed (N); 0: as many as there are volunteers.')  # fmt: skip
     momentum_share: float = Field(0.0, ge=0, le=1, description='With "server": share of the momentum that each arrival applies (c), at most 1 / N; 0: the momentum is applied only when it is refreshed.')  # fmt: skip
+    target_tokens: int = Field(0, ge=0, le=10**12, description='With "batch": tokens of the large batch; the step is taken once all volunteers together have about so many. 0: what merge.inner_steps inner steps read.')  # fmt: skip
+    max_wait_s: float = Field(10.0, gt=0, le=3600, description='With "batch": once the batch is there, how long the step waits for volunteers that have not delivered their gradient, in seconds; then it is taken without them, and what they computed for it does not count.')  # fmt: skip
+    delay_steps: int = Field(0, ge=0, le=1, description='With "batch": 1 has volunteers compute gradients for the next batch, at the old weights, while the mean of this one is made and travels.')  # fmt: skip
+    optimizer: Literal["adamw", "lamb"] = Field(
+        "adamw",
+        description=with_values(
+            'With "batch": the step that all volunteers take, with the constants of [inner].',
+            {
+                "adamw": "AdamW.",
+                "lamb": "LAMB, whose step in each tensor is as long as the tensor's weights; for very large batches.",
+            },
+        ),
+    )
 
     @property
     def kind(self) -> MergeMethod:
@@ -261,6 +267,11 @@ class MergeSection(Section):
     def gradient_formats(self) -> tuple[GradientFormat, ...]:
         """Formats that a pseudo-gradient may have, the coarsest first."""
         return self.kind.auto_formats if self.gradient_format == "auto" else (self.gradient_format,)
+
+    @property
+    def roster_format(self) -> GradientFormat:
+        """Format of what a roster names: with synchronous rounds of pseudo-gradients always fp32."""
+        return self.gradient_formats[0] if self.kind.common_step else "fp32"
 
     @property
     def num_fragments(self) -> int:
@@ -295,6 +306,17 @@ class MergeSection(Section):
                 raise ValueError(
                     f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with {allowed}'
                 )
+        for key in sorted(self.kind.unread):
+            if getattr(self, key) != self.kind.defaults.get(key, type(self).model_fields[key].default):
+                allowed = " or ".join(f'"{method.name}"' for method in METHODS.values() if key not in method.unread)
+                raise ValueError(
+                    f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with {allowed}'
+                )
+        if self.kind.formats and self.gradient_format not in self.kind.formats:
+            allowed = ", ".join(f'"{name}"' for name in self.kind.formats)
+            raise ValueError(
+                f'merge.gradient_format: "{self.gradient_format}" with merge.method = "{self.method}"; allowed: {allowed}'
+            )
         if self.kind.has_server and self.robust not in ("none", "clip"):
             raise ValueError(
                 f'merge.robust: "{self.robust}" compares several gradients, and with merge.method = "{self.method}" they '
@@ -305,54 +327,6 @@ class MergeSection(Section):
                 f"merge.momentum_share: {self.momentum_share:g} with merge.buffer_arrivals = {self.buffer_arrivals}; "
                 "allowed: at most 1 / merge.buffer_arrivals, which must be given then"
             )
-        return self
-
-
-class PipelineSection(Section):
-    """Pipeline for a model that no volunteer holds alone: who holds which part, and what travels between them."""
-
-    stages: int = Field(1, ge=1, le=512, description="Number of parts into which the model is cut; a volunteer holds one of them, or a few. 1: everybody holds the whole model.")  # fmt: skip
-    boundaries: tuple[Annotated[int, Field(ge=0, le=512)], ...] = Field((), strict=False, description="Number of blocks before each cut, one fewer than stages, ascending; empty: the bootstrap measures where the parts cost most nearly the same.")  # fmt: skip
-    activations: Literal["fp32", "bf16", "int8"] = Field(
-        "bf16",
-        description=with_values(
-            "How activations and their gradients travel between stages.",
-            {name: _FORMATS[name] for name in ("fp32", "bf16", "int8")},
-        ),
-    )
-    wiring: Literal["round-robin", "least-completion"] = Field(
-        "round-robin",
-        description=with_values(
-            "How a driver chooses among the peers of a stage.",
-            {
-                "round-robin": "In turn, each as often as its measured speed allows.",
-                "least-completion": "The peer that is expected to be done first.",
-            },
-        ),
-    )
-    in_flight: int = Field(0, ge=0, le=1024, description="Most microbatches that a driver has under way; 0: as many as keep the stages busy without their weights going too old.")  # fmt: skip
-    balance: Literal["rates", "queues", "none"] = Field(
-        "rates",
-        description=with_values(
-            "Which volunteer moves when one stage has become the slowest.",
-            {
-                "rates": "One whose move raises the rate of the slowest stage, by the speeds measured at each.",
-                "queues": "One of the stage with the shortest queues goes to that with the longest, as in SWARM.",
-                "none": "Nobody.",
-            },
-        ),
-    )
-    balance_every_s: float = Field(10.0, ge=1, le=3600, description="Seconds between two looks of a volunteer whether it should move.")  # fmt: skip
-
-    @model_validator(mode="after")
-    def _fits_stages(self) -> PipelineSection:
-        if self.boundaries and len(self.boundaries) != self.stages - 1:
-            raise ValueError(
-                f"pipeline.boundaries: {len(self.boundaries)} with pipeline.stages = {self.stages}; allowed: "
-                f"{self.stages - 1}, or none, and they are chosen by measurement"
-            )
-        if list(self.boundaries) != sorted(set(self.boundaries)):
-            raise ValueError(f"pipeline.boundaries: {list(self.boundaries)}; allowed: each larger than the one before")
         return self
 
 
@@ -464,6 +438,11 @@ class RunFile(Section):
         return self.merge.inner_steps * self.tokens_per_step
 
     @property
+    def target_tokens(self) -> int:
+        """Tokens of the large batch that all volunteers make together, where the method has one."""
+        return self.merge.target_tokens or self.round_tokens
+
+    @property
     def max_round_tokens(self) -> int:
         """Most tokens that one peer's round counts. With gossip a round may be longer, to end when the others' rounds do.
         A stage's steps differ in size (`protocol/pipeline/ledger.py`), and a round ends after the step that fills it."""
@@ -522,6 +501,25 @@ class RunFile(Section):
         if not section.is_used or kind is None or not kind.reads("fragments"):
             return data
         return {**data, "merge": {**merge, "fragments": section.num_groups}}
+
+    @model_validator(mode="after")
+    def _batch_of_steps(self) -> RunFile:
+        """Set `merge.inner_steps` to the inner steps that make up `merge.target_tokens`."""
+        merge = self.merge
+        if not merge.target_tokens:
+            return self
+        steps = -(-merge.target_tokens // self.tokens_per_step)
+        if "inner_steps" in merge.model_fields_set and merge.inner_steps != steps:
+            raise ValueError(
+                f"merge.inner_steps: {merge.inner_steps} with merge.target_tokens = {merge.target_tokens}, which are "
+                f"{steps} inner steps of {self.tokens_per_step} tokens; allowed: {steps}, or leave one of the two out"
+            )
+        if steps > 1_000_000:
+            raise ValueError(
+                f"merge.target_tokens: {merge.target_tokens} are {steps} inner steps; allowed: at most 1000000 of them"
+            )
+        object.__setattr__(self, "merge", merge.model_copy(update={"inner_steps": steps}))
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> RunFile:
@@ -624,6 +622,11 @@ class RunFile(Section):
             raise ValueError(f'{method} with merge.method = "{merge.method}"; allowed: with {allowed}')
         if self.pipeline.stages > 1:
             raise ValueError(f"{method} with pipeline.stages = {self.pipeline.stages}; allowed: with 1")
+        if merge.kind.common_step and merge.roster_format != "fp32":
+            raise ValueError(
+                f'merge.gradient_format: "{merge.gradient_format}" with an adapter, of which volunteers publish groups; '
+                'allowed: "fp32"'
+            )
         if merge.init != "common":
             raise ValueError(
                 f'merge.init: "{merge.init}" with an adapter, whose B begins with zeros; allowed: "common"'

@@ -156,4 +156,6 @@ def stages_in_words(stages: Sequence[int]) -> str:
 
 def one_line(text: str) -> str:
     """Escape line ends and other control characters, so that a terminal can show `text`."""
+    if text.isprintable():  # nearly always; a page asks this of some thousands of names a second
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

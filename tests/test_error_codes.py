@@ -22,6 +22,7 @@ from swarmtrain.network.refusals import RULES, Refusals, rule_of
 
 FROZEN = """
 address-elsewhere address-not-an-ip against-own all-volunteers-run another-run archive-not-written background-ended
+bootstrap-left-alone
 bad-address bad-assignment bad-bytes bad-chain bad-device bad-format bad-hash bad-limit bad-name bad-number
 bad-plot-name bad-presence bad-publication bad-round bad-sender bad-shape bad-signature bad-size bad-stages bad-stream
 bad-time bad-tokens bad-trace bad-value broken-off bug busy card-not-watched checkpoint-mismatch checkpoint-not-finite
@@ -54,7 +55,9 @@ stages-only stalled state-not-delivered stdlib-missing still-ending tied-embeddi
 too-few-peers too-little-bandwidth too-little-memory too-little-text too-many-devices too-many-threads too-much-churn
 too-often too-slow-for-run training-diverged unknown-key unreachable update-too-old wrong-type
 bad-tracker tracker-failed tracker-offline
+gradient-not-counted
 model-files-needed model-has-code model-quantised model-refused no-such-base
+bad-report-name nothing-to-report
 """
 """Codes as people have them in their notes and programs. A new one is added here; none is taken away or renamed."""
 

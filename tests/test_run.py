@@ -703,3 +703,43 @@ def test_a_wrong_published_boundary_is_named(boundaries: list[int]) -> None:
     data = pipeline_bytes(boundaries=boundaries)
     with raises_code("keys-disagree", BadBytesError, "published.boundaries"):
         parse_published_untrusted(data, run_sha256(data))
+
+
+def batch_run(**merge: object) -> RunFile:
+    return RunFile.model_validate(
+        {
+            "run": {"total_tokens": 10**6},
+            "model": {"context_tokens": 64},
+            "inner": {"batch_sequences": 4},
+            "merge": {"method": "batch", **merge},
+        }
+    )
+
+
+def test_a_large_batch_is_given_in_tokens_or_in_inner_steps() -> None:
+    assert batch_run(inner_steps=10).target_tokens == 2560
+    given = batch_run(target_tokens=2500)
+    assert (given.target_tokens, given.merge.inner_steps) == (2500, 10)
+    data = published_bytes(given.model_copy(update={"published": published().published}))
+    assert parse_published_untrusted(data, run_sha256(data)).merge == given.merge
+    assert needs_of(given).protocol == 2
+    with pytest.raises(ValueError, match=r"inner_steps: 25 with merge.target_tokens = 2500, .* allowed: 10"):
+        batch_run(target_tokens=2500, inner_steps=25)
+    with pytest.raises(ValueError, match="are 3906250 inner steps; allowed"):
+        batch_run(target_tokens=10**9)
+
+
+def test_gradients_of_a_large_batch_travel_in_some_formats() -> None:
+    assert batch_run().merge.roster_format == "fp32" and batch_run(gradient_format="int8").merge.roster_format == "int8"
+    with pytest.raises(ValueError, match=r'gradient_format: "int2" with .* allowed: "fp32", "bf16"'):
+        batch_run(gradient_format="int2")
+
+
+@pytest.mark.parametrize(
+    "merge", [{"outer_momentum": 0.9}, {"pacing": True}, {"outer_learning_rate": 1.0}, {"robust": "clip"}]
+)
+def test_keys_of_an_outer_step_have_no_meaning_with_a_large_batch(merge: dict[str, object]) -> None:
+    with pytest.raises(
+        ValueError, match=f'merge.{next(iter(merge))}: has no meaning with merge.method = "batch"; allowed: with '
+    ):
+        batch_run(**merge)

@@ -21,6 +21,7 @@ from torch.optim.adamw import adamw
 from swarmtrain.algorithm import memory
 
 __all__ = [
+    "ADAMW_EPS",
     "InnerConstants",
     "InnerOptimizer",
     "LentMoments",
@@ -31,7 +32,8 @@ __all__ = [
 ]
 
 _FIRST_SHARE = 0.01  # the warm-up begins at this share of the peak: a learning rate of 0 would waste a step
-_EPS = 1e-8  # torch.optim.AdamW's default
+ADAMW_EPS = 1e-8
+"""Added to the root of the second moment; torch.optim.AdamW's default."""
 _PIECE = 1 << 20  # numbers of lent moments that are copied at once: the optimizer waits for no more than that
 _COPIED_PIECES = 16  # pieces in one copy of a device: pinned memory comes in powers of two, and so little is left over
 _LENT_WAIT_S = 0.1
@@ -298,7 +300,7 @@ class InnerOptimizer:
             beta1=self.constants.beta1,
             beta2=self.constants.beta2,
             weight_decay=decay,
-            eps=_EPS,
+            eps=ADAMW_EPS,
         )
 
     def _state_of(self, parameter: Tensor) -> _State:

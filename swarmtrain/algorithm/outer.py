@@ -48,16 +48,19 @@ class OuterConstants:
 
 @dataclass(frozen=True)
 class OuterState:
-    """Outer parameters and their momentum, (P,) fp32 each. Nobody writes into the tensors of a state."""
+    """Outer parameters and their momentum, fp32. Nobody writes into the tensors of a state."""
 
     theta: Tensor
+    """Outer parameters (P,)."""
     momentum: Tensor
+    """Momentum (P,); where all peers take a step of AdamW or LAMB (`common_step.py`), both moments, (2 P,)."""
 
     def __post_init__(self) -> None:
-        if self.theta.shape != self.momentum.shape or self.theta.dim() != 1:
+        size = self.theta.numel()
+        if self.theta.dim() != 1 or self.momentum.dim() != 1 or self.momentum.numel() not in (size, 2 * size):
             raise ValueError(
-                f"theta and momentum must be vectors of one size, got {tuple(self.theta.shape)} "
-                f"and {tuple(self.momentum.shape)}"
+                f"theta and momentum must be vectors of one size, or momentum of two moments, got "
+                f"{tuple(self.theta.shape)} and {tuple(self.momentum.shape)}"
             )
 
     @property
@@ -145,8 +148,11 @@ def outer_step(state: OuterState, gradient: Tensor, constants: OuterConstants) -
 
 def kept_where(state: OuterState, before: OuterState, places: Iterable[slice]) -> OuterState:
     """Return `state`, whose tensors nobody else has yet, with the numbers of `before` at these places."""
+    size = state.size
     for place in places:
-        state.theta[place], state.momentum[place] = before.theta[place], before.momentum[place]
+        state.theta[place] = before.theta[place]
+        for new, old in zip(torch.split(state.momentum, size), torch.split(before.momentum, size), strict=True):
+            new[place] = old[place]
     return state
 
 

@@ -37,9 +37,12 @@ from swarmtrain.algorithm import memory
 __all__ = [
     "FORMATS",
     "ErrorFeedback",
+    "FedBackSum",
     "Format",
     "decode",
+    "decode_pieces",
     "encode",
+    "encode_pieces",
     "encoded_size_bytes",
     "less_decoded",
     "surely_finite",
@@ -185,6 +188,65 @@ def decode(data: Tensor, format: Format, sizes: Sequence[int], out: Tensor | Non
     else:
         out.view(torch.uint8).copy_(data)
     return out
+
+
+_PIECE = 1 << 16  # numbers of a piece: those of a chunk of fp32
+
+
+def encode_pieces(vector: Tensor, format: Format) -> list[Tensor]:
+    """Encode `vector` (P,) fp32 in pieces of 65,536 numbers, the last one possibly short, as if each were a tensor.
+
+    So what becomes of any run of whole pieces is known without the rest of the bytes. Blocks cross the boundaries of
+    tensors. Raises as `encode` does.
+    """
+    return [encode(piece, format, [len(piece)]) for piece in torch.split(vector, _PIECE)]
+
+
+def decode_pieces(data: Tensor, format: Format) -> Tensor:
+    """Decode the bytes of one or more neighbouring pieces, of fp32, bf16 or int8, to their numbers (N,) fp32.
+
+    Raises as `decode` does.
+    """
+    vectors = []
+    for piece in torch.split(data, encoded_size_bytes(format, [_PIECE])):
+        if format == "int8":
+            blocks = -(-len(piece) // (_SCALE_BYTES + _BLOCKWISE[format].block))
+            number = len(piece) - _SCALE_BYTES * blocks
+        else:
+            number = len(piece) // (4 if format == "fp32" else 2)
+        vectors.append(decode(piece, format, [number]))
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors, out=memory.empty(sum(map(len, vectors))))
+
+
+@dataclass
+class FedBackSum:
+    """Encoder of gradients whose sum over steps, weighted by tokens, matters: what is lost of one goes into the next.
+
+    It gives two values for each gradient: its bytes, and a function to call once the gradient has counted. Without that
+    call the gradient is as if it had never been.
+    """
+
+    format: Format
+    _lost: Tensor | None = None
+    """What rounding has lost, (P,), times the tokens of the gradient that lost it."""
+
+    @torch.no_grad()
+    def encode(self, gradient: Tensor, tokens: int) -> tuple[list[Tensor], Callable[[], None]]:
+        """Encode the mean gradient (P,) of so many tokens in pieces, with what earlier ones have lost.
+
+        A gradient that is not finite is encoded as zeros.
+        """
+        wanted = gradient if self._lost is None else gradient + self._lost / tokens
+        if not torch.isfinite(wanted).all():
+            return encode_pieces(torch.zeros_like(gradient), self.format), lambda: None
+        pieces = encode_pieces(wanted, self.format)
+        lost = torch.cat([decode_pieces(piece, self.format) for piece in pieces])
+        lost = torch.sub(wanted, lost, out=lost).mul_(tokens)
+
+        def counted() -> None:
+            self._lost = lost
+
+        return pieces, counted
 
 
 def surely_finite(data: Tensor, format: Format, sizes: Sequence[int]) -> bool:

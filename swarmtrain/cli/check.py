@@ -174,7 +174,10 @@ def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | N
         f"{model.context_tokens}",
         "stages": f"{stages}, each about {count(cost.num_parameters)} parameters and held by {peers}; "
         f"{size(activation_wire_bytes(run))} between two of them for {count(sequences * model.context_tokens)} tokens",
-        "round": f"{counted(run.merge.inner_steps, 'inner step')}, {count(cost.tokens_per_round)} tokens with {peers}",
+        "round": f"{counted(run.merge.inner_steps, 'inner step')} of all volunteers together, "
+        f"{count(cost.tokens_per_round)} tokens"
+        if run.merge.kind.common_step
+        else f"{counted(run.merge.inner_steps, 'inner step')}, {count(cost.tokens_per_round)} tokens with {peers}",
         "whole run": f"{count(run.run.total_tokens)} tokens: {least}{counted(cost.num_rounds, 'round')}, "
         f"{counted(cost.inner_steps_per_peer, 'inner step')} of each of {peers}{why}",
         "sent": ("up to " if len(run.merge.gradient_formats) > 1 else "")

@@ -86,13 +86,15 @@ def state_in_words(view: View) -> str:
     return _STATES.get(view.status.state, "running") if view.phase is PeerPhase.RUNNING else view.phase.value
 
 
-def sentence(view: View, *, for_strangers: bool = False) -> str:
+def sentence(view: View, *, for_strangers: bool = False, for_later: bool = False) -> str:
     """Say what the peer is doing and why, or how it ended and what to do about it.
 
-    Strangers are not told why it failed nor what to do about it, since that may name its user's files.
+    Strangers are not told why it failed nor what to do about it, since that may name its user's files. `for_later`
+    leaves out when it was, for what is read at another time and place.
     """
     status = view.status
-    ago = age_in_words(status.time, view)
+    ago, clock = age_in_words(status.time, view), clock_in_words(status.time, view.now)
+    ago, last, about, since = 4 * ("",) if for_later else (f" {ago}", f", {ago}", f" about {clock}", f" since {clock}")
     told = _REASONS.get(status.end_reason, "" if for_strangers else one_line(status.end_reason))
     then = [one_line(view.note)] if view.note else []
     match view.phase:
@@ -102,18 +104,18 @@ def sentence(view: View, *, for_strangers: bool = False) -> str:
         case PeerPhase.STARTING:
             return "it is starting, and does not answer yet"
         case PeerPhase.SILENT:
-            return f"it runs but does not answer; its last status, {ago}: {one_line(status.doing) or 'none'}"
+            return f"it runs but does not answer; its last status{last}: {one_line(status.doing) or 'none'}"
         case PeerPhase.ENDED:
-            return "; ".join([f"ended {ago}" + (f": {told}" if told else ""), *then])
+            return "; ".join([f"ended{ago}" + (f": {told}" if told else ""), *then])
         case PeerPhase.LOST:
-            return "; ".join([f"no answer since {clock_in_words(status.time, view.now)} ({_was(status)})", *then])
+            return "; ".join([f"no answer{since} ({_was(status)})", *then])
         case PeerPhase.FAILED:
             why = "" if for_strangers else f": {told or 'it did not say why'}"
-            text = f"failed {ago}{why} (exit code {status.exit_code})"
+            text = f"failed{ago}{why} (exit code {status.exit_code})"
         case PeerPhase.DIED if not status.time or status.state in _OVER:
             text = "died while it was starting, without an error message"
         case PeerPhase.DIED:
-            text = f"died about {clock_in_words(status.time, view.now)} ({_was(status)})"
+            text = f"died{about} ({_was(status)})"
     return "; ".join([text, *then, *([] if for_strangers else [_start_again(view)])])
 
 

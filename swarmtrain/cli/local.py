@@ -23,7 +23,7 @@ from swarmtrain.cli.page_address import CommandWithPage, PageAddress, web_option
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 from swarmtrain.cli.tracker_options import report_to_option
 from swarmtrain.errors import RunTimeError, with_code
-from swarmtrain.words import counted
+from swarmtrain.words import counted, one_line
 
 if TYPE_CHECKING:
     from swarmtrain.cli.common import EventSink
@@ -436,6 +436,8 @@ def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
         text = sample_text(exported, prompt, sampling, advance)
     click.echo(text, err=as_json)
     click.echo(model_line(model), err=as_json)
+    where = shlex.quote(one_line(str(directory)))
+    click.echo(f"to keep how it went: swarmtrain report --dir {where} --to run.html", err=as_json)
 
 
 def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, stop: StopFlag) -> tuple[_Part, float]:

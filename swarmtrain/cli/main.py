@@ -25,7 +25,7 @@ __all__ = ["ALIASES", "COMMANDS", "cli", "main", "run"]
 COMMANDS = (
     *("bootstrap", "join", "local"),
     *("status", "watch", "logs", "pause", "resume", "leave", "limits", "invite", "service"),
-    *("init", "check", "plan", "doctor", "simulate", "export", "eval", "generate", "explain"),
+    *("init", "check", "plan", "doctor", "simulate", "export", "report", "eval", "generate", "explain"),
 )
 
 ALIASES = {

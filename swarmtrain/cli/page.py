@@ -8,9 +8,11 @@ and the browser shows them as text.
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from swarmtrain.cli.facts import (
     archive_in_words,
@@ -36,7 +38,6 @@ from swarmtrain.cli.peers import PeerPhase, View, title
 from swarmtrain.protocol.limits import exact_size, temperature_of_limit
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.web.downsample import largest_triangles
-from swarmtrain.web.server import State
 from swarmtrain.words import (
     bits_per_byte,
     count_in_words,
@@ -47,13 +48,16 @@ from swarmtrain.words import (
     source_losses_in_words,
 )
 
-__all__ = ["MachineUse", "page_of"]
+if TYPE_CHECKING:
+    from swarmtrain.web.server import State  # a report is made without the page's server
+
+__all__ = ["OF_THE_SWARM", "MachineUse", "page_of", "panels_of", "printable"]
 
 _NAME_CELLS = 32
 _MOST_POINTS = 600
 _MOST_NAMED = 8
 _MOST_EVENTS = 60
-_OF_THE_SWARM = (
+OF_THE_SWARM = (
     *("joined", "peer_joined", "peer_lost", "peer_left", "refused", "clipped", "caught_up", "assigned", "moved"),
 )
 """Events that everybody may see: others may name files of the machine, or what its user does there."""
@@ -85,33 +89,41 @@ def page_of(view: View, use: MachineUse | None = None, history: Any = None) -> t
 
     `history` is the record of the run, a `RunHistory`; without it curves show what the peer itself has seen.
     """
-    status, curves = view.status, _Curves(view.status, history)
-    shared = {
+    status, rows, shared = view.status, _rows(view), _shared(view, history)
+    for_everybody = shared | _panels_for(view, history, is_owner=False)
+    for_owner = shared | _panels_for(view, history, is_owner=True, use=use)
+    for_everybody["invite"] = _invite(status) if status.shows_invite else None
+    for_owner["invite"] = None if view.phase.over else _invite(status)
+    return (for_everybody, rows), (for_owner, rows)
+
+
+def panels_of(view: View, history: Any, *, is_owner: bool) -> dict[str, Any]:
+    """Return the panels for the peer's own user, or for everybody, without the invite."""
+    return _shared(view, history) | _panels_for(view, history, is_owner=is_owner)
+
+
+def _shared(view: View, history: Any) -> dict[str, Any]:
+    """Return the panels that are the same for everybody."""
+    curves = _Curves(view.status, history)
+    return {
         "progress": _progress(view),
         "learning": curves.shown(),
         "answers": _answers(view, curves),
-        "traffic": _traffic(status),
-        "pipeline": _pipeline(status),
+        "traffic": _traffic(view.status),
+        "pipeline": _pipeline(view.status),
         "sample": _sample(history),
     }
-    for_everybody = {
-        **shared,
-        "head": _head(view, is_owner=False),
-        "machine": None,
-        "notices": [],
-        "invite": _invite(status) if status.shows_invite else None,
-        "events": _events(history, _OF_THE_SWARM),
+
+
+def _panels_for(view: View, history: Any, *, is_owner: bool, use: MachineUse | None = None) -> dict[str, Any]:
+    """Return the panels that tell the peer's own user more than others."""
+    notices = [[round(item.time), one_line(item.message)] for item in reversed(view.status.notices)]
+    return {
+        "head": _head(view, is_owner=is_owner),
+        "machine": _machine(view, use) if is_owner else None,
+        "notices": notices if is_owner else [],
+        "events": _events(history, None if is_owner else OF_THE_SWARM),
     }
-    for_owner = {
-        **shared,
-        "head": _head(view, is_owner=True),
-        "machine": _machine(view, use),
-        "notices": [[round(item.time), one_line(item.message)] for item in reversed(status.notices)],
-        "invite": None if view.phase.over else _invite(status),
-        "events": _events(history, None),
-    }
-    rows = _rows(view)
-    return (for_everybody, rows), (for_owner, rows)
 
 
 def _head(view: View, *, is_owner: bool) -> dict[str, Any]:
@@ -129,7 +141,15 @@ def _head(view: View, *, is_owner: bool) -> dict[str, Any]:
         "time": round(finite(status.time), 1),
         "is_owner": is_owner,
         "total_tokens": status.total_tokens,
+        "keep": _keep(view) if is_owner and view.phase.over else "",
     }
+
+
+def _keep(view: View) -> str:
+    """Return the command that writes a report of the run; empty if the folder is not here."""
+    if view.folder is None:
+        return ""
+    return f"swarmtrain report --dir {shlex.quote(one_line(str(view.folder)))} --to run.html"
 
 
 def _progress(view: View) -> dict[str, Any]:
@@ -221,9 +241,12 @@ def _answers(view: View, curves: _Curves) -> list[dict[str, str]]:
     left = time_left_in_words(view)
     speed = f"{speed_of(status.swarm_tokens_per_s)} together" if finite(status.swarm_tokens_per_s) else ""
     known = [peer for peer in status.peers if not peer.bootstrap]
+    how_far = {"name": "How long yet?", "answer": left or "not known yet", "more": tokens_in_words(view)}
+    if view.phase.over and not left:  # it heard no more of the run
+        how_far = {"name": "How far did it come?", "answer": tokens_in_words(view), "more": ""}
     return [
-        {"name": "Is it learning?", "answer": learns, "more": how},
-        {"name": "How long yet?", "answer": left or "not known yet", "more": tokens_in_words(view)},
+        {"name": "Did it learn?" if view.phase.over else "Is it learning?", "answer": learns, "more": how},
+        how_far,
         {
             "name": "Who took part?" if view.phase.over else "Who is here?",
             "answer": volunteers_in_words(view) if view.phase.over else counted(len(here), "volunteer"),
@@ -239,9 +262,13 @@ def _away(number: int) -> str:
 
 
 def _learns(curves: _Curves) -> tuple[str, str]:
-    """Return the newest loss, and how it has changed since the first one that is known."""
+    """Return the newest loss, and how it has changed since the first one that is known.
+
+    It is the held-out loss, unless that is of a time when the run had not half of its present tokens.
+    """
     held_out, training = [loss for _, _, loss in curves.held_out], [loss for _, _, loss in curves.training]
-    if newest := curves.newest_held_out:
+    is_old = bool(held_out and training) and 2 * curves.held_out[-1][0] < curves.training[-1][0]
+    if (newest := curves.newest_held_out) and not is_old:
         change = _change(held_out[0], newest) if held_out else ""
         return f"{newest:.3f} nats/byte", f"held-out loss, {bits_per_byte(newest):.3f} bits/byte{change}"
     if training:
@@ -316,15 +343,16 @@ def _sample(history: Any) -> dict[str, Any] | None:
         return None
     sample = history.sample
     return {
-        "prompt": _printable(sample.prompt),
-        "text": _printable(sample.text),
+        "prompt": printable(sample.prompt),
+        "text": printable(sample.text),
         "round": sample.round,
         "tokens": count_in_words(sample.run_tokens),
         "time": round(finite(sample.time)),
     }
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Replace what is neither printable nor a line end or a tab in a text of several lines."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
@@ -407,7 +435,7 @@ def _machine(view: View, use: MachineUse | None) -> dict[str, Any]:
         "Adapter": one_line(status.adapter),
         "Checkpoint": "" if status.HasField("archive") else checkpoint_in_words(view),
         "Archive": archive_in_words(view),
-        "Folder": one_line(str(view.folder)) if view.folder is not None else "",
+        "Folder": _folder_in_words(view.folder) if view.folder is not None else "",
     }
     running = view.phase is PeerPhase.RUNNING
     return {
@@ -417,6 +445,12 @@ def _machine(view: View, use: MachineUse | None) -> dict[str, Any]:
         "paused": status.state == wire.PEER_STATE_PAUSED,
         "limits": _limits(status.limits) if status.HasField("limits") and is_volunteer else None,
     }
+
+
+def _folder_in_words(folder: Path) -> str:
+    """Return a path as a person writes it: from the home folder on, if it is below that."""
+    home = Path.home()
+    return one_line(str(Path("~", folder.relative_to(home)) if folder.is_relative_to(home) else folder))
 
 
 def _limits(limits: Any) -> dict[str, Any]:

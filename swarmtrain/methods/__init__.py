@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from swarmtrain.errors import RunFileError
+from swarmtrain.methods.batch import BATCH
 from swarmtrain.methods.diloco import DILOCO
 from swarmtrain.methods.gossip import GOSSIP
 from swarmtrain.methods.method import GradientFormat, MergeMethod
@@ -21,6 +22,7 @@ from swarmtrain.methods.server import SERVER
 from swarmtrain.packages import NAME, find_external
 
 __all__ = [
+    "BATCH",
     "DILOCO",
     "GOSSIP",
     "GROUP",
@@ -34,7 +36,7 @@ __all__ = [
     "methods_of_keys",
 ]
 
-METHODS: dict[str, MergeMethod] = {method.name: method for method in (GOSSIP, DILOCO, SERVER)}
+METHODS: dict[str, MergeMethod] = {method.name: method for method in (GOSSIP, DILOCO, SERVER, BATCH)}
 """Methods of this package."""
 GROUP = "swarmtrain.merge_methods"
 """Group of entry points of other packages. Each is a `MergeMethod`, named "PACKAGE:METHOD" in a run file."""

@@ -40,6 +40,10 @@ class MergeMethod:
     """Defaults of keys of `[merge]` that differ from the fields' own."""
     auto_formats: tuple[GradientFormat, ...] = ("int2",)
     """Formats of a pseudo-gradient if `merge.gradient_format` is "auto", the coarsest first."""
+    unread: frozenset[str] = frozenset()
+    """Keys of `[merge]` that every other method reads. Only their defaults are accepted with this one."""
+    formats: tuple[GradientFormat, ...] = ()
+    """Values of `merge.gradient_format` that are accepted; empty for all, if the method reads the key."""
     asynchronous: bool = True
     """True if peers merge at their own pace, without rosters."""
     own_weights: bool = False
@@ -60,6 +64,10 @@ class MergeMethod:
     """True if the model can be cut into a pipeline's stages."""
     adapters: bool = False
     """True if peers can train an adapter, of which some train more groups than others."""
+    common_step: bool = False
+    """True if peers only add up gradients at the common weights, and all take one and the same optimizer step."""
+    num_moments: int = 1
+    """Vectors as long as the weights that the outer step keeps."""
     lends_weights: bool = False
     """True if a publication borrows the model's weights, from which its pseudo-gradient is computed on request."""
 

@@ -395,8 +395,8 @@ def check_names(names: Iterable[str], *, from_scratch: bool) -> None:
     names = list(names)
     if code := sorted(name for name in names if name.endswith(".py")):
         raise UserError(
-            f"{one_line(code[0])[:200]}: this model has code of its own, which is never run; give one that "
-            "transformers has",
+            f"{one_line(code[0])[:200]}: this model has code of its own, which is never run; if transformers has the "
+            "model itself, use a copy of the folder without *.py, else give another model",
             code="model-has-code",
         )
     if "adapter_config.json" in names:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,9 +61,13 @@ def empty_run_stage(shape: RunStageShape) -> nn.Module:
 
 
 def check_weights(run: RunFile, files: Path, boundaries: Sequence[int]) -> None:
-    """Raise UserError if the files of a run's model do not have its weights, part by part if it is cut."""
+    """Raise UserError if the files of a run's model do not have its weights, part by part if it is cut.
+
+    At any time one part is in memory.
+    """
     if run.pipeline.stages == 1:
         build_run_model(run, files)
+        gc.collect()  # models of transformers refer to themselves: it would stay beside the next one that is built
         return
     for shape in run_stage_shapes(run, files, boundaries):
         build_run_stage(run, shape, files, run.run.seed)

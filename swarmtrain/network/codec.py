@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from swarmtrain.algorithm.quantize import (
     ErrorFeedback,
     Format,
     decode,
+    decode_pieces,
     encode,
     encoded_size_bytes,
     less_decoded,
@@ -31,6 +32,7 @@ from swarmtrain.network.snapshots.store import Body, HeldSnapshot, TensorSpec, a
 from swarmtrain.network.tensor_groups import TensorGroup
 from swarmtrain.protocol.gossip.partners import News
 from swarmtrain.protocol.gossip.pulls import GroupName, PublicationBytes
+from swarmtrain.run import RunFile
 
 __all__ = [
     "ActivationCodec",
@@ -38,7 +40,10 @@ __all__ = [
     "PublicationCodec",
     "VectorCodec",
     "average_bytes_untrusted",
+    "average_encoded_untrusted",
+    "average_of",
     "body_of",
+    "body_of_pieces",
     "body_of_state",
     "tensor_specs",
     "vector_sha256",
@@ -102,6 +107,25 @@ def average_bytes_untrusted(parts: Sequence[memoryview], weights: Sequence[int])
     if vectors:
         torch.frombuffer(mean, dtype=torch.float32).copy_(weighted_mean(vectors, kept))
     return mean, left_out
+
+
+def average_encoded_untrusted(
+    parts: Sequence[memoryview], weights: Sequence[int], format: Format
+) -> tuple[bytearray, list[int]]:
+    """Do what `average_bytes_untrusted` does with gradients encoded in whole pieces; the mean is fp32."""
+    vectors = [decode_pieces(torch.frombuffer(part, dtype=torch.uint8), format) for part in parts]
+    return average_bytes_untrusted([_bytes_of(vector) for vector in vectors], weights)
+
+
+def average_of(run: RunFile) -> Callable[[Sequence[memoryview], Sequence[int]], tuple[bytearray, list[int]]]:
+    """Return the function by which peers of a run average what a roster names."""
+    format = run.merge.roster_format
+    return average_bytes_untrusted if format == "fp32" else partial(average_encoded_untrusted, format=format)
+
+
+def body_of_pieces(pieces: Sequence[Tensor]) -> Body:
+    """Return the body of a gradient that was encoded in pieces."""
+    return Body([_bytes_of(piece) for piece in pieces])
 
 
 _PIECE = 1 << 18  # numbers checked at once

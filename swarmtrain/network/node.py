@@ -49,6 +49,9 @@ PipeHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Corout
 _MAX_KNOWN = 4096  # peers whose addresses are remembered
 _MAX_DIALLED = 8  # addresses remembered of one peer
 _MAX_OWN_BUCKETS = 512
+_DAEMON_START_S = 60.0
+"""Time limit of the daemon's start, usually a tenth of a second; at a load of 20 on two cores 15 s were not enough.
+A daemon that dies is told at once."""
 _REAPED_S = 0.5  # for the status of a daemon whose sockets have closed
 _UNHURRIED_S = 0.1  # see `submit_unhurried`
 
@@ -248,7 +251,7 @@ class Node:
                 # libp2p's relays cut every stream silently after 131,072 bytes at most starts (measured), so hidden
                 # peers use hosts of our own (decision 19).
                 use_relay=False,
-                startup_timeout=15,
+                startup_timeout=_DAEMON_START_S,
             )
         except Exception as error:  # boundary to hivemind: whatever it raises becomes one sentence
             raise _start_error(error, settings) from error
@@ -514,6 +517,8 @@ def _start_error(error: Exception, settings: NodeSettings) -> RunTimeError:
     if "address already in use" in text or "failed to listen" in text:
         return cannot_listen(settings.listen)
     reason = text.splitlines()[0] if text else type(error).__name__
+    if "failed to start in" in text:
+        reason += "; this machine may be too busy: try again with fewer programs beside it"
     return RunTimeError(
         f"the network daemon did not start: {reason}; `swarmtrain doctor` looks at what it needs",
         code="daemon-not-started",

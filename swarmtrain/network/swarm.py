@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.snapshots.state_provider import FillManifest, StateProvider, state_specs
 from swarmtrain.network.snapshots.store import Body, NumServed, PullLimits, SnapshotStore, TensorSpec, all_chunks
 from swarmtrain.network.tasks import end_tasks
+from swarmtrain.network.tensor_groups import DTYPES
 from swarmtrain.protocol.archive.departure import FellowDepartures
 from swarmtrain.protocol.membership import records
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
@@ -110,12 +112,14 @@ class Swarm:
         settings = RoundSettings(
             run_sha256=sha256,
             specs=specs,
-            state_specs=state_specs(specs),
+            state_specs=state_specs(specs, run.merge.kind.num_moments),
             max_tokens=run.max_round_tokens,
             share_above=run.merge.share_above,
             round_limit_s=run.merge.round_limit_s,
             silence_s=run.merge.silence_s,
             pull=PullLimits(stall_limit_s=limits.stall_limit_s, min_bytes_per_s=limits.min_pull_bytes_per_s),
+            max_wait_s=run.merge.max_wait_s if run.merge.kind.reads("max_wait_s") else math.inf,
+            dtype=DTYPES[run.merge.roster_format],
         )
         downloads = Downloads(identity.peer_id, calls, store, settings.pull, peers.refused)
         rounds = self.rounds = RoundRunner(

@@ -14,15 +14,16 @@ from swarmtrain.methods import GradientFormat
 from swarmtrain.network.snapshots.store import TensorSpec
 from swarmtrain.protocol.gossip.pulls import GroupName, GroupRule
 
-__all__ = ["GroupRule", "TensorGroup", "groups_of", "rules_of"]
+__all__ = ["DTYPES", "GroupRule", "TensorGroup", "groups_of", "rules_of"]
 
-_DTYPES: dict[GradientFormat, str] = {
+DTYPES: dict[GradientFormat, str] = {
     "fp32": "float32",
     "bf16": "bfloat16",
     "int8": "int8",
     "int4": "int4",
     "int2": "int2",
 }
+"""Types of numbers in manifests, by format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,11 @@ class TensorGroup:
 
     def table(self, format: GradientFormat) -> tuple[TensorSpec, ...]:
         """Return the tensor table of a publication in this format."""
-        return tuple(TensorSpec(f"{self.prefix}/{one.name}", one.shape, _DTYPES[format]) for one in self.tensors)
+        return tuple(TensorSpec(f"{self.prefix}/{one.name}", one.shape, DTYPES[format]) for one in self.tensors)
 
     def format_of(self, dtype: str) -> GradientFormat:
         """Return the format of a publication whose tensors have this dtype."""
-        return next(format for format in self.formats if _DTYPES[format] == dtype)
+        return next(format for format in self.formats if DTYPES[format] == dtype)
 
 
 def groups_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
@@ -112,7 +112,14 @@ def train_alone(
 
 
 def _lone_run(run: RunFile, tokens: int) -> RunFile:
-    alone = {"outer_learning_rate": 1.0, "outer_momentum": 0.0, "momentum_ramp_rounds": 0, "pacing": False}
+    alone: dict[str, Any] = {
+        "outer_learning_rate": 1.0,
+        "outer_momentum": 0.0,
+        "momentum_ramp_rounds": 0,
+        "pacing": False,
+    }
+    if run.merge.kind.common_step:  # alone each batch is a step
+        alone["method"] = "diloco"
     merge = run.merge.model_copy(update={**alone, "fragments": 1})
     total = run.run.model_copy(update={"total_tokens": tokens})
     return run.model_copy(update={"merge": merge, "run": total})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import gc
 import hashlib
 import logging
 import math
@@ -232,6 +233,7 @@ class _Bootstrap(BootstrapPeer):
         else:
             self.leavers = DepartureQueue(swarm.membership)
         del kept, model  # 8 bytes a parameter
+        gc.collect()  # models of transformers refer to themselves
         serving = dataclasses.replace(
             Serving() if self.archived is None else self.archived.serving(),
             publishers={} if self.server is None else {("gradient", 0): self.server.publisher},

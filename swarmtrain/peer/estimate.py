@@ -112,6 +112,9 @@ def estimate(
     if stages > 1:
         num_parameters, num_peers = math.ceil(num_parameters / stages), max(1, num_peers // stages)
     steps = math.ceil(run.run.total_tokens / (run.tokens_per_step * num_peers))
+    # Of one large batch each computes its share; elsewhere a round has as many inner steps on each.
+    round_steps = run.merge.inner_steps / (num_peers if run.merge.kind.common_step else 1)
+    state_bytes = 4 * (1 + run.merge.kind.num_moments) * num_parameters
     costs = costs_of(run)
     sent, incoming = costs.merge_bytes(run, num_parameters, num_peers - 1)
     if stages == 1:
@@ -131,16 +134,16 @@ def estimate(
         num_peers=num_peers,
         num_parameters=num_parameters,
         tokens_per_step=run.tokens_per_step,
-        tokens_per_round=run.tokens_per_step * run.merge.inner_steps * num_peers,
-        num_rounds=math.ceil(steps / run.merge.inner_steps),
+        tokens_per_round=round(run.tokens_per_step * round_steps * num_peers),
+        num_rounds=math.ceil(steps / round_steps),
         inner_steps_per_peer=steps,
         bytes_sent_per_round=sent,
         bytes_received_per_round=sent,
-        state_bytes=8 * num_parameters,
+        state_bytes=state_bytes,
         bytes_sent_most_per_round=round(_UNEVEN * sent)
         + _TALK_BYTES
-        + (0 if run.merge.kind.has_server else 8 * num_parameters),
-        times_below_allreduce=times_below_allreduce(num_parameters, run.merge.inner_steps, sent),
+        + (0 if run.merge.kind.has_server else state_bytes),
+        times_below_allreduce=times_below_allreduce(num_parameters, max(1, round(round_steps)), sent),
         memory_bytes=program_bytes + parameters_bytes + activations_bytes,
         memory_program_bytes=program_bytes,
         memory_parameters_bytes=parameters_bytes,

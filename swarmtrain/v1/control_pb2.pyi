@@ -264,7 +264,7 @@ class LossPoint(_message.Message):
     def __init__(self, round: _Optional[int] = ..., run_tokens: _Optional[int] = ..., loss: _Optional[float] = ..., held_out_loss: _Optional[float] = ..., time: _Optional[float] = ...) -> None: ...
 
 class SwarmPeer(_message.Message):
-    __slots__ = ("peer", "name", "tokens", "present", "bootstrap", "round", "tokens_per_s", "stages", "acknowledged_tokens", "heard_time", "hidden", "loss", "device")
+    __slots__ = ("peer", "name", "tokens", "present", "bootstrap", "round", "tokens_per_s", "stages", "acknowledged_tokens", "heard_time", "hidden", "loss", "device", "last_tokens_per_s")
     PEER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +278,7 @@ class SwarmPeer(_message.Message):
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    LAST_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     peer: str
     name: str
     tokens: int
@@ -291,7 +292,8 @@ class SwarmPeer(_message.Message):
     hidden: bool
     loss: float
     device: str
-    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., present: bool = ..., bootstrap: bool = ..., round: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., stages: _Optional[_Iterable[int]] = ..., acknowledged_tokens: _Optional[int] = ..., heard_time: _Optional[float] = ..., hidden: bool = ..., loss: _Optional[float] = ..., device: _Optional[str] = ...) -> None: ...
+    last_tokens_per_s: float
+    def __init__(self, peer: _Optional[str] = ..., name: _Optional[str] = ..., tokens: _Optional[int] = ..., present: bool = ..., bootstrap: bool = ..., round: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., stages: _Optional[_Iterable[int]] = ..., acknowledged_tokens: _Optional[int] = ..., heard_time: _Optional[float] = ..., hidden: bool = ..., loss: _Optional[float] = ..., device: _Optional[str] = ..., last_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class KeptCheckpoint(_message.Message):
     __slots__ = ("round", "time", "size_bytes")

@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = ["Feed"]
 
+_as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _MAX_GONE = 10_000
 """Rows whose end is remembered; a reader that has missed more gets everything anew."""
 
@@ -82,7 +83,7 @@ def _changed(kept: dict[str, tuple[int, str]], given: Mapping[str, Any], revisio
     """Put what is new of `given` into `kept`; return whether anything was."""
     is_new = False
     for name, value in given.items():
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = _as_json(value)
         if name not in kept or kept[name][1] != text:
             kept[name] = (revision, text)
             is_new = True

@@ -17,9 +17,12 @@ from torch import Tensor
 from swarmtrain.algorithm.quantize import (
     FORMATS,
     ErrorFeedback,
+    FedBackSum,
     Format,
     decode,
+    decode_pieces,
     encode,
+    encode_pieces,
     encoded_size_bytes,
     surely_finite,
 )
@@ -422,3 +425,32 @@ def test_small_numbers_beside_a_large_one_converge_only_with_error_feedback() ->
         distances[name] = float((x - target)[1:].norm() / target[1:].norm())
     assert distances["plain"] == 1.0
     assert distances["feedback"] < 0.2, distances
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("size", [1, 255, 1 << 16, (1 << 17) + 300])
+def test_pieces_decode_alone_and_together(format: Format, size: int) -> None:
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(size)) * 1e-3
+    pieces = encode_pieces(vector, format)
+    whole = decode_pieces(torch.cat(pieces), format)
+    assert sum(map(len, pieces)) == encoded_size_bytes(format, [size])
+    assert torch.equal(whole, torch.cat([decode_pieces(piece, format) for piece in pieces]))
+    errors = {"fp32": 0.0, "bf16": 2**-8, "int8": 1 / 200}
+    assert float((whole - vector).abs().max()) <= errors[format] * float(vector.abs().max())
+
+
+def test_what_rounding_loses_of_a_gradient_goes_into_the_next_that_counts() -> None:
+    generator, encoder = torch.Generator().manual_seed(3), FedBackSum("int8")
+    wanted, sent = torch.zeros(3000), torch.zeros(3000)
+    for number, tokens in enumerate([512, 64, 2048, 512, 1024, 300]):
+        gradient = torch.randn(3000, generator=generator)
+        pieces, counted = encoder.encode(gradient, tokens)
+        if number in (1, 3):  # it came too late: as if it had never been
+            continue
+        counted()
+        wanted += tokens * gradient
+        sent += tokens * torch.cat([decode_pieces(piece, "int8") for piece in pieces])
+    alone = tokens * float((decode_pieces(torch.cat(encode_pieces(gradient, "int8")), "int8") - gradient).abs().max())
+    assert float((wanted - sent).abs().max()) <= 1.5 * alone, "only the last one's rounding is missing"
+    gradient[7] = math.inf
+    assert not decode_pieces(torch.cat(encoder.encode(gradient, 10)[0]), "int8").count_nonzero()

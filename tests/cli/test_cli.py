@@ -110,6 +110,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
     ),
     "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
     "export": ("[INVITE]", "--dir", "--to", "--push", "--private", "--model-dir", "--merge", "--accept-clock"),
+    "report": (*WHICH_PEER, "--to", "--with-machine", "--json"),
     "eval": ("MODEL", "--text", "--tasks", "--include-path", "--model-dir", "--threads", "--device", "--json"),
     "generate": (
         *(

@@ -43,6 +43,28 @@ def test_the_first_answers_are_those_of_the_terminal() -> None:
     assert panels["progress"]["done"] == 0.4 and panels["progress"]["end_time"] == NOW + 147
 
 
+def test_a_held_out_loss_of_long_ago_is_no_answer() -> None:
+    view = view_of()
+    for point in view.status.losses[1:]:
+        point.held_out_loss = 0
+    view.status.losses[1].held_out_loss = 4.5
+    learns = everybody(view)[0]["answers"][0]
+    assert (learns["answer"], learns["more"]) == ("2.250 nats/token", "training loss, down from 4.750")
+
+
+def test_a_peer_that_has_ended_says_how_far_it_came() -> None:
+    learnt, how_far, who = everybody(view_of(PeerPhase.ENDED, end_time=0))[0]["answers"]
+    assert (learnt["name"], how_far["name"], who["name"]) == ("Did it learn?", "How far did it come?", "Who took part?")
+    assert how_far["answer"] == "40% of 3 M tokens"
+
+
+def test_a_folder_is_named_from_the_home_folder_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/anna")
+    assert dict(owner(view_of())["machine"]["facts"])["Folder"] == "~/secret"
+    monkeypatch.setenv("HOME", "/home/anna2")
+    assert dict(owner(view_of())["machine"]["facts"])["Folder"] == "/home/anna/secret"
+
+
 def test_rows_are_the_peers_with_their_shares() -> None:
     _, rows = everybody(view_of())
     by_name = {row["name"]: row for row in rows.values()}

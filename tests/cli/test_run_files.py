@@ -19,7 +19,7 @@ from swarmtrain.extras import EXTRAS
 from swarmtrain.run import load_run
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NAMES = ["diloco", "finetune", "gpt-124m", "own-text", "own-weights", "pipeline", "stdlib-gpt"]
+NAMES = ["batch", "diloco", "finetune", "gpt-124m", "own-text", "own-weights", "pipeline", "stdlib-gpt"]
 
 
 @pytest.fixture(autouse=True)

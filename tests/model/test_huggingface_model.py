@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from swarmtrain.model.huggingface_model import HuggingFaceLanguageModel
 from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_parameters, similar_built_in
 from swarmtrain.model.run_model import build_run_model, empty_model, spec_from_json, spec_to_json
-from swarmtrain.model.run_stages import build_run_stage, run_stage_shapes
+from swarmtrain.model.run_stages import build_run_stage, check_weights, run_stage_shapes
 from swarmtrain.model.sampling import generate
 from swarmtrain.model.stages import joined_weights
 from swarmtrain.run import ModelSection, RunFile
@@ -123,6 +124,26 @@ def test_in_three_stages_it_computes_the_same(folder: Path, family: str, from_sc
         loaded = dict(build_run_model(run, files).named_parameters())
         assert all(torch.equal(loaded[name], value) for name, value in whole.named_parameters()) and len(loaded) > 1
         assert float(whole.loss(_batch()).detach()) == pytest.approx(float(expected.detach()), rel=0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("stages", "boundaries"), [(1, ()), (3, (1, 2))])
+def test_a_model_that_was_only_checked_does_not_stay_in_memory(
+    folder: Path, stages: int, boundaries: tuple[int, ...]
+) -> None:
+    """Models of the library refer to themselves, so that they would stay until Python's collector comes by itself."""
+    run = resolved_run(run_of("llama", pipeline=f"stages = {stages}"), folder)
+
+    def modules() -> int:
+        return sum(issubclass(type(each), nn.Module) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = modules()
+        check_weights(run, folder / "llama", boundaries)
+        assert modules() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox"])

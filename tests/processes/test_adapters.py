@@ -42,11 +42,17 @@ def _loss_by_peft(base: Path, adapter: Path, text: bytes) -> float:
     return total / len(text)
 
 
-def test_volunteers_of_unequal_ranks_train_one_adapter_that_peft_loads(swarm: Swarm) -> None:
+def _weights(folder: Path) -> bytes:
+    return (folder / "model" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["gossip", "diloco"])
+def test_volunteers_of_unequal_ranks_train_one_adapter_that_peft_loads(swarm: Swarm, method: str) -> None:
     path = write_tuning_run(swarm.folder)
     table = tomllib.loads(path.read_text())
     table["run"]["total_tokens"] = 40 * 4 * 32
     table["inner"]["learning_rate"] = 1e-2
+    table["merge"]["method"] = method
     table["adapter"] = {"method": "lora", "rank": 8, "targets": ["all-linear"]}
     path.write_text(tomli_w.dumps(table))
     bootstrap = swarm.bootstrap(path)
@@ -59,6 +65,10 @@ def test_volunteers_of_unequal_ranks_train_one_adapter_that_peft_loads(swarm: Sw
     assert len(trained) > 1 and all(len(groups) == 1 for groups in trained) and len(set(trained)) > 1
     done = bootstrap.all(DoneEvent)[-1]
     adapter = bootstrap.folder / "model"
+    if method == "diloco":
+        assert _weights(anna.folder) == _weights(ben.folder) == _weights(bootstrap.folder), "the same bits"
+        rounds = [[event.round for event in peer.all(RoundEvent)] for peer in (anna, ben)]
+        assert rounds[0] == rounds[1] and len(rounds[0]) > 2
     text = (adapter / "held-out.txt").read_bytes()
     assert done.held_out_loss is not None
     assert _loss_by_peft(swarm.folder / "tiny", adapter, text) == pytest.approx(done.held_out_loss, abs=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from browser import FOREIGN, NO_CHROMIUM, NOWHERE, PROGRAM, Browser, browsing
 from swarm import Child, Swarm, wait_until, write_run
 
 from swarmtrain.events import PeerLostEvent
+from swarmtrain.web.server import PageServer
 
 pytestmark = [
     pytest.mark.processes,
@@ -241,3 +243,40 @@ def test_a_swarm_is_seen_in_a_browser(swarm: Swarm) -> None:
     swarm.interrupt_all([anna, bert, again])
     if not is_reached:
         pytest.skip("all but the page over the network: this machine has no address but its own")
+
+
+def row(number: int, *, is_me: bool) -> dict[str, Any]:
+    """Return a row of the table, as `page_of` makes it, with the less work the greater its number."""
+    tokens = 1000 - number
+    words = {"name": f"peer-{number}", "short": "", "work": str(tokens), "share": "", "speed": "", "device": ""}
+    facts = {"me": is_me, "here": True, "bootstrap": False, "tokens": tokens, "heard": 0, "round": 3, "loss": 0.0}
+    return {**words, **facts, "reached": "directly", "stages": ""}
+
+
+def test_a_table_of_many_peers_is_shown_in_pages() -> None:
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = PageServer(sock, lambda name, given: "", "k" * 32)
+    server.start()
+    state = ({}, {f"id-{number:03}": row(number, is_me=number == 60) for number in range(120)})
+    server.publish(state, state)
+    try:
+        with browsing() as browser:
+            page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/")
+            pages, body = page.locator("#here .pages"), page.locator("#here tbody")
+            body.locator("tr").first.wait_for()
+
+            def shown() -> list[int]:
+                return [int(name.removeprefix("peer-")) for name in names(page)]
+
+            assert shown() == [*range(25), 60], "the most work first, and this peer, wherever it is"
+            pages.get_by_text("Show 50 of 120").click()
+            assert shown() == [*range(50), 60] and pages.get_by_role("button", name="Previous").is_disabled()
+            pages.get_by_role("button", name="Next").press("Enter")
+            assert shown() == [*range(50, 100)] and "51 to 100 of 120" in pages.inner_text()
+            pages.get_by_role("button", name="Next").click()
+            assert shown() == [60, *range(100, 120)] and pages.get_by_role("button", name="Next").is_disabled()
+            pages.get_by_text("Show the first 25").click()
+            assert shown() == [*range(25), 60]
+            assert not browser.errors
+    finally:
+        server.stop()

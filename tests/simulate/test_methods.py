@@ -33,7 +33,7 @@ from swarmtrain.simulate.planning.playback import PlaybackMachines, lived
 
 
 def test_each_is_found_by_its_own_name() -> None:
-    assert [method.name for method in METHODS.values()] == list(METHODS) == ["gossip", "diloco", "server"]
+    assert [method.name for method in METHODS.values()] == list(METHODS) == ["gossip", "diloco", "server", "batch"]
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -48,7 +48,7 @@ def test_keys_and_defaults_are_those_of_the_run_file(method: MergeMethod) -> Non
 
 def test_keys_of_some_methods_name_those_that_read_them() -> None:
     assert methods_of_keys()["theta_format"] == ("gossip", "server")
-    assert methods_of_keys()["share_above"] == ("diloco",)
+    assert methods_of_keys()["share_above"] == ("diloco", "batch")
     assert "inner_steps" not in methods_of_keys()
 
 

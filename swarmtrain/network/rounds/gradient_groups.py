@@ -1,7 +1,8 @@
 """Groups of tensors that a pseudo-gradient of synchronous rounds may leave out: those of an adapter.
 
 The gradient's numbers are counted as if it had all groups ("the whole gradient"); a publication's body has those of its
-groups, one after the other. Of a model that is no adapter the whole gradient is the only group.
+groups, one after the other. Of a model that is no adapter the whole gradient is the only group, and a publication may
+have it in fewer bytes (`algorithm/quantize.py:encode_pieces`): each chunk of the whole gradient is a piece of the body.
 """
 
 from __future__ import annotations
@@ -23,21 +24,30 @@ __all__ = ["GradientGroups", "GradientPiece"]
 
 @dataclass(frozen=True)
 class GradientPiece:
-    """Bytes `start` to `end` of the whole gradient, which begin at byte `at` of a publication's body."""
+    """Bytes `start` to `end` of the whole gradient, which are bytes `at` to `ends_at` of a publication's body."""
 
     start: int
     end: int
     at: int
+    ends_at: int
 
     def of(self, start: int, end: int) -> tuple[int, int]:
-        """Return where bytes `start` to `end` of the whole gradient, which are in this piece, are in the body."""
+        """Return where bytes `start` to `end` of the whole gradient, which are in this piece, are in the body.
+
+        Of a publication in fewer bytes a piece is taken whole.
+        """
+        if (start, end) == (self.start, self.end):
+            return self.at, self.ends_at
+        assert self.ends_at - self.at == self.end - self.start, "of fp32"
         return self.at + start - self.start, self.at + end - self.start
 
 
 class GradientGroups:
     """Tensor tables of a run's pseudo-gradients, and where each group is in the whole gradient."""
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], dtype: str = "float32") -> None:
+        """`dtype` is that of publications, which have another than fp32 only if the model is no adapter."""
+        self._dtype = dtype
         of = groups_of_names(spec.name for spec in specs) or [0] * len(specs)
         assert list(of) == sorted(of), "an adapter's tensors are ordered by their groups"
         self.is_adapter = bool(specs) and group_named(specs[0].name) is not None
@@ -61,9 +71,15 @@ class GradientGroups:
 
     def table(self, groups: Collection[int] | None) -> tuple[TensorSpec, ...]:
         """Return the tensor table of a publication of these groups; None: of all."""
+        if self._dtype != "float32":
+            return (self._encoded(self.total_bytes),)
         return tuple(
             spec for group, table in self._tables.items() if groups is None or group in groups for spec in table
         )
+
+    def _encoded(self, num_bytes: int) -> TensorSpec:
+        """Return the tensor that the first `num_bytes` of the whole gradient are in a publication."""
+        return TensorSpec("gradient", (num_bytes // 4,), self._dtype)
 
     def places(self, groups: Collection[int] | None) -> list[slice]:
         """Return where the numbers of these groups are in the whole gradient, as a vector of fp32."""
@@ -94,13 +110,16 @@ class GradientGroups:
 
     def pieces(self, snapshot: Snapshot, start: int, end: int) -> list[GradientPiece]:
         """Return the pieces of bytes `start` to `end` of the whole gradient that a publication has, in order."""
+        if self._dtype != "float32":  # ranges begin at a chunk, and end at one or at the gradient's end
+            assert start % CHUNK_BYTES == 0 and (end % CHUNK_BYTES == 0 or end == self.total_bytes)
+            return [GradientPiece(start, end, self._encoded(start).size_bytes, self._encoded(end).size_bytes)]
         found, at, groups = [], 0, self._groups_in(snapshot)
         for group, (begins, ends) in self._places.items():
             if group not in groups:
                 continue
             first, last = max(start, begins), min(end, ends)
             if first < last:
-                found.append(GradientPiece(first, last, at + first - begins))
+                found.append(GradientPiece(first, last, at + first - begins, at + last - begins))
             at += ends - begins
         return found
 

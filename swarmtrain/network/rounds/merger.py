@@ -59,11 +59,14 @@ class RoundSettings:
     round_limit_s: float
     silence_s: float
     pull: PullLimits
+    max_wait_s: float = math.inf
+    dtype: str = "float32"
+    """Type of the numbers of publications; what they are averaged to is fp32."""
 
     @cached_property
     def groups(self) -> GradientGroups:
         """Groups of tensors that a pseudo-gradient may leave out."""
-        return GradientGroups(self.specs)
+        return GradientGroups(self.specs, self.dtype)
 
 
 class UnobtainableError(Exception):
@@ -292,4 +295,4 @@ def _check_entry(entry: RoundPublication, held: HeldSnapshot) -> None:
 def _chunks(pieces: Sequence[GradientPiece]) -> range:
     """Return the chunks of a body that has these pieces one after the other."""
     first, last = pieces[0], pieces[-1]
-    return range(first.at // CHUNK_BYTES, math.ceil((last.at + last.end - last.start) / CHUNK_BYTES))
+    return range(first.at // CHUNK_BYTES, math.ceil(last.ends_at / CHUNK_BYTES))

@@ -73,7 +73,10 @@ class RoundRunner:
     def __post_init__(self, average: Average, trains: bool, states: StateSource | None) -> None:
         settings, chains, downloads, membership = self.settings, self.chains, self.downloads, self.membership
         rules = RoundRules(
-            share_above=settings.share_above, round_limit_s=settings.round_limit_s, silence_s=settings.silence_s
+            share_above=settings.share_above,
+            round_limit_s=settings.round_limit_s,
+            silence_s=settings.silence_s,
+            max_wait_s=settings.max_wait_s,
         )
         self.engine: RoundEngine[pb.Signed, pb.ChainLink] = RoundEngine(
             membership, chains, rules, random.Random(), trains=trains

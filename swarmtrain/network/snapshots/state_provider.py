@@ -27,10 +27,11 @@ FillManifest = Callable[[pb.Manifest], None]
 """Adds to a manifest the fields that only some merge methods have."""
 
 
-def state_specs(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """Return the tensor table of a state: the outer parameters, then their momentum."""
+def state_specs(specs: Sequence[TensorSpec], num_moments: int = 1) -> tuple[TensorSpec, ...]:
+    """Return the tensor table of a state: the outer parameters, then their momentum, or each of several moments."""
+    moments = ("momentum",) if num_moments == 1 else tuple(f"moment-{number + 1}" for number in range(num_moments))
     return tuple(
-        TensorSpec(f"{part}/{spec.name}", spec.shape, spec.dtype) for part in ("theta", "momentum") for spec in specs
+        TensorSpec(f"{part}/{spec.name}", spec.shape, spec.dtype) for part in ("theta", *moments) for spec in specs
     )
 
 

@@ -7,6 +7,7 @@ the time at most, and only if the model fits into free memory twice.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import threading
@@ -98,6 +99,7 @@ class ArchiveSampler:
             except Exception:  # the boundary of this thread: the bootstrap goes on without samples
                 _log.exception("the archive could not be measured")
                 return
+            gc.collect()  # models of transformers refer to themselves: it would stay beside the next one
             self._closed.wait(max(_LEAST_REST_S, _REST_OF_WORK * (time.monotonic() - began_s)))
 
     def _next(self) -> Progress | None:

@@ -194,7 +194,8 @@ def _load(
 def _parse(folder: CheckpointFolder, kept: StoredCheckpoint, run: RunFile, num_parameters: int) -> Checkpoint:
     manifest, tensors = kept.manifest, _read_tensors(folder.tensors_of(kept))
     theta, momentum = tensors["theta"], tensors["momentum"]
-    if theta.shape != (num_parameters,) or momentum.shape != (num_parameters,):
+    kind = run.merge.kind
+    if theta.shape != (num_parameters,) or momentum.shape != (kind.num_moments * num_parameters,):
         raise ValueError("it is of another model")
     delta = tensors.get("delta")
     if delta is not None and delta.shape != theta.shape:
@@ -217,7 +218,7 @@ def _parse(folder: CheckpointFolder, kept: StoredCheckpoint, run: RunFile, num_p
         progress=progress,
         roster=roster,
         signed_roster=signed,
-        own=None if own is None else _own_part(own, tensors, num_parameters),
+        own=None if own is None else _own_part(own, tensors, (0 if kind.common_step else 2, num_parameters)),
         delta=delta,
         extra=manifest["extra"],
     )
@@ -232,9 +233,9 @@ def _roster(encoded: str | None, folder: CheckpointFolder, run: RunFile) -> tupl
     return roster_untrusted(signed, folder.run_sha256, run.max_round_tokens), signed
 
 
-def _own_part(own: Mapping[str, Any], tensors: Mapping[str, Tensor], num_parameters: int) -> LocalCheckpoint:
+def _own_part(own: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> LocalCheckpoint:
     vectors, steps = tensors["moments"], tensors["steps"]
-    if vectors.shape != (2, num_parameters) or steps.dim() != 1:
+    if vectors.shape != shape or steps.dim() != 1:
         raise ValueError("its moments are of another model")
     return LocalCheckpoint(
         batches=own["batches"],

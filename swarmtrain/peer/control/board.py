@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from swarmtrain import __version__
 from swarmtrain.errors import with_code
@@ -117,6 +118,14 @@ class Watched:
     """Returns what the run costs each of a number of volunteers that hold the whole model."""
 
 
+class _LastTold(NamedTuple):
+    """What is remembered of a peer: its device, its speed when its count last grew, and that count."""
+
+    device: str = ""
+    tokens_per_s: float = 0.0
+    tokens: int = 0
+
+
 class LossCurve:
     """Loss points, oldest first, at most `MAX_LOSSES`: the first, the last, and evenly spaced ones between.
 
@@ -163,7 +172,7 @@ class StatusBoard:
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self.history = PeerHistory()
+        self.history = PeerHistory(wall)
         """Record of the run, from its start."""
         self._watched: Watched | None = None
         self._now, self._wall = now, wall
@@ -180,6 +189,8 @@ class StatusBoard:
         self._samples: deque[tuple[float, Pulse]] = deque()
         self._run_growth = Growth()
         self._peer_growths: dict[str, Growth] = {}
+        self._last_told: dict[str, _LastTold] = {}
+        """Of each peer in the last status."""
         self._told_losses: dict[str, float] = {}
         self._beats = 0
         self._seen_beats = 0
@@ -317,6 +328,9 @@ class StatusBoard:
             for point in before.losses:
                 self._curve.add(point)
             self._names |= {item.peer: item.name for item in before.peers}
+            self._last_told = {
+                item.peer: _LastTold(item.device, item.last_tokens_per_s, item.tokens) for item in before.peers
+            }
             base.own_tokens, base.run_tokens = before.own_tokens, before.run_tokens
             base.held_out_loss = before.held_out_loss
             base.source_losses.extend(before.source_losses)
@@ -542,6 +556,18 @@ class StatusBoard:
             if item.peer == status.peer:
                 status.own_tokens_per_s = item.tokens_per_s
         status.swarm_tokens_per_s = _rounded(sum(item.tokens_per_s for item in status.peers))
+        self._fill_last(status)
+
+    def _fill_last(self, status: pb.PeerStatus) -> None:
+        """Fill in what is remembered of peers that have gone: what they trained on, and how fast."""
+        known, self._last_told = self._last_told, {}
+        for item in status.peers:
+            last = known.get(item.peer, _LastTold())
+            device, per_s = item.device or last.device, last.tokens_per_s
+            if item.tokens_per_s > 0 and (item.tokens > last.tokens or not per_s):
+                per_s = item.tokens_per_s  # not later: the speed of one that hangs is said to fall
+            item.device, item.last_tokens_per_s = device, per_s
+            self._last_told[item.peer] = _LastTold(device, per_s, max(item.tokens, last.tokens))
 
     def _fill_end(self, status: pb.PeerStatus, now: float) -> None:
         """Fill in when the run will have its tokens at the present speed, or when it had them."""

@@ -8,7 +8,8 @@ Thread-safe.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -72,9 +73,10 @@ def read_history(folder: Path) -> pb.RunHistory | None:
 
 
 class PeerHistory:
-    """Record of one run, which is known from `begin` on."""
+    """Record of one run, which is known from `begin` on. `wall` returns the Unix time in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, wall: Callable[[], float] = time.time) -> None:
+        self._wall = wall
         self._lock = threading.Lock()
         self._run_sha256 = ""
         self._losses = LossHistory(1)
@@ -150,22 +152,20 @@ class PeerHistory:
             self.version += 1
 
     def take(self, event: Event) -> None:
-        """Record an event, if it is one to look back at."""
+        """Record an event, if it is one to look back at; one that has no time yet happens now."""
         if not isinstance(event, _NOTED):
             return
-        subject = _subject_of(event)
+        subject, at = _subject_of(event), event.time or self._wall()
         with self._lock:
             self.version += 1
             first = max(0, len(self._events) - _RECENT)
             for place in range(first, len(self._events)):
                 if len(subject) > 1 and self._subjects[place] == subject:
                     again = self._events[place]
-                    again.count, again.last_time = again.count + 1, event.time
+                    again.count, again.last_time = again.count + 1, at
                     return
             words = one_line(in_words(event))[:_MAX_WORDS]
-            noted = pb.NotedEvent(
-                time=event.time, event=event.event, words=words, count=1, last_time=event.time, about=_about(event)
-            )
+            noted = pb.NotedEvent(time=at, event=event.event, words=words, count=1, last_time=at, about=_about(event))
             self._events.append(noted)
             self._subjects.append(subject)
             if len(self._events) > MAX_EVENTS:

@@ -337,8 +337,8 @@ def volunteer_pulse(
         if exchange.num_missing:
             state = pb.PEER_STATE_WAITING
             doing = f"waiting for {_volunteers(exchange.num_missing, 'more ')} before the first round"
-        elif done < steps or not steps:
-            doing = f"training round {round}: {done} of {steps} steps"
+        elif exchange.is_training:
+            doing = f"training round {round}: {exchange.progress_in_words()}"
         else:
             about, patience_s = rounds.waiting_for, limit_s + _PATIENCE_S
             doing = f"merging round {round}" + _merging(board, about, rounds.waiting_until_s - swarm_time())

@@ -230,7 +230,8 @@ def state_of(new: NewState) -> tuple[OuterState, Progress]:
     assert new.held.buffer is not None
     manifest = new.held.snapshot.manifest
     vector = torch.frombuffer(new.held.buffer, dtype=torch.float32)
-    theta, momentum = vector[: len(vector) // 2].clone(), vector[len(vector) // 2 :].clone()
+    size = sum(math.prod(tensor.shape) for tensor in manifest.tensors if tensor.name.startswith("theta/"))
+    theta, momentum = vector[:size].clone(), vector[size:].clone()
     counts = {peer_id_from_bytes_untrusted(item.peer): item.tokens for item in manifest.peer_tokens}
     progress = Progress(
         round=manifest.round,

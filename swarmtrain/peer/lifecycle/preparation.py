@@ -32,6 +32,9 @@ def summary_of(run: RunFile) -> str:
     )
     cut = f", cut into {run.pipeline.stages} stages of which you hold some" if run.pipeline.stages > 1 else ""
     steps = "step" if run.merge.inner_steps == 1 else f"{run.merge.inner_steps} steps"
+    merging = f"merging every {steps}"
+    if run.merge.kind.common_step:
+        merging = f"one step together for every {count_in_words(run.target_tokens)} tokens"
     parameters = count_in_words(num_parameters(run.model))
     model = f"a model of {parameters} parameters"
     if not run.model.is_built_in:
@@ -40,8 +43,7 @@ def summary_of(run: RunFile) -> str:
         trained = count_in_words(num_trained_parameters(run))
         model = f"an adapter of rank {run.adapter.rank} ({trained} parameters) beside {model}"
     return (
-        f"{model} on {data}, until {count_in_words(run.run.total_tokens)} tokens, "
-        f"merging every {steps} ({run.merge.method})" + cut
+        f"{model} on {data}, until {count_in_words(run.run.total_tokens)} tokens, {merging} ({run.merge.method})" + cut
     )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from swarmtrain.errors import Problem, RunTimeError
-from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, WarningEvent, parse_event
+from swarmtrain.events import DoneEvent, ErrorEvent, Event, FinishingEvent, InviteEvent, WarningEvent, parse_event
 from swarmtrain.network.daemon import owned_process_args
 from swarmtrain.network.links.impairments import Outage
 from swarmtrain.network.links.proxy import LinkShape, PeerLinks
@@ -40,6 +40,11 @@ _HAND_OVER_LIMIT_S = 40.0
 _GROUP = -1 if sys.platform.startswith("linux") else 0
 """Process group of a child. On Linux each already has a session of its own."""
 _INSIST_S = 3.0
+_ALONE_S = 120.0
+"""Seconds for which a bootstrap may look for the work of volunteers that have all ended; usually two. By itself it
+would wait for others for ever."""
+_PIPE_S = 5.0
+"""Seconds for which a process that has ended may hold its pipe open, by a process that it had started."""
 _POLL_INTERVAL_S = 0.1
 _OPEN_LIMIT_S = 10.0
 
@@ -107,6 +112,10 @@ class _Child:
     closed: bool = False
     done: DoneEvent | None = None
     error: ErrorEvent | None = None
+    is_finishing: bool = False
+    """True once it has said that the run is over."""
+    ended_s: float | None = None
+    """Time when its process was first seen to have ended."""
 
 
 @dataclass
@@ -120,6 +129,10 @@ class LocalSwarm:
     """Links that the children are behind; None if they reach each other directly."""
     children: dict[str, _Child] = field(default_factory=dict)
     _events: queue.Queue[tuple[_Child, Event | None]] = field(default_factory=queue.Queue)
+    _alone_s: float | None = None
+    """Time since when the bootstrap has been left by all volunteers."""
+    _asked_to_end: int = 0
+    """Signals that it was sent since."""
 
     def place(self, name: str, limited: bool) -> list[str]:
         """Return the options that say where a new child listens: behind a link, if there are links."""
@@ -150,12 +163,13 @@ class LocalSwarm:
 
     def _read(self, child: _Child) -> None:
         assert child.process.stdout is not None
-        for line in child.process.stdout:
-            try:
-                event = parse_event(line)
-            except ValueError:
-                continue  # cut short, as the child was killed while writing
-            self._events.put((child, event))
+        with child.process.stdout as lines:
+            for line in lines:
+                try:
+                    event = parse_event(line)
+                except ValueError:
+                    continue  # cut short, as the child was killed while writing
+                self._events.put((child, event))
         self._events.put((child, None))
 
     def events(self, limit_s: float | None = None) -> Iterator[Event]:
@@ -169,8 +183,14 @@ class LocalSwarm:
                     limit_s -= 0.2
                     if limit_s <= 0:
                         return
-                continue
+                self._end_lonely_bootstrap()
+                ended = self._ended_with_open_pipe()
+                if ended is None:
+                    continue
+                child, event = ended, None
             if event is None:
+                if child.closed:
+                    continue
                 child.closed = True
                 problem = self._problem(child)
                 if problem is not None:
@@ -180,7 +200,45 @@ class LocalSwarm:
                 child.done = event
             elif isinstance(event, ErrorEvent):
                 child.error = event
+            elif isinstance(event, FinishingEvent):
+                child.is_finishing = True
             yield event
+
+    def _ended_with_open_pipe(self) -> _Child | None:
+        """Return a child that has ended, and whose pipe is held open by a process that it had started."""
+        for child in self.children.values():
+            if child.closed or child.process.poll() is None:
+                continue
+            child.ended_s = time.monotonic() if child.ended_s is None else child.ended_s
+            if time.monotonic() > child.ended_s + _PIPE_S:
+                return child
+        return None
+
+    def _end_lonely_bootstrap(self) -> None:
+        """End the bootstrap if all volunteers have ended and it still waits for their work: nobody will bring it.
+
+        A bootstrap that has seen the run's end is left alone: to measure the model may take long.
+        """
+        bootstrap = self.children.get(BOOTSTRAP)
+        volunteers = [child for child in self.children.values() if child is not bootstrap]
+        is_alone = bool(volunteers) and all(child.closed and not child.ended for child in volunteers)
+        if bootstrap is None or bootstrap.closed or bootstrap.ended or bootstrap.is_finishing or not is_alone:
+            self._alone_s = None
+            return
+        now_s = time.monotonic()
+        self._alone_s = now_s if self._alone_s is None else self._alone_s
+        limits_s = (_ALONE_S, _ALONE_S + _STOP_LIMIT_S, _ALONE_S + 2 * _STOP_LIMIT_S)
+        if self._asked_to_end == len(limits_s) or now_s < self._alone_s + limits_s[self._asked_to_end]:
+            return
+        if not self._asked_to_end:
+            message = (
+                f"the bootstrap still looked for the last weights {_ALONE_S:.0f} s after all volunteers had ended, and "
+                f"is ended now; its log is {bootstrap.log}; start the command again with the same --dir to go on"
+            )
+            self._events.put((bootstrap, WarningEvent(name=BOOTSTRAP, message=message, code="bootstrap-left-alone")))
+        self._asked_to_end += 1
+        is_last = self._asked_to_end == len(limits_s)
+        bootstrap.process.send_signal(signal.SIGKILL if is_last else signal.SIGTERM)
 
     def _problem(self, child: _Child) -> Problem | None:
         """Return the reason why a child ended, if not as it should.

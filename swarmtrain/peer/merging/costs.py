@@ -10,10 +10,12 @@ from abc import ABC, abstractmethod
 
 from swarmtrain.methods import load_object
 from swarmtrain.protocol.gossip.pulls import LARGE_MODEL, PublicationBytes, WantedPartners, gradient_format
+from swarmtrain.protocol.rounds.roles import carried_bytes
 from swarmtrain.run import RunFile
 
 __all__ = [
     "BYTES_PER_PARAMETER",
+    "BatchCosts",
     "DilocoCosts",
     "GossipCosts",
     "MergeCosts",
@@ -82,8 +84,27 @@ class DilocoCosts(MergeCosts):
         gradient_bytes = 4 * num_parameters
         if others + 1 <= run.merge.share_above:
             return gradient_bytes * others, gradient_bytes * others  # the whole pseudo-gradient, to each other peer
-        # like an all-reduce: scatter the shares, gather the results
-        return 2 * gradient_bytes * others // (others + 1), 2 * gradient_bytes
+        # Like an all-reduce: scatter the shares, gather the results. Links that are alike have equal shares.
+        return math.floor(carried_bytes(gradient_bytes, others + 1, 1, others + 1)), 2 * gradient_bytes
+
+
+class BatchCosts(DilocoCosts):
+    """Costs of one large batch: a gradient for each step, merged as in synchronous rounds.
+
+    Of memory it is the same sum: in place of the inner optimizer's moments a volunteer has the gradients added up (4
+    bytes a parameter) and the second moment of the common step (4).
+    """
+
+    def merge_bytes(self, run: RunFile, num_parameters: int, others: int) -> tuple[int, int]:
+        """Return (bytes sent per round, bytes held of what arrives and is being merged) with `others` other peers. See
+        `MergeCosts`."""
+        from swarmtrain.algorithm.quantize import encoded_size_bytes  # torch takes a second: only once a file was read
+
+        mean_bytes, sent = 4 * num_parameters, encoded_size_bytes(run.merge.roster_format, [num_parameters])
+        lost = 0 if run.merge.roster_format == "fp32" else 3 * mean_bytes  # kept for the next one, and decoded twice
+        if others + 1 <= run.merge.share_above:
+            return sent * others, mean_bytes * others + lost
+        return (sent + mean_bytes) * others // (others + 1), 2 * mean_bytes + lost
 
 
 class ServerCosts(MergeCosts):

@@ -119,6 +119,15 @@ class SwarmExchange(ABC):
 
     # ------------------------------------------------------------- what a volunteer asks
 
+    @property
+    def is_training(self) -> bool:
+        """True until this peer's inner steps of the round are done. Any thread may ask."""
+        return self.steps_done < self.round_steps or not self.round_steps
+
+    def progress_in_words(self) -> str:
+        """Say how far the round is. Any thread may ask."""
+        return f"{self.steps_done} of {self.round_steps} steps"
+
     def serving(self) -> Serving:
         """Return the services that this peer offers to others from the moment it enters the swarm."""
         return Serving()
@@ -302,10 +311,14 @@ class RosterExchange(SwarmExchange):
             inner_steps=contribution.inner_steps,
             roster_sha256=bytes.fromhex(contribution.base),
         )
-        groups, trained = self.swarm.rounds.settings.groups, contribution.trained
-        body = body_of(*(contribution.gradient[place] for place in groups.places(trained)))
-        held = build_snapshot(self.swarm.identity, manifest, groups.table(trained), body)
+        table = self.swarm.rounds.settings.groups.table(contribution.trained)
+        held = build_snapshot(self.swarm.identity, manifest, table, self._body(contribution))
         self._merge = self.network.submit(self.swarm.rounds.finish(contribution.round, held, self._started_s))
+
+    def _body(self, contribution: LocalUpdate) -> Body:
+        """Return the bytes to publish."""
+        places = self.swarm.rounds.settings.groups.places(contribution.trained)
+        return body_of(*(contribution.gradient[place] for place in places))
 
     def collect(self, fragment: int = 0) -> Averaged | Replaced:
         """Return what arrived for that fragment; wait as long as the merge method says. See `Exchange`."""
@@ -316,6 +329,10 @@ class RosterExchange(SwarmExchange):
         if (archived := self.archives.state_that_holds()) is not None:
             # The bootstrap's archive may hold a state that is preferred to this round's result; see `ArchiveWatch`.
             return self._replaced(archived)
+        return self._mean(outcome)
+
+    def _mean(self, outcome: RosterMean) -> Averaged:
+        """Return the update of a round that ended with a roster."""
         roster = outcome.roster
         return Averaged(
             gradient=torch.frombuffer(outcome.mean, dtype=torch.float32),

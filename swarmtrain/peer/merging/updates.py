@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm import memory
+from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
 from swarmtrain.algorithm.gossip import PartnerUpdate, PreparedMerge, gossip_merge
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, flatten, kept_where, outer_step
 from swarmtrain.peer.merging.robustness import robust_mean
@@ -27,6 +28,7 @@ from swarmtrain.protocol.tokens.progress import Progress
 
 __all__ = [
     "Averaged",
+    "BatchMean",
     "Gathered",
     "LentWeights",
     "LocalUpdate",
@@ -94,13 +96,15 @@ class LocalUpdate:
     part: int  # the part, from 1, that has just ended; the update covers all steps since the round's start
     thetas: tuple[Tensor, ...] = field(repr=False)  # weights at each fragment's last merge, (Q,) fp32
     fragment_rounds: tuple[FragmentRound, ...]  # position of each fragment in its own round
-    reached: Tensor | None = field(repr=False)  # present weights, (P,) fp32; None with gossip, which has `lent`
+    reached: Tensor | None = field(repr=False)  # present weights, (P,) fp32; None with `lent` or `mean_gradient`
     tokens: int
     inner_steps: int
     own_tokens: int  # all tokens that this peer has trained, these included
     base: str  # digest of the roster that led to the initial weights of this round, "" before the first
     lent: tuple[LentWeights, ...] = ()
     """Loans from which each fragment's gradient is computed (gossip only)."""
+    mean_gradient: Tensor | None = field(default=None, repr=False)
+    """Mean gradient (P,) fp32 of the steps, where they left the weights as they are."""
     values: Mapping[tuple[GroupName, int], Tensor] = field(default_factory=dict, repr=False)
     """Values averaged beside the weights, by tensor group and fragment, flat fp32; not written into afterwards."""
     trained: frozenset[int] | None = None
@@ -121,7 +125,9 @@ class LocalUpdate:
 
     @cached_property
     def gradient(self) -> Tensor:
-        """Pseudo-gradient (P,) fp32 of a model that is one fragment."""
+        """Pseudo-gradient, or mean gradient, (P,) fp32 of a model that is one fragment."""
+        if self.mean_gradient is not None:
+            return self.mean_gradient
         if self.lent:
             (only,) = self.lent
             return only.gradient()
@@ -203,6 +209,21 @@ class Averaged(OuterUpdate):
         """Return the fields of a round's event for this update and for the fragments merged before it in the round. See
         `OuterUpdate`."""
         return {"partners": self.partners, "weights": self.weights, "signer": self.signer}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchMean(Averaged):
+    """Mean gradient (P,) of a batch, with which all peers take the same step of AdamW or LAMB."""
+
+    optimizer: CommonOptimizer
+    at: CommonStep
+
+    def next_state(
+        self, state: OuterState, own: LocalUpdate, fragment: int, constants: OuterConstants, rule: str
+    ) -> OuterState:
+        """Return the state after `state`. `constants` and `rule` have no meaning here. See `OuterUpdate`."""
+        after = self.optimizer.step(state, self.gradient, self.at)
+        return after if after is state else kept_where(after, state, self.untrained)
 
 
 @dataclass(frozen=True, kw_only=True)

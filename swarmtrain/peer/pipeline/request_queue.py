@@ -63,6 +63,9 @@ class StageRequestQueue:
     transfer: StageTransfer | None = None
     """Copies between main memory and the stage's device; None if the stage is in main memory."""
     queue: StageQueue = field(init=False)
+    has_worker: bool = field(default=False, init=False)
+    """True from the moment at which a trainer first takes work: its round has begun, and with it the data of the round
+    are chosen."""
     _payloads: dict[int, Any] = field(default_factory=dict)
     """Payload of each question, by asker, until it is computed or refused."""
     _askers: dict[int, Future[Any]] = field(default_factory=dict)
@@ -133,6 +136,7 @@ class StageRequestQueue:
         """Return the next work, or None if there is nothing to do. Called by the trainer thread, as are the methods
         below."""
         with self._lock:
+            self.has_worker = True
             if not self._next:
                 self._news.clear()
                 self._receive(Free())

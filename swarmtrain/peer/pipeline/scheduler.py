@@ -140,7 +140,8 @@ class MicrobatchScheduler:
 
     async def _keep_drawing(self) -> None:
         while await self._wanted.acquire():
-            if not self.queue.is_open:
+            # Without a round of the first stage its shard is not chosen: text would be drawn that is not counted there.
+            if not self.queue.is_open or not self.queue.has_worker:
                 self.driver.not_drawn()
                 continue
             try:

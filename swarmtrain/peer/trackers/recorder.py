@@ -134,22 +134,23 @@ class CurveRecorder:
         if self._curves is not None:
             return
         status, run_file = self._board.status(), (self._folder / "run.toml").read_bytes()
+        run, sha256 = tomllib.loads(run_file.decode()), run_sha256(run_file)  # a bootstrap's status is told of it later
         self._id, position = self._kept()
         self._curves = Curves(position)
         peer = TrackedPeer(
             folder=str(self._folder),
             id=self._id,
-            run=status.run_name,
-            group=f"{status.run_name}-{run_sha256(run_file)[:12]}",
+            run=run["run"]["name"],
+            group=f"{run['run']['name']}-{sha256[:12]}",
             name=status.name or short_peer(status.peer),
             role=status.role,
             step=position.step,
             run_file=run_file.decode(),
-            config={"run": tomllib.loads(run_file.decode()), "machine": _machine(status)},
+            config={"run": run, "machine": _machine(status)},
         )
         self._trackers = [self._make_tracker(kind, peer) for kind in self._kinds]
         before = self._before
-        if before is not None and before.run_sha256 == status.run_sha256:
+        if before is not None and before.run_sha256 == sha256:
             # Not of the present status: it may have rounds already whose events are still to be drawn.
             self._add(self._curves.of_past(before.losses, time))
 

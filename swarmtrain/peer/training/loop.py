@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from swarmtrain.algorithm.batch import inputs_of, num_targets
+from swarmtrain.algorithm.gradient_sum import GradientSum
 from swarmtrain.algorithm.inner import (
     InnerConstants,
     InnerOptimizer,
@@ -93,10 +94,14 @@ class InnerLoop(ABC):
         batches: BatchSource,
         constants: InnerConstants,
         loss_scale: LossScale | None = None,
+        optimizer: type[InnerOptimizer] = InnerOptimizer,
     ) -> None:
-        """`batches` may be drawn elsewhere: the loop only chooses their shard, and a checkpoint keeps the position."""
+        """`batches` may be drawn elsewhere: the loop only chooses their shard, and a checkpoint keeps the position.
+
+        `optimizer` is `GradientSum` if all peers take the optimizer's step together.
+        """
         self.parameters, self.batches = parameters, batches
-        self.inner = InnerOptimizer(parameters.named.items(), constants, parameters.take_back, loss_scale)
+        self.inner = optimizer(parameters.named.items(), constants, parameters.take_back, loss_scale)
         self.batch_sequences = 0
         """Sequences that a step takes of each batch; 0: all of it."""
         self.young_steps: int | None = None
@@ -170,7 +175,9 @@ class InnerLoop(ABC):
         Moments on a device are lent whatever `room` there is: the device copies them beside the next step.
         """
         moments: Moments | LentMoments
-        if isinstance(self.parameters, DeviceParameters):
+        if isinstance(self.inner, GradientSum):
+            moments = self.inner.no_moments()
+        elif isinstance(self.parameters, DeviceParameters):
             moments = self.inner.lend_moments(self.parameters.copier.copy)
         else:
             moments = self.inner.lend_moments() if room is None else self.inner.copy_moments(room)
@@ -185,7 +192,8 @@ class InnerLoop(ABC):
             raise ValueError(f"the checkpoint stands at batch {part.batches}, the data at {self.batches.position}")
         if not isinstance(part.moments, Moments):
             raise ValueError("moments of a checkpoint that was loaded are needed, not lent ones")
-        self.inner.load_moments(part.moments)
+        if not isinstance(self.inner, GradientSum):
+            self.inner.load_moments(part.moments)
         self._has_moments, self.young_steps = True, part.young_steps
 
     def skip(self, tokens: int) -> None:
@@ -197,6 +205,16 @@ class InnerLoop(ABC):
         """See `LoopState`. A loop that has moments of its own keeps them; otherwise it counts as a late joiner."""
         if not self._has_moments:
             self.young_steps = 0
+
+    def begin_round(self) -> None:
+        """Drop gradients that were added up in a round that was given up. See `LoopState`."""
+        if isinstance(self.inner, GradientSum):
+            self.inner.forget()
+
+    def mean_gradient(self) -> Tensor:
+        """Return the mean gradient (P,) of the steps since the last call. See `LoopState`."""
+        assert isinstance(self.inner, GradientSum), "only a method with a common step asks for it"
+        return self.inner.take_mean()
 
     def end(self) -> None:
         """Release the optimizer's memory: no step follows. See `LoopState`."""
@@ -225,7 +243,8 @@ class ModelLoop(InnerLoop):
         named = model.trained_parameters()
         parameters = HostParameters(named) if compute.is_host else DeviceParameters(named)
         loss_scale = LossScale(compute.device) if compute.precision == "fp16" else None
-        super().__init__(parameters, batches, inner_constants(run), loss_scale)
+        optimizer = GradientSum if run.merge.kind.common_step else InnerOptimizer
+        super().__init__(parameters, batches, inner_constants(run), loss_scale, optimizer)
         compute = replace(compute, microbatch_sequences=compute.microbatch_sequences or run.microbatch_sequences)
         self.run, self.model, self.compute, self._slowed = run, model, compute, slowed
         self.ranks: DataParallelRanks | None = self._make_ranks()
@@ -284,6 +303,8 @@ class ModelLoop(InnerLoop):
                 batch = batch[: self.batch_sequences]
             while (loss := self._differentiate(batch, should_stop)) is None:
                 self._use_smaller()
+            if isinstance(self.inner, GradientSum):
+                self.inner.targets = num_targets(batch)
             norm = self._optimize(progress, scale)
             done = InnerStep(num_targets(batch), loss, norm, read_tokens=inputs_of(batch).numel())
             self._ahead.step_asked()
@@ -322,7 +343,9 @@ class ModelLoop(InnerLoop):
         """Take the optimizer's step and return the gradient's norm (). Raises RunTimeError if its moments, which the
         first step makes, do not fit: no smaller microbatch makes room for them."""
         with enough_memory("making the optimizer's moments", self.compute.device):
-            return self.inner.step(progress, scale) if self.ranks is None else self.ranks.optimize(progress, scale)
+            if self.ranks is None or isinstance(self.inner, GradientSum):  # every rank has the whole batch's gradient
+                return self.inner.step(progress, scale)
+            return self.ranks.optimize(progress, scale)
 
     def _use_smaller(self) -> None:
         """Halve the microbatches; if they are of one sequence already, compute blocks again in the backward pass.

@@ -23,7 +23,7 @@ from swarmtrain.events import DoneEvent, JoinedEvent, StartedEvent, WarningEvent
 from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.parameter_count import num_parameters, num_trained_parameters
 from swarmtrain.model.run_model import build_run_model, check_positions
-from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
+from swarmtrain.network.codec import average_of, tensor_specs
 from swarmtrain.network.coverage import shards_of
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
@@ -120,12 +120,13 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
 
 
 def merge_thread(exchange: SwarmExchange, parameters: ParameterSource) -> ThreadPoolExecutor | None:
-    """Return the thread that computes merges while a device trains; None if the trainer waits for them.
+    """Return the thread that computes merges beside the training; None if the trainer waits for them.
 
-    On a processor the merge would take from the steps what they gain; in synchronous rounds the peers wait for company.
+    On a processor the merge would take from the steps what they gain; in synchronous rounds the peers wait for company,
+    and go on meanwhile only if `merge.delay_steps` says so.
     """
     is_beside = exchange.merges_beside_training and parameters.loans_outlast_steps
-    return ThreadPoolExecutor(1, "merges") if is_beside else None
+    return ThreadPoolExecutor(1, "merges") if is_beside or exchange.run.merge.delay_steps else None
 
 
 def trained_part(run: RunFile, rank: int) -> int:
@@ -156,7 +157,7 @@ class ModelTraining:
             context.node,
             published,
             tensor_specs(loop.parameters.named.items()),
-            average_bytes_untrusted,
+            average_of(run),
             emit,
             me,
             num_served=context.settings.num_served_by(context.name),

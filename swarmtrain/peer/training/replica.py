@@ -61,7 +61,7 @@ class Replica:
         self.is_entered = False
         """True if the parameters hold the values that a round begins with."""
         theta = parameters.read()
-        self.state = OuterState(theta, torch.zeros_like(theta))
+        self.state = OuterState(theta, torch.zeros(merge.kind.num_moments * theta.numel()))
 
     @property
     def state(self) -> OuterState:
@@ -103,18 +103,28 @@ class Replica:
             self.parameters.write(self.state.theta)
             self.is_entered = True
 
-    def contribution(self, part: int, inner_steps: int, tokens: int) -> LocalUpdate:
-        """Return the update of the round so far, to be published as number `part`, after `inner_steps` steps."""
+    def contribution(
+        self, part: int, inner_steps: int, tokens: int, mean_gradient: Tensor | None = None
+    ) -> LocalUpdate:
+        """Return the update of the round so far, to be published as number `part`, after `inner_steps` steps.
+
+        `mean_gradient` (P,) is given if the steps left the weights as they are.
+        """
         update = self._contribution(part, inner_steps, tokens)
+        if mean_gradient is not None:
+            return replace(update, mean_gradient=mean_gradient)
         return update if update.lent else replace(update, reached=self.parameters.read())
 
-    def contribution_soon(self, part: int, inner_steps: int, tokens: int) -> Callable[[], LocalUpdate]:
+    def contribution_soon(
+        self, part: int, inner_steps: int, tokens: int, mean_gradient: Tensor | None = None
+    ) -> Callable[[], LocalUpdate]:
         """Return a function that any thread may call and that returns what `contribution` would now.
 
         It waits for a device that has not copied the weights yet; `contribution_soon` does not.
         """
         update = self._contribution(part, inner_steps, tokens)
-        if update.lent:
+        if update.lent or mean_gradient is not None:
+            update = replace(update, mean_gradient=mean_gradient)
             return lambda: update
         read = self.parameters.read_soon()
         return lambda: replace(update, reached=read())

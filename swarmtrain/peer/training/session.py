@@ -74,6 +74,8 @@ class Start:
     """Format in which the round's pseudo-gradients are published."""
     batch_sequences: int = 0
     """Sequences of each inner step where this peer is too slow for the run's batch; 0: as the run file says."""
+    is_over: Callable[[int], bool] = lambda tokens: False
+    """Return whether the round ends with the steps taken so far, which have so many `tokens`; asked after each step."""
 
     @cached_property
     def publish_after(self) -> Sequence[int]:
@@ -215,6 +217,14 @@ class LoopState(Protocol):
 
     def weights_replaced(self) -> None:
         """Note that the parameters' values will be those of other peers."""
+
+    def begin_round(self) -> None:
+        """Note that a round begins without a step: what was added up in one that was given up is dropped."""
+
+    def mean_gradient(self) -> Tensor:
+        """Return the mean gradient (P,) fp32 of the steps since the last call, in main memory. Only of a loop whose
+        steps leave the weights as they are (`MergeMethod.common_step`)."""
+        ...
 
     def end(self) -> None:
         """Release the optimizer's memory: no step follows."""
@@ -535,8 +545,11 @@ class Session:
         """Begin a round with the steps taken ahead of it, and do what they have made due."""
         replica, self.reason = self.replica, ""
         if not replica.is_entered:
-            assert not self._ahead.number, "their weights would be overwritten"
+            is_kept = self.run.merge.kind.common_step  # such steps leave the weights as they are
+            assert not self._ahead.number or is_kept, "their weights would be overwritten"
             self.exchange.hold(replica.states)
+        if not self._ahead.number:
+            self.loop.begin_round()
         start = self.exchange.start_round(replica.progress, self.steps_per_s)
         round = self._round = _Round(
             start=start,
@@ -553,6 +566,8 @@ class Session:
     def _run_share(self, round: _Round) -> float:
         """Estimate the share of the run's tokens trained so far, in `round` or beyond its end."""
         before, step_tokens = self.replica.progress.run_tokens, self.run.tokens_per_step
+        if self.run.merge.kind.common_step:
+            return before / self.run.run.total_tokens  # the step that all take is of these weights
         own_steps = (round.steps.tokens + self._ahead.tokens) / step_tokens
         return round.start.run_tokens(before, own_steps, step_tokens) / self.run.run.total_tokens
 
@@ -560,6 +575,7 @@ class Session:
         """Publish, merge or end the round if its last step has made that due."""
         start, num_steps, part = round.start, self._full_steps(round), 0
         is_full = round.steps.read_tokens >= start.inner_steps * self._step_tokens(start)
+        is_full = is_full or (round.steps.tokens > 0 and start.is_over(round.steps.tokens))
         if self._merging is not None:
             # Nothing is published meanwhile: of a fragment that is being merged it would be counted in two rounds.
             next_fragment = len(round.updates) + len(self._merging.fragments)
@@ -583,12 +599,13 @@ class Session:
 
         If the weights of the update are not lent, a worker waits for them: then that function publishes.
         """
-        steps, replica = round.steps, self.replica
-        if self.worker is None or self.run.merge.kind.lends_weights:
-            own = replica.contribution(part, steps.number, steps.tokens)
+        steps, replica, kind = round.steps, self.replica, self.run.merge.kind
+        gradient = self.loop.mean_gradient() if kind.common_step else None
+        if self.worker is None or kind.lends_weights:
+            own = replica.contribution(part, steps.number, steps.tokens, gradient)
             self.exchange.publish(own)
             return lambda: own
-        wait = replica.contribution_soon(part, steps.number, steps.tokens)
+        wait = replica.contribution_soon(part, steps.number, steps.tokens, gradient)
 
         @cache
         def publish() -> LocalUpdate:
@@ -695,7 +712,8 @@ class Session:
             self.adopt(merged)
             self._tell_new_state(round)
             return
-        assert self.worker is None or merged.change is not None, "steps taken meanwhile would be lost"
+        is_kept = self.worker is None or merged.change is not None or self.run.merge.kind.common_step
+        assert is_kept, "steps taken meanwhile would be lost"
         self.replica.enter(merged)
         if not merged.arrived.is_whole:
             self.exchange.merged(merged.fragment, self.replica.state_of(merged.fragment))

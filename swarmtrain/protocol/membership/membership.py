@@ -14,6 +14,7 @@ from enum import Enum
 from operator import itemgetter
 
 from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.protocol.rounds.roles import LinkRates
 
 __all__ = ["MAX_PEERS", "Membership", "MembershipChange", "PeerInfo", "PeerState"]
 
@@ -45,6 +46,7 @@ class PeerInfo:
     - `hidden`: nobody can dial it. It can be called only over connections that it has opened itself; its publications
       are served by its `hosts`.
     - `place`: in a pipeline, the stages that it holds and its speed there.
+    - `link`: its link as it has measured it (None: it is of a version that tells none).
     """
 
     peer: str
@@ -68,6 +70,7 @@ class PeerInfo:
     hosts: tuple[str, ...] = ()
     corpus_sha256: str = ""
     place: StagePeer | None = None
+    link: LinkRates | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,6 +26,7 @@ from swarmtrain.protocol.membership.membership import Membership
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds import rosters
 from swarmtrain.protocol.rounds.chains import Chains, Flaw, Link
+from swarmtrain.protocol.rounds.link_claims import LinkClaims
 from swarmtrain.protocol.rounds.messages import Command, Envelope, Event, PeerReply, RoundQuestion, SignedRoster
 from swarmtrain.protocol.rounds.rosters import (
     ApplyDecision,
@@ -64,6 +65,12 @@ class RoundRules:
     share_above: int
     round_limit_s: float
     silence_s: float
+    max_wait_s: float = math.inf
+    """Longest time for which a peer that has ended its round waits for the others' publications."""
+    num_chunks: int = 0
+    """Chunks of the mean that shares are made of; 0: all shares are equal, whatever the links."""
+    body_bytes: int = 0
+    """Bytes of the mean."""
     hold_s: float = 2.0
     """Longest time for which a question without news is held."""
     retry_s: float = 0.25
@@ -107,6 +114,7 @@ class RoundEngine(Generic[Envelope, Link]):
         """Reason why this peer waits, "" if it does not; and the time until which it waits at most, 0 without a
         limit."""
         self.signers = Signers()
+        self.claims = LinkClaims(membership)
         self.hearsay: Hearsay[Envelope, Link] = Hearsay(membership, chains)
         self._rng = rng
         self._questions: Questions[Envelope, Link] = Questions()
@@ -167,8 +175,12 @@ class RoundEngine(Generic[Envelope, Link]):
             case ev.QuestionDropped():
                 self._held.pop(event.call, None)
             case ev.ShareAveraged() if self._ending is not None and self._ending.merging == event.roster:
-                self._ending.shared = event.roster
+                self._ending.shared, self._ending.pieces = event.roster, event.pieces
                 return self._tell()
+            case ev.ShareJudged():
+                self.claims.judged(event.owner, in_time=event.in_time)
+            case ev.LinkMeasured():
+                self.claims.own = event.rates
             case ev.SurveyPeers():
                 return self._seeker.survey(event, self.round, now)
             case ev.SearchState():
@@ -241,7 +253,7 @@ class RoundEngine(Generic[Envelope, Link]):
         if known is None:
             return False
         lacks_roster = known.best is not None and known.best.name != question.has_roster
-        return lacks_roster or not question.has_publication or (known.shared != "" and not question.has_share)
+        return lacks_roster or not question.has_publication or known.has_piece_for(question)
 
     def _answer(self, call: int, question: RoundQuestion) -> ev.AnswerRoundQuestion[Envelope]:
         """Answer a call with what the asker lacks."""
@@ -256,7 +268,7 @@ class RoundEngine(Generic[Envelope, Link]):
             last=self.last,
             publication=None if known is None or question.has_publication else known.own,
             roster=None if best is None or best.name == question.has_roster else best,
-            share="" if known is None or question.has_share else known.shared,
+            share="" if known is None or not known.has_piece_for(question) else known.shared,
         )
 
     def _tell(self) -> _Commands[Envelope]:
@@ -286,6 +298,7 @@ class RoundEngine(Generic[Envelope, Link]):
         """End the round: stop all questions about it, and record who did not sign."""
         view = self._view(known)
         commands = [*self._unproved(known), *self._hang_up(known, view, list(known.asking), now)]
+        self.claims.round_over(known.round)
         self.signers.round_over(known.round, idled(view, now), {roster.signer for roster in view.rosters})
         if known.merging and not known.is_merged:
             commands.append(ev.CancelMerge())
@@ -345,6 +358,7 @@ class RoundEngine(Generic[Envelope, Link]):
                     attempt=decision.attempt,
                     base=self.base,
                     base_tokens=self._tokens,
+                    shares=self._shares(decision),
                 )
                 commands.append(ev.SignRoster(roster, decision.reason))
             case ApplyDecision():
@@ -368,6 +382,17 @@ class RoundEngine(Generic[Envelope, Link]):
                 )
                 commands += self._caught_up(self._seeker.catch_up(known.state_fetch), now)
         return commands
+
+    def _shares(self, decision: rosters.SignDecision) -> tuple[int, ...]:
+        """Return who averages how much on the roster that this peer signs; empty for equal shares."""
+        rules = self.rules
+        if len(decision.entries) <= rules.share_above:
+            return ()
+        return self.claims.shares([entry.peer for entry in decision.entries], rules.num_chunks, rules.body_bytes)
+
+    def averaging_s(self, roster: Roster) -> float:
+        """Return how long averaging with a roster's shares takes, by the links that the peers tell; 0: unknown."""
+        return self.claims.averaging_s(roster.peers, roster.shares, self.rules.body_bytes)
 
     def _caught_up(self, commands: _Commands[Envelope], now: float) -> _Commands[Envelope]:
         """Pass on the commands of a search. If catching up has ended, adopt the state, or decide anew if there
@@ -401,7 +426,10 @@ class RoundEngine(Generic[Envelope, Link]):
             me=self.me,
             round=known.round,
             ended_at_s=known.ended_s,
-            deadline_s=max(known.ended_s, known.started_s + self.rules.round_limit_s),
+            deadline_s=min(
+                max(known.ended_s, known.started_s + self.rules.round_limit_s),
+                known.ended_s + self.rules.max_wait_s,
+            ),
             silence_s=self.rules.silence_s,
             share_above=self.rules.share_above,
             live=found.of[Standing.WITH_US] | found.of[Standing.BEHIND],
@@ -446,7 +474,9 @@ class RoundEngine(Generic[Envelope, Link]):
             ask = self._questions.ask(peer, self._question(known, peer, now), now)
             known.asking[peer] = ask.number
             commands.append(ask)
-        if not pulls_whole(view):
+        # Those that have ended the round already are no longer in the group, but its roster is still merged in shares.
+        in_shares = known.best is not None and len(known.best.roster.entries) > self.rules.share_above
+        if in_shares or not pulls_whole(view):
             return commands
         for peer, offer in known.announced.items():
             is_here = offer.snapshot in known.held or offer.snapshot in known.fetched

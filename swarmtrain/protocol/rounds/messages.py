@@ -14,6 +14,7 @@ from typing import Generic, TypeAlias, TypeVar
 
 from swarmtrain.protocol.membership.membership import MembershipChange
 from swarmtrain.protocol.rounds.chains import Link, ShownChain
+from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster, RoundPublication
 
 Envelope = TypeVar("Envelope")
@@ -43,6 +44,8 @@ class RoundQuestion:
     """Name of the roster that the other peer sent last; "" without any."""
     has_share: bool = True
     """True if the asker does not need to know whether the other peer has averaged its share."""
+    share_piece: int = 0
+    """Number of the piece of that share that the asker lacks."""
     wants_chain: bool = False
     """True if the other peer is asked to send the chain of rosters that led to the one it applied last."""
 
@@ -195,9 +198,25 @@ class PublicationNotFetched:
 
 @dataclass(frozen=True, slots=True)
 class ShareAveraged:
-    """This peer has averaged its share of the roster with that digest."""
+    """This peer has averaged its share of the roster with that digest, or the first `pieces` pieces of it."""
 
     roster: str
+    pieces: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ShareJudged:
+    """A share of `owner` has come, `in_time` or so late that this peer averaged it itself."""
+
+    owner: str
+    in_time: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LinkMeasured:
+    """This peer's own link, as measured by now."""
+
+    rates: LinkRates
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +314,8 @@ Event: TypeAlias = (
     | PublicationFetched
     | PublicationNotFetched
     | ShareAveraged
+    | ShareJudged
+    | LinkMeasured
     | RosterMerged
     | RosterNotMerged
     | SurveyPeers
@@ -341,7 +362,7 @@ class AnswerRoundQuestion(Generic[Envelope]):
     publication: RoundPublication | None
     roster: SignedRoster[Envelope] | None
     share: str
-    """Digest of the roster whose share this peer has averaged; "" without any."""
+    """Digest of the roster of whose share this peer has averaged the piece that the asker lacks; "" without any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ __all__ = [
     "is_silent",
     "joining_steps",
     "peers_to_ask",
+    "piece_due_s",
     "pulls_whole",
     "round_steps",
     "share_due_s",
@@ -54,6 +55,12 @@ __all__ = [
     "steps_of_round",
     "worst_roster",
 ]
+
+
+_PATIENCE = 2.0
+"""Multiple of the time that averaging should take after which a share of which nothing comes is overdue."""
+_MOST_PATIENCE = 4.0
+"""Multiple of that time after which a share is overdue although pieces of it come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +92,8 @@ class Roster:
     attempt: int = 0
     base: str = ""
     base_tokens: int = 0
+    shares: tuple[int, ...] = ()
+    """Chunks of the mean that each of the entries' peers averages (`roles.divide`); empty for equal shares."""
 
     @cached_property
     def peers(self) -> tuple[str, ...]:
@@ -103,7 +112,7 @@ class Roster:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, that names the resulting weights. Signer and attempt are left out, since they change
+        """SHA-256, in hex, that names the resulting weights. Signer, attempt and shares are left out, since they change
         nothing."""
         lines = [f"{self.round} {self.base}", *(f"{e.peer} {e.snapshot} {e.tokens}" for e in self.entries)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -486,9 +495,12 @@ def peers_to_ask(view: RoundView, now: float) -> list[str]:
     return sorted({*heapq.nsmallest(2, candidates), *heapq.nsmallest(2, ahead)})
 
 
-def share_ranges(num_chunks: int, num_peers: int) -> list[range]:
-    """Cut chunks into one contiguous range for each peer, in roster order; sizes differ by at most one."""
+def share_ranges(num_chunks: int, num_peers: int, shares: Sequence[int] = ()) -> list[range]:
+    """Cut chunks into one contiguous range for each peer, in roster order: of the sizes `shares`, or without them of
+    sizes that differ by at most one."""
     bounds = [num_chunks * i // num_peers for i in range(num_peers + 1)]
+    if shares:
+        bounds = [0, *itertools.accumulate(shares)]
     return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
@@ -500,6 +512,17 @@ def share_due_s(roster_at_s: float, own_share_at_s: float, silence_s: float) -> 
     that nobody can give it; it then never has a share although it lives.
     """
     return own_share_at_s + max(silence_s, 2 * (own_share_at_s - roster_at_s))
+
+
+def piece_due_s(roster_at_s: float, last_piece_s: float, averaging_s: float, silence_s: float) -> float:
+    """Return the time until which to wait for the next piece of a share, on a roster whose shares follow from links.
+
+    A peer that has no share itself does not see how long one takes, so it goes by `averaging_s`, what its own reckoning
+    gives for this roster. While pieces come (`last_piece_s`) it waits longer, but not for ever: the owner may send one
+    now and then.
+    """
+    usual_s = max(silence_s, _PATIENCE * averaging_s)
+    return min(max(roster_at_s + usual_s, last_piece_s + silence_s), roster_at_s + _MOST_PATIENCE * usual_s)
 
 
 def joining_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]:

@@ -42,7 +42,8 @@ class KnownRound(Generic[Envelope, Link]):
     best: SignedRoster[Envelope] | None = None
     """Roster among `rosters` that holds against the others."""
     shared: str = ""
-    """Digest of the roster whose share this peer has averaged."""
+    """Digest of the roster whose share this peer has averaged, whole or `pieces` pieces of it."""
+    pieces: int = 0
     asking: dict[str, int] = field(default_factory=dict)
     """Number of the open question to each peer."""
     ask_again_s: dict[str, float] = field(default_factory=dict)
@@ -100,6 +101,10 @@ class KnownRound(Generic[Envelope, Link]):
         # Another chance for what is on it: in a small group a signer lists only what it holds (decision 4).
         self.unobtainable.difference_update(roster.peers)
         return True
+
+    def has_piece_for(self, question: ev.RoundQuestion) -> bool:
+        """Return whether this peer has averaged the piece of its share that the asker lacks."""
+        return self.shared != "" and not question.has_share and question.share_piece < self.pieces
 
     def was_fetched(self, event: ev.PublicationFetched | ev.PublicationNotFetched) -> None:
         """Record that a publication's bytes are here, or that nobody delivers them."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from swarmtrain.errors import UserError
-from swarmtrain.methods import DILOCO, GOSSIP, SERVER, load_object, method_named
+from swarmtrain.methods import BATCH, DILOCO, GOSSIP, SERVER, load_object, method_named
 from swarmtrain.packages import NAME
 from swarmtrain.simulate.learning.hostile import gossip
 from swarmtrain.simulate.learning.sampled import modest, noloco
@@ -67,6 +67,18 @@ METHODS: dict[str, Method] = {
         says="DiLoCo with an H for each peer that fits its speed",
         run=diloco,
         keys={"merge.method": "diloco", "merge.pacing": True},
+        churn=True,
+    ),
+    "batch": Method(
+        says="one large batch: gradients are added up until all have merge.target_tokens (DeDLOC, arXiv 2106.10207)",
+        run=load_object(BATCH.learns),
+        keys={
+            "merge.method": "batch",
+            "merge.outer_learning_rate": 0.7,
+            "merge.outer_momentum": 0.8,
+            "merge.momentum_ramp_rounds": 0,
+            "merge.pacing": False,
+        },
         churn=True,
     ),
     "gossip": Method(

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import heapq
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from swarmtrain.algorithm.common_step import NUM_MOMENTS, CommonOptimizer, CommonStep
 from swarmtrain.algorithm.fragments import fragments_of, mean_by_fragment
 from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, kept_where, outer_step, weighted_mean
+from swarmtrain.algorithm.quantize import FedBackSum, decode_pieces, encoded_size_bytes
+from swarmtrain.peer.training.loop import inner_constants
+from swarmtrain.protocol.rounds.batch_end import planned_sequences
 from swarmtrain.simulate.learning.learner import Learner
 from swarmtrain.simulate.learning.setting import Recorder, RunOutcome, Setting
 
-__all__ = ["data_parallel", "diloco", "diloco_round"]
+__all__ = ["batch", "data_parallel", "diloco", "diloco_round"]
 
 _BYTES = 4  # of a weight, as synchronous rounds send it
 
@@ -64,13 +70,20 @@ def diloco_round(
     for learner, steps in trained:
         round_tokens = num_peers * steps * learner.text.run.tokens_per_step
         gradients.append(state.theta - learner.train(state.theta, steps, run_tokens, round_tokens))
-    parameters = trained[0][0].loop.parameters
-    if parameters.groups is None:
-        return outer_step(state, weighted_mean(gradients, weights), constants)
-    fragments, num = fragments_of(layout_of(parameters.shapes), 1, parameters.groups), max(parameters.groups) + 1
-    have = [range(num) if learner.trained is None else sorted(learner.trained) for learner, _ in trained]
-    mean, untrained = mean_by_fragment(fragments, gradients, weights, have)
+    mean, untrained = _mean_of([learner for learner, _ in trained], gradients, weights)
     return kept_where(outer_step(state, mean, constants), state, untrained)
+
+
+def _mean_of(
+    learners: Sequence[Learner], gradients: Sequence[Tensor], weights: Sequence[int]
+) -> tuple[Tensor, tuple[slice, ...]]:
+    """Return the weighted mean (P,) of these learners' gradients, and the places that nobody has trained."""
+    parameters = learners[0].loop.parameters
+    if parameters.groups is None:
+        return weighted_mean(gradients, weights), ()
+    fragments, num = fragments_of(layout_of(parameters.shapes), 1, parameters.groups), max(parameters.groups) + 1
+    have = [range(num) if learner.trained is None else sorted(learner.trained) for learner in learners]
+    return mean_by_fragment(fragments, gradients, weights, have)
 
 
 def diloco(setting: Setting) -> RunOutcome:
@@ -119,6 +132,137 @@ def diloco(setting: Setting) -> RunOutcome:
         tokens_lost=num_lost * run.tokens_per_step,
         curve=tuple(recorder.points),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """One large batch in virtual time: the inner steps of each volunteer that counts, and of those that do not."""
+
+    steps: Mapping[int, int]
+    lost: Mapping[int, int]
+    met_s: float
+    """Time at which the step is taken."""
+
+
+def _batch_of(setting: Setting, here: Sequence[int], now_s: float, sequences: Mapping[int, int]) -> _Batch:
+    """Let the volunteers that are `here` add up gradients from `now_s` on, until they have the batch together.
+
+    Each knows at once what the others have. It then ends with the step that it is in, and is waited for until
+    `merge.max_wait_s` after the batch was there; `sequences` has the size of each one's steps. What those have that
+    crash or leave before is lost. One that hangs is waited for as long as it says something, and loses its part.
+    """
+    run, merge = setting.run, setting.run.merge
+    context, batch = run.model.context_tokens, run.inner.batch_sequences
+    step_s = {number: setting.step_s[number] * sequences[number] / batch for number in here}
+
+    def ends(number: int, steps: int) -> float:
+        return setting.done_s(number, now_s, steps * step_s[number])
+
+    done, tokens, full_s = dict.fromkeys(here, 0), 0, now_s
+    coming = [(ends(number, 1), number) for number in here]
+    heapq.heapify(coming)
+    while coming and tokens < run.target_tokens and full_s < now_s + merge.round_limit_s:
+        full_s, number = heapq.heappop(coming)
+        if setting.goes_within(number, now_s, (done[number] + 1) * step_s[number]):
+            tokens -= done[number] * sequences[number] * context
+            continue
+        done[number] += 1
+        tokens += sequences[number] * context
+        heapq.heappush(coming, (ends(number, done[number] + 1), number))
+    lost, met_s = dict[int, int](), full_s
+    for number in here:
+        if setting.goes_within(number, now_s, (done[number] + 1) * step_s[number]):
+            lost[number] = done.pop(number)
+            continue
+        last_s = ends(number, done[number])
+        if last_s < full_s:  # it is in a step
+            done[number] += 1
+            last_s = ends(number, done[number])
+        silent = setting.is_hanging(number, full_s)
+        if last_s > full_s + (merge.silence_s if silent else merge.max_wait_s):
+            lost[number] = done.pop(number) - 1
+            last_s = full_s + (merge.silence_s if silent else merge.max_wait_s)
+        met_s = max(met_s, last_s)
+    return _Batch(steps={number: steps for number, steps in done.items() if steps}, lost=lost, met_s=met_s)
+
+
+def batch(setting: Setting) -> RunOutcome:
+    """Add up gradients at common weights until all volunteers together have `merge.target_tokens`, then take one step
+    of AdamW or LAMB (DeDLOC, arXiv 2106.10207)."""
+    run, num_peers = setting.run, setting.num_peers
+    everyone = [setting.learner(number) for number in range(num_peers)]
+    parameters, full = everyone[0].loop.parameters, run.inner.batch_sequences
+    optimizer = CommonOptimizer(parameters.shapes, inner_constants(run), run.merge.optimizer)
+    speeds, target = setting.speeds, run.target_tokens / run.model.context_tokens
+    sequences = {
+        number: planned_sequences(full * speed, full * (sum(speeds) - speed), full, target)
+        for number, speed in enumerate(speeds)
+    }
+    theta = everyone[0].reached
+    state, recorder = OuterState(theta, torch.zeros(NUM_MOMENTS * theta.numel())), Recorder(setting)
+    format = run.merge.roster_format
+    encoders = [None if format == "fp32" else FedBackSum(format) for _ in everyone]
+    # Gradients as they are published go to those who average, and fp32 means come back.
+    size_bytes = (encoded_size_bytes(format, [theta.numel()]) + _BYTES * theta.numel()) // 2
+    rng = random.Random(_wire(setting))
+    now_s, tokens, sent_bytes, num_sequences, worked_s, lost, taken = 0.0, 0, 0, 0, 0.0, 0, 0
+    before, arrives_s = state, 0.0  # with delayed steps, volunteers go on from `before` until the new weights arrive
+    num_groups = 1 + max(parameters.groups or [0])
+    while tokens < setting.total_tokens:
+        present = [number for number in range(num_peers) if not setting.is_away(number, now_s)]
+        here = [number for number in present if not setting.is_hanging(number, now_s)] or present
+        if not here:
+            now_s = setting.speaks_again_s(now_s)
+            continue
+        found = _batch_of(setting, here, now_s, sequences)
+        lost += sum(steps * sequences[number] for number, steps in found.lost.items())
+        if not found.steps:
+            now_s = max(found.met_s, setting.speaks_again_s(found.met_s))
+            continue
+        learners, gradients, weights = [everyone[number] for number in found.steps], list[Tensor](), list[int]()
+        for number, steps in found.steps.items():
+            learner = everyone[number]
+            learner.train_only(setting.groups_of_round(number, taken, num_groups))
+            share = sequences[number] / full
+            stale = min(steps, setting.steps_between(number, now_s, arrives_s, share)) if arrives_s > now_s else 0
+            for theta, number_of_them in ((before.theta, stale), (state.theta, steps - stale)):
+                learner.enter(theta)
+                for _ in range(number_of_them):
+                    learner.step(tokens / setting.total_tokens, sequences[number])
+            weights.append(steps * sequences[number] * run.model.context_tokens)
+            gradients.append(_as_published(learner.loop.mean_gradient(), weights[-1], encoders[number]))
+            worked_s += setting.takes_s(number, now_s, steps) * sequences[number] / full
+        mean, untrained = _mean_of(learners, gradients, weights)
+        at = CommonStep(taken + 1, tokens / setting.total_tokens)
+        before, state = state, kept_where(optimizer.step(state, mean, at), state, untrained)
+        tokens, taken = tokens + sum(weights), taken + 1
+        num_sequences += sum(weights) // run.model.context_tokens
+        # The mean of one batch is not begun before that of the last one is there.
+        now_s = max(found.met_s, arrives_s)
+        arrives_s = now_s + setting.all_reduce_s(len(learners), size_bytes, rng)
+        now_s = now_s if run.merge.delay_steps else arrives_s
+        sent_bytes += 2 * (len(learners) - 1) * size_bytes
+        recorder.see(tokens, arrives_s, lambda: state.theta)  # noqa: B023 - called at once
+    now_s = arrives_s
+    return RunOutcome(
+        held_out_loss=setting.text.held_out_loss(state.theta),
+        virtual_time_s=now_s,
+        tokens=tokens,
+        inner_steps=num_sequences // full,
+        sent_bytes=sent_bytes,
+        stall_share=1.0 - worked_s / (num_peers * now_s),
+        tokens_lost=lost * run.model.context_tokens,
+        curve=tuple(recorder.points),
+    )
+
+
+def _as_published(gradient: Tensor, tokens: int, encoder: FedBackSum | None) -> Tensor:
+    """Return a mean gradient (P,) of so many tokens as others read it."""
+    if encoder is None:
+        return gradient
+    pieces, counted = encoder.encode(gradient, tokens)
+    counted()
+    return torch.cat([decode_pieces(piece, encoder.format) for piece in pieces])
 
 
 def _wire(setting: Setting) -> str:

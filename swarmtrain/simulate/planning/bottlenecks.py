@@ -114,9 +114,13 @@ def _longer_rounds(run: RunFile, found: Plan, utilization: float) -> str:
     merge, times = run.merge, _MARGIN * max(1.0, utilization)
     stalled = min(found.stall_share, 0.99)  # merging takes as long as before
     steps, changes = min(_MOST_STEPS, _round_up(found.full_steps * (times - stalled) / (1 - stalled))), []
-    if steps > merge.inner_steps:
+    if merge.kind.common_step:
+        tokens = _round_up(run.target_tokens * max(1.0, (times - stalled) / (1 - stalled)))
+        changes.append(f"merge.target_tokens = {_toml(tokens)} (now {_toml(run.target_tokens)})")
+    elif steps > merge.inner_steps:
         changes.append(_to(run, "merge.inner_steps", steps))
-    is_bound, wanted_s = found.full_steps < 0.98 * merge.inner_steps, times * found.round_s
+    is_bound = found.full_steps < 0.98 * merge.inner_steps and not merge.kind.common_step
+    wanted_s = times * found.round_s
     if is_bound or wanted_s > merge.round_limit_s:
         limit_s = max(times * merge.round_limit_s if is_bound else 0.0, 1.2 * wanted_s)
         changes.append(_to(run, "merge.round_limit_s", _round_up(limit_s)))
@@ -356,7 +360,7 @@ def _rounds(run: RunFile, found: Plan) -> Bottleneck | None:
     tokens = min(_MOST_TOKENS, _round_up(max(run.run.total_tokens * times, run.run.total_tokens + 1)))
     number = f"{found.num_rounds:.1f}" if found.num_rounds < 10 else f"{found.num_rounds:,.0f}"
     changes, steps = [_to(run, "run.total_tokens", tokens)], int(found.full_steps / max(times, 1))
-    if times <= _MOST_FEWER_STEPS and 1 <= steps < run.merge.inner_steps:
+    if times <= _MOST_FEWER_STEPS and 1 <= steps < run.merge.inner_steps and not run.merge.kind.common_step:
         changes.insert(0, _to(run, "merge.inner_steps", steps))
     return Bottleneck(
         what="number of rounds",
@@ -372,7 +376,7 @@ def _stall(run: RunFile, found: Plan) -> Bottleneck | None:
     utilization = found.stall_share / (_MOST_WAITING if waits else _MOST_STALL)
     unequal = found.step_most_s > 1.2 * found.step_least_s
     changes = [_by_gossip(run)] if waits else []
-    if waits and unequal and not run.merge.pacing:
+    if waits and unequal and not run.merge.pacing and "pacing" not in run.merge.kind.unread:
         changes.insert(0, _to(run, "merge.pacing", True))
     if not (waits and unequal):
         changes.append(_longer_rounds(run, found, utilization))

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TypeAlias
 
 from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
+from swarmtrain.algorithm.quantize import encoded_size_bytes
 from swarmtrain.errors import UserError
 from swarmtrain.methods import load_object
 from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, publication_sizes
@@ -140,9 +141,14 @@ def lives_of(run: RunFile) -> Lives:
     return lives
 
 
-def _steps(run: RunFile, step_s: Sequence[float]) -> list[int]:
-    """Return the inner steps of each volunteer's round, as the product paces them."""
+def _steps(run: RunFile, step_s: Sequence[float], num_peers: int = 0) -> list[int]:
+    """Return the inner steps of each volunteer's round, as the product paces them; of one large batch its share, among
+    `num_peers` such volunteers (0: these).
+    """
     merge, speeds = run.merge, [1 / one for one in step_s]
+    if merge.kind.common_step:
+        a_speed = merge.inner_steps * len(speeds) / (sum(speeds) * max(num_peers, len(speeds)))
+        return [max(1, round(a_speed * speed)) for speed in speeds]
     usual, limit_s = [reference_speed(speeds)], merge.round_limit_s
     return [round_inner_steps(one, usual, merge.inner_steps, paced=merge.pacing, limit_s=limit_s) for one in speeds]
 
@@ -242,7 +248,7 @@ def _some(some: PlaybackMachines, machines: PlaybackMachines) -> str:
 def by_rosters(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: int) -> PlaybackResult:
     """Play synchronous rounds in virtual time, or compute them where playing would take long."""
     some, parameters, others = machines.at_most(_MOST_ON_A_ROSTER), stage_parameters(run), machines.num - 1
-    steps, (sent, _) = _steps(run, some.step_s), merge_bytes(run, parameters, others)
+    steps, (sent, _) = _steps(run, some.step_s, machines.num), merge_bytes(run, parameters, others)
     alone_s = [one * step_s for one, step_s in zip(steps, some.step_s, strict=True)]
     wire_s = sent / min(rates(links)) + 6 * 4 * latency_s(links, sent, random.Random(seed))
     if max(alone_s) - min(alone_s) + wire_s > _MOST_WAITED_S:
@@ -260,15 +266,19 @@ def by_rosters(run: RunFile, machines: PlaybackMachines, links: LinksSection, se
         up_bytes=sent,
         partners=share * (others + 1) - 1,
         fresh_share=share,
-        sizes=PublicationBytes(weights=0, gradient=4 * parameters),
+        sizes=PublicationBytes(weights=0, gradient=_on_roster_bytes(run)),
     )
+
+
+def _on_roster_bytes(run: RunFile) -> int:
+    return encoded_size_bytes(run.merge.roster_format, [stage_parameters(run)])
 
 
 def _on_rosters(
     run: RunFile, some: PlaybackMachines, links: LinksSection, others: int, seed: int
 ) -> tuple[float, float]:
     """Play some volunteers among `others` more. Return (seconds of a round, share of all volunteers on a roster)."""
-    merge, steps, parameters = run.merge, _steps(run, some.step_s), stage_parameters(run)
+    merge, steps, parameters = run.merge, _steps(run, some.step_s, others + 1), stage_parameters(run)
     settings = Settings(
         inner_steps=merge.inner_steps,
         tokens_per_step=run.tokens_per_step,
@@ -278,8 +288,8 @@ def _on_rosters(
         presence_ttl_s=run.network.presence_ttl_s,
         call_limit_s=run.network.call_limit_s,
         stall_limit_s=run.network.stall_limit_s,
-        publication_bytes=4 * parameters,
-        state_bytes=8 * parameters,
+        publication_bytes=_on_roster_bytes(run),
+        state_bytes=4 * (1 + merge.kind.num_moments) * parameters,
     )
     # Whole pseudo-gradients all pass at once, and the simulated links are not shared.
     at_once = max(1, others) if others + 1 <= merge.share_above else 1

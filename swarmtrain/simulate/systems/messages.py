@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
 from swarmtrain.protocol.rounds.chains import Chain
+from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.rounds.rosters import Roster
+from swarmtrain.run import CHUNK_BYTES
 
 __all__ = ["JoinState", "Phase", "Settings", "SimulatedLink", "WorldMoment", "hash_of"]
 
@@ -24,18 +27,27 @@ WorldMoment = Literal["started", "ended", "signed", "told_one", "serving"]
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedLink:
-    """Link of a peer: one-way latency in seconds, bytes per second up and down (down 0: as up), and the share of
-    messages lost."""
+    """Link of a peer: one-way latency in seconds, bytes per second up and down (down 0: as up), the share of messages
+    lost, and whether others can dial the peer."""
 
     latency_s: float = 0.01
     bytes_per_s: float = 10e6
     down_bytes_per_s: float = 0.0
     drop: float = 0.0
+    can_be_dialled: bool = True
+    told_bytes_per_s: float = 0.0
+    """Rate that the peer tells of its link; 0: the true one."""
 
     @property
     def down_per_s(self) -> float:
         """Bytes per second that the peer can receive."""
         return self.down_bytes_per_s or self.bytes_per_s
+
+    @property
+    def rates(self) -> LinkRates:
+        """Link as the peer tells it."""
+        up, down = self.told_bytes_per_s or self.bytes_per_s, self.told_bytes_per_s or self.down_per_s
+        return LinkRates(up, down, self.can_be_dialled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +59,9 @@ class Settings:
     tokens_per_step: int = 1000
     round_limit_s: float = 600.0
     silence_s: float = 5.0
+    target_tokens: int = 0
+    """Tokens of the large batch that all volunteers make together; 0: rounds of `inner_steps`."""
+    max_wait_s: float = math.inf
     share_above: int = 5
     presence_ttl_s: float = 30.0
     read_presence_s: float = 3.0
@@ -58,6 +73,16 @@ class Settings:
     stall_limit_s: float = 10.0
     publication_bytes: int = 2_000_000
     state_bytes: int = 4_000_000
+    transfers_share_links: bool = False
+    """True if all transfers share the links of their ends, piece by piece; otherwise each has them for itself, and the
+    shares of a round go by formulas, which many peers need."""
+    by_bandwidth: bool = True
+    """With `transfers_share_links`: True if who averages how much follows from the links, else all shares are equal."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of a publication, of which shares are made."""
+        return math.ceil(self.publication_bytes / CHUNK_BYTES)
 
 
 class Phase(Enum):

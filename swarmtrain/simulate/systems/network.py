@@ -239,16 +239,26 @@ class SimulatedNetwork(MessageFaults, Generic[P]):
         if dst.alive:
             self.send(src, dst, dst.deliver, call, *args)
 
-    def pull(self, dst: End, src_name: str, what: Any, num_bytes: float, done: Callable[[Any], None]) -> None:
+    def pull(
+        self,
+        dst: End,
+        src_name: str,
+        what: Any,
+        num_bytes: float,
+        done: Callable[[Any], None],
+        *,
+        goes_on: bool = False,
+    ) -> None:
         """Transfer `what` from a peer, then call `done`.
 
-        `done` gets the payload, None if it did not come, or a `PullRefusal` if the peer refused.
+        `done` gets the payload, None if it did not come, or a `PullRefusal` if the peer refused. With `goes_on` it
+        follows the last transfer in the same stream, so that nothing is asked for.
         """
         src = self.peers.get(src_name)
         if src is None:  # it is long gone, and forgotten
             self.clock.call_later(4 * dst.link.latency_s, dst.deliver, done, None)
             return
-        round_trip_s = 2 * self.latency_s(src, dst)
+        round_trip_s = 0.0 if goes_on else 2 * self.latency_s(src, dst)
         # Nothing comes back from these: the reader gives up when it has waited for its stall limit.
         if not self.passes(src, dst) or src.frozen:
             self.clock.call_later(self._stall_limit_s, dst.deliver, done, None)

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 from swarmtrain.protocol.membership.membership import Membership, PeerState
 from swarmtrain.protocol.rounds import messages as ev
+from swarmtrain.protocol.rounds.engine import RoundEngine
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, share_due_s, sources_of
 from swarmtrain.simulate.clock import Clock, Timer
 from swarmtrain.simulate.systems.messages import Settings, WorldMoment
 from swarmtrain.simulate.systems.network import End, NetworkPlace
+from swarmtrain.simulate.systems.shares import ShareMerge
 
 __all__ = ["Carrier", "Owner", "Transfers"]
 
@@ -26,6 +28,8 @@ class Carrier(Protocol):
     def peers(self) -> Mapping[str, Owner]:
         """All peers by name, this one included."""
 
+    shared: bool
+
     def connected(self, a: NetworkPlace, b: NetworkPlace) -> bool:
         """Return whether packets pass between two machines."""
 
@@ -35,8 +39,17 @@ class Carrier(Protocol):
     def latency_s(self, a: NetworkPlace, b: NetworkPlace) -> float:
         """Return the one-way latency in seconds."""
 
-    def pull(self, dst: End, src_name: str, what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
-        """Transfer `what` from a peer; `done(payload)` gets None if it did not come."""
+    def pull(
+        self,
+        dst: End,
+        src_name: str,
+        what: str,
+        num_bytes: float,
+        done: Callable[[Any], None],
+        *,
+        goes_on: bool = False,
+    ) -> None:
+        """Transfer `what` from a peer; `done(payload)` gets None if it did not come. `goes_on`: in an open stream."""
 
     def reached(self, peer: Owner, moment: WorldMoment) -> None:
         """Hook, called when a peer reaches a moment for which a fault may be declared."""
@@ -53,6 +66,8 @@ class _Merging:
     shares_pulling: set[int] = field(default_factory=set)
     averaging: set[int] = field(default_factory=set)
     again: Timer | None = None
+    shares: ShareMerge | None = None
+    """Its shares, if transfers share links."""
 
 
 class Owner(End, Protocol):
@@ -62,6 +77,7 @@ class Owner(End, Protocol):
     settings: Settings
     membership: Membership
     transfers: Transfers
+    engine: RoundEngine[None, None]
 
     @property
     def round(self) -> int:
@@ -90,6 +106,7 @@ class Transfers:
         """Round in which each thing arrived, by name."""
         self._shares: dict[str, set[int]] = {}
         self._pulling: set[str] = set()
+        self._wanted: dict[str, list[Callable[[], None]]] = {}
         self._merging: _Merging | None = None
 
     def published(self, snapshot: str) -> None:
@@ -102,27 +119,43 @@ class Transfers:
 
     def give_up_merge(self) -> None:
         """Drop the merge: its mean is no longer wanted."""
-        self._merging = None
+        self._end_merge()
+
+    def keep(self, what: str) -> None:
+        """Keep something that was averaged or pulled, for others to pull."""
+        self._store[what] = self._owner.round
+        for told in self._wanted.pop(what, ()):
+            told()
+
+    def tell_when_kept(self, what: str, told: Callable[[], None]) -> None:
+        """Call `told` once this is here, as the answer to a question about a round that is held until then."""
+        self._wanted.setdefault(what, []).append(told)
 
     def forget_old(self) -> None:
         """Begin the next round: drop what is two rounds old, which nobody asks for any more."""
         round = self._owner.round
         self._store = {what: r for what, r in self._store.items() if abs(round - r) <= 1}
+        self._wanted.clear()
 
     def _holds(self, snapshot: str, part: str) -> bool:
         return snapshot in self._store or part in self._store
 
-    def _pull_from(self, sources: Iterable[str], what: str, num_bytes: float, done: Callable[[Any], None]) -> None:
-        """Try one source after the other; `done(None)` when none has it."""
+    def pull_from(
+        self, sources: Iterable[str], what: str, num_bytes: float, done: Callable[[Any], None], *, goes_on: bool = False
+    ) -> None:
+        """Try one source after the other; `done(None)` when none has it. `goes_on`: the first sends already."""
+        is_open = goes_on
         left = [source for source in dict.fromkeys(sources) if source != self._owner.name]
 
         def next_source(payload: Any) -> None:
+            nonlocal is_open
             while left and self._owner.membership.state(left[0]) is not PeerState.LIVE:
                 left.pop(0)
             if payload is not None or not left:
                 done(payload)
             else:
-                self._world.pull(self._owner, left.pop(0), what, num_bytes, next_source)
+                is_open, goes_on = False, is_open
+                self._world.pull(self._owner, left.pop(0), what, num_bytes, next_source, goes_on=goes_on)
 
         next_source(None)
 
@@ -141,12 +174,13 @@ class Transfers:
             )
             self._go_on_merging()
 
-        self._pull_from(sources, offer.snapshot, self._settings.publication_bytes, done)
+        self.pull_from(sources, offer.snapshot, self._settings.publication_bytes, done)
 
     # ------------------------------------------------------------------ a merge
 
     def merge(self, roster: Roster) -> None:
         """Obtain the publications or shares that this roster needs."""
+        self._end_merge()
         self._merging = _Merging(roster, self._world.clock.now)
         self._go_on_merging()
 
@@ -154,7 +188,10 @@ class Transfers:
         if (m := self._merging) is None:
             return
         if len(m.roster.entries) > self._settings.share_above:
-            self._go_on_with_shares(m)
+            if self._world.shared:
+                self._begin_shares(m)
+            else:
+                self._go_on_with_shares(m)
             return
         lacking = [offer for offer in m.roster.entries if offer.snapshot not in self._store]
         for offer in lacking:
@@ -172,6 +209,27 @@ class Transfers:
     def _has_merged(self, m: _Merging) -> None:
         self._merging = None
         self._owner.tell(ev.RosterMerged(m.roster.digest))
+
+    def _begin_shares(self, m: _Merging) -> None:
+        if m.shares is not None:
+            return
+
+        def done(lacking: frozenset[str]) -> None:
+            if m is not self._merging:
+                return
+            if lacking:
+                self._merging = None
+                self._owner.tell(ev.RosterNotMerged(m.roster.digest, lacking))
+            else:
+                self._has_merged(m)
+
+        m.shares = ShareMerge(self, self._owner, self._world, m.roster, done)
+        m.shares.begin()
+
+    def _end_merge(self) -> None:
+        if self._merging is not None and self._merging.shares is not None:
+            self._merging.shares.stop()
+        self._merging = None
 
     def _go_on_with_shares(self, m: _Merging) -> None:
         """Average this peer's own share, and pull the others from their owners.
@@ -270,7 +328,7 @@ class Transfers:
 
         def look(offer: RoundPublication) -> None:
             sources = [offer.peer, roster.peers[index], *sources_of(roster, offer.peer)]
-            self._pull_from(sources, parts[offer.peer], num_bytes, lambda payload: got(offer, payload))
+            self.pull_from(sources, parts[offer.peer], num_bytes, lambda payload: got(offer, payload))
 
         if not waiting:
             self._owner.later(0.0, finish)

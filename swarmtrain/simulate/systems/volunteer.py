@@ -82,12 +82,16 @@ class SimulatedVolunteer:
             share_above=s.share_above,
             round_limit_s=s.round_limit_s,
             silence_s=s.silence_s,
+            max_wait_s=s.max_wait_s,
             hold_s=s.hold_s,
             retry_s=s.retry_s,
             look_s=s.look_s,
+            num_chunks=s.num_chunks if s.transfers_share_links and s.by_bandwidth else 0,
+            body_bytes=s.publication_bytes,
         )
         chains: Chains[None] = Chains()
         self.engine: RoundEngine[None, None] = RoundEngine(self.membership, chains, rules, random.Random(name))
+        self.engine.receive(ev.LinkMeasured(link.rates), world.clock.now)
         self.transfers = Transfers(self, world)
         self.presence = SimulatedPresence(self, world)
         self.digest = hash_of("weights of the run's seed")
@@ -244,8 +248,8 @@ class SimulatedVolunteer:
                 self.tell(ev.StateDownloaded(number))
             case ev.AdoptState(number=number):
                 self._adopt(*self._offered.pop(number))
-            case ev.PeersSurveyed():
-                self._begin_late()
+            case ev.PeersSurveyed(search=search):
+                self._surveyed(search)
             case ev.JoinDecided(begins=begins, number=number):
                 self._joined(begins, number)
 
@@ -295,6 +299,10 @@ class SimulatedVolunteer:
         else:  # who has nothing is started again
             self.later(_TRY_AGAIN_S, self.begin)
 
+    def _surveyed(self, search: int) -> None:
+        """Go on after other peers have said where they are."""
+        self._begin_late()
+
     def _begin_late(self) -> None:
         joins = self.phase is Phase.JOINING
         self._train(fresh=True)
@@ -311,6 +319,7 @@ class SimulatedVolunteer:
             round=self.round,
             inner_steps_done=self.inner_steps_done,
             steps_per_s=self.steps_per_s,
+            link=self.link.rates,
         )
 
     # ------------------------------------------------------------------ a round
@@ -320,15 +329,24 @@ class SimulatedVolunteer:
         s, now = self.settings, self.world.clock.now
         others = [(info.round, info.inner_steps_done) for info in self.membership.volunteers()]
         steps, _ = steps_of_round(s.inner_steps, self.round, others, fresh=fresh)
-        self.phase, self.steps = Phase.TRAINING, max(1, min(steps, math.floor(s.round_limit_s * self.steps_per_s)))
+        taken = max(1, min(steps, math.floor(s.round_limit_s * self.steps_per_s)))
+        self._begin_round(taken, now + taken / self.steps_per_s, is_late_joiner=steps < s.inner_steps)
+
+    def _begin_round(self, steps: int, ends_s: float, *, is_late_joiner: bool) -> None:
+        """Train until `ends_s`; the round then has so many steps."""
+        self.phase, self.steps = Phase.TRAINING, steps
         self.transfers.forget_old()
         self.ended_s, self._frozen_s = math.inf, 0.0
         self.checkpoints = (*self.checkpoints[-3:], self._state())
         self.digest_at[self.round] = self.digest
-        self._started_s, self._training_ends_s = now, now + self.steps / self.steps_per_s
-        self.later(self._training_ends_s - now, self._trained)
-        self.tell(ev.RoundBegun(is_late_joiner=steps < s.inner_steps))
+        self._started_s = self.world.clock.now
+        self._trains_until(ends_s)
+        self.tell(ev.RoundBegun(is_late_joiner=is_late_joiner))
         self.world.reached(self, "started")
+
+    def _trains_until(self, ends_s: float) -> None:
+        self._training_ends_s = ends_s
+        self.later(ends_s - self.world.clock.now, self._trained)
 
     def _trained(self) -> None:
         now = self.world.clock.now
@@ -337,6 +355,14 @@ class SimulatedVolunteer:
             if self.phase is Phase.TRAINING:
                 self.later(self._training_ends_s - now, self._trained)
             return
+        self._steps_done()
+
+    def _steps_done(self) -> None:
+        """End the round: its steps are done."""
+        self._publish()
+
+    def _publish(self) -> None:
+        now = self.world.clock.now
         self.phase, self.ended_s = Phase.MERGING, now
         offer = RoundPublication(
             peer=self.name,

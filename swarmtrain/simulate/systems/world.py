@@ -15,6 +15,7 @@ from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.rounds.messages import RoundQuestion
 from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.simulate.clock import Timer
+from swarmtrain.simulate.systems.batch_volunteer import BatchVolunteer
 from swarmtrain.simulate.systems.messages import Settings, SimulatedLink, WorldMoment
 from swarmtrain.simulate.systems.network import NetworkFault, SimulatedNetwork, kept_until
 from swarmtrain.simulate.systems.transfers import Owner
@@ -78,11 +79,10 @@ class _Call:
 class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
     """Volunteers of a synchronous swarm, and the log of what happened to them."""
 
-    shared = False  # the shares of a round go by formulas of their own (transfers.py)
-
     def __init__(self, settings: Settings | None = None, *, link: SimulatedLink | None = None, seed: int = 0) -> None:
         self.settings = settings or Settings()
         super().__init__(link or SimulatedLink(), self.settings.stall_limit_s, seed)
+        self.shared = self.settings.transfers_share_links
         self.log: list[WorldEvent] = []
         self.waits_s: list[tuple[str, int, float]] = []
         """Waits, as (peer, round, seconds).
@@ -112,7 +112,8 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
         return self._begin(peer)
 
     def _make(self, name: str, steps_per_s: float, link: SimulatedLink) -> SimulatedVolunteer:
-        return SimulatedVolunteer(self, name, steps_per_s, link)
+        kind = BatchVolunteer if self.settings.target_tokens else SimulatedVolunteer
+        return kind(self, name, steps_per_s, link)
 
     def _begin(self, peer: SimulatedVolunteer) -> SimulatedVolunteer:
         self.peers[peer.name] = peer

@@ -24,6 +24,31 @@ function spread(length, most) {
   return [...Array(most).keys()].map((place) => Math.round((place * (length - 1)) / (most - 1)));
 }
 
+/** Return the newest value of a curve at a place of all curves' points, of which it has not every one. */
+function until(values, place) {
+  while (place >= 0 && values[place] == null) place--;
+  return place < 0 ? "" : number(values[place]);
+}
+
+/** Name the marks of an axis of times, `step` seconds apart: a time of day, and below it the day where one begins. */
+function times(marks, step) {
+  let before = "";
+  return marks.map((mark) => {
+    const then = new Date(1000 * mark);
+    const day = then.toLocaleDateString(undefined, { month: "short", day: "numeric" });
+    const isNew = day !== before;
+    before = day;
+    if (step >= 86400) return day;
+    const time = then.toLocaleTimeString(undefined, {
+      hour: "2-digit",
+      minute: "2-digit",
+      ...(step < 60 ? { second: "2-digit" } : {}),
+      hourCycle: "h23",
+    });
+    return isNew ? `${time}\n${day}` : time;
+  });
+}
+
 export class CurveChart {
   /** Draw into `figure`; `unit` is that of the values. */
   constructor(figure, title, unit) {
@@ -88,8 +113,8 @@ export class CurveChart {
   #read(place) {
     const data = this.plot ? this.plot.data : [[]];
     if (place === null || place === undefined || place >= data[0].length) {
-      const only = this.curves.length === 1 ? this.curves[0].y : [];
-      setText(this.reading, only.length ? number(only[only.length - 1]) : "");
+      const newest = this.curves.filter((curve) => curve.y.length).map((curve) => number(curve.y[curve.y.length - 1]));
+      setText(this.reading, newest.length <= 2 ? newest.join(" · ") : "");
       return;
     }
     const values = this.curves.flatMap((curve, index) => {
@@ -121,7 +146,7 @@ export class CurveChart {
         "tr",
         {},
         make("th", { scope: "row" }, this.axis === "time" ? clock(data[0][place]) : count(data[0][place])),
-        ...data.slice(1).map((values) => make("td", {}, values[place] == null ? "" : number(values[place]))),
+        ...data.slice(1).map((values) => make("td", {}, until(values, place))),
       ),
     );
     this.table.replaceChildren(...rows);
@@ -159,7 +184,7 @@ export class CurveChart {
       cursor: { y: false, points: { size: 7 }, drag: { x: true, y: false } },
       scales: { x: { time: isTime } },
       axes: [
-        isTime ? { ...across, space: 70 } : { ...across, values: (_, values) => values.map((value) => count(value)) },
+        isTime ? { ...across, space: 70, values: (_, marks, place, space, step) => times(marks, step) } : { ...across, values: (_, values) => values.map((value) => count(value)) },
         { ...across, size: 52, values: (_, values) => values.map((value) => String(Number(value.toPrecision(4)))) },
       ],
       series: [
@@ -170,7 +195,11 @@ export class CurveChart {
           width: curve.thin ? 1 : 2,
           dash: curve.dash,
           spanGaps: true,
-          points: { show: Boolean(curve.dots) || curve.x.length === 1, size: 6, fill: colour(curve.colour) },
+          points: {
+            show: (plot, _, first, last) => last === first || (Boolean(curve.dots) && (last - first) * 12 <= plot.width),
+            size: 6,
+            fill: colour(curve.colour),
+          },
         })),
       ],
       hooks: { setCursor: [(plot) => this.#read(plot.cursor.idx)] },

@@ -47,10 +47,13 @@ export function ago(seconds) {
   return `${Math.floor(seconds / 86400)} d ago`;
 }
 
+const TIME = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
+const timeOfDay = new Intl.DateTimeFormat(undefined, TIME);
+const dayAndTime = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric", ...TIME });
+
 /** Format a time of day, with the date if it is not today's. */
 export function clock(time) {
   const then = new Date(1000 * time);
   const sameDay = then.toDateString() === new Date().toDateString();
-  const day = sameDay ? {} : { month: "short", day: "numeric" };
-  return then.toLocaleString(undefined, { ...day, hour: "2-digit", minute: "2-digit", hour12: false });
+  return (sameDay ? timeOfDay : dayAndTime).format(then);
 }

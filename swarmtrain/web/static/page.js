@@ -3,7 +3,7 @@ import { ago, clock, make, setFacts, setText } from "./dom.js";
 import { LearningCharts } from "./learning.js";
 import { OwnPeer } from "./own.js";
 import { follow } from "./stream.js";
-import { PeerTable } from "./table.js";
+import { PeerTable, perSecond } from "./table.js";
 
 const get = (id) => document.getElementById(id);
 
@@ -20,7 +20,7 @@ function takeKey() {
 const key = takeKey();
 const state = { panels: {}, rows: new Map(), connection: "", why: "", newsTime: 0 };
 const charts = new LearningCharts();
-const HERE = ["Name", "Share", "Tokens", "Speed", "Doing", "Trains on", "Heard", "Reached"];
+const HERE = ["Name", "Share", "Tokens", "Tokens/s", "Doing", "Trains on", "Heard", "Reached"];
 const here = new PeerTable(get("here"), "Peers that are here now, the most work first", HERE);
 const before = new PeerTable(get("before"), "Peers that took part before", ["Name", "Share", "Tokens", "Heard"]);
 const own = new OwnPeer(get("machine"), key);
@@ -36,6 +36,8 @@ const draw = {
     setText(get("seen-by"), `as ${head.peer} sees it`);
     const run = head.run_sha256 ? `run ${head.run_sha256}, ` : "";
     setText(get("about"), `${run}swarmtrain ${head.version}${head.is_owner ? "" : ", read only"}`);
+    get("keep").hidden = !head.keep;
+    setText(get("keep").querySelector("code"), head.keep);
     document.title = `${head.run || head.peer}: ${head.state}`;
     announceState(`${head.peer} is ${head.state}`);
     drawConnection();
@@ -68,19 +70,19 @@ const draw = {
     section.hidden = !stages;
     if (!stages) return;
     section.querySelector(".scroll")?.remove();
-    const heads = ["Stage", "Held by", "Speed", "Could do", "Waiting"];
+    const heads = [["Stage"], ["Held by"], ["Tokens/s", "number"], ["Could do", "number"], ["Waiting", "number"]];
     const lines = stages.map((stage) =>
       make(
         "tr",
         { className: stage.mine ? "me" : "" },
         make("th", { scope: "row" }, String(stage.number)),
         make("td", { className: "wraps" }, stage.holders || (stage.peers ? `${stage.peers} peers` : "nobody")),
-        make("td", { className: "number" }, stage.speed),
-        make("td", { className: "number" }, stage.most),
+        make("td", { className: "number" }, perSecond(stage.speed)),
+        make("td", { className: "number" }, perSecond(stage.most)),
         make("td", { className: "number" }, String(stage.queue)),
       ),
     );
-    const head = make("thead", {}, make("tr", {}, ...heads.map((name) => make("th", { scope: "col" }, name))));
+    const head = make("thead", {}, make("tr", {}, ...heads.map(([name, kind]) => make("th", { scope: "col", className: kind ?? "" }, name))));
     const table = make("table", { className: "stages" }, head, make("tbody", {}, ...lines));
     section.append(make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: "Stages" }, table));
   },
@@ -143,6 +145,9 @@ function drawCode(code) {
 
 function drawPeers() {
   const rows = [...state.rows];
+  const isOver = Boolean(state.panels.head?.over);
+  get("here").hidden = isOver;
+  setText(get("before-title"), isOver ? "Took part" : "Took part before");
   here.show(rows.filter(([, row]) => row.here), "Nobody is here now.");
   const gone = rows.filter(([, row]) => !row.here && (row.tokens || !row.bootstrap));
   get("before").hidden = !gone.length;

@@ -1,16 +1,23 @@
-// Table of peers: sorted by their work, as many as one wants to see, and only what changed is touched.
+// Table of peers: sorted by their work, and only what changed is touched. It never has more than a page of lines, since a
+// browser lays out and paints all lines of a table whenever one of them changes.
 import { ago, make, NO_TIME, setText } from "./dom.js";
 
 const FIRST = 25;
+const PAGE = 50;
+
+/** Return a speed without its unit, which is at the head of its column. */
+export function perSecond(speed) {
+  return speed.replace(/ tokens\/s$/, "");
+}
 
 /** Columns: name, class, and the text of a row's cell at a time (Unix seconds). */
 const COLUMNS = [
   ["Name", "name", null],
   ["Share", "number", (row) => row.share],
   ["Tokens", "number", (row) => row.work],
-  ["Speed", "number", (row) => row.speed],
+  ["Tokens/s", "number", (row) => perSecond(row.speed)],
   ["Doing", "", (row) => row.stages || (row.round >= 0 ? `round ${row.round}` : row.bootstrap && row.here ? "bootstrap" : "")],
-  ["Trains on", "", (row) => row.device],
+  ["Trains on", "device", (row) => row.device],
   ["Heard", "number", (row, now) => (row.me || !row.heard ? "" : ago(now - row.heard))],
   ["Reached", "", (row) => row.reached],
 ];
@@ -21,13 +28,23 @@ export class PeerTable {
     this.columns = COLUMNS.filter(([name]) => names.includes(name));
     this.body = make("tbody");
     this.lines = new Map();
-    this.most = FIRST;
     this.rows = [];
-    this.more = make("button", { type: "button", hidden: true });
-    this.more.addEventListener("click", () => {
-      this.most = this.most === FIRST ? Infinity : FIRST;
-      this.draw();
-    });
+    this.begin = 0;
+    this.most = FIRST;
+    const button = (text, act) => {
+      const made = make("button", { type: "button" }, text);
+      made.addEventListener("click", () => {
+        act();
+        this.draw();
+      });
+      return made;
+    };
+    this.more = button("", () => (this.most = PAGE));
+    this.fewer = button(`Show the first ${FIRST}`, () => ([this.begin, this.most] = [0, FIRST]));
+    this.previous = button("Previous", () => (this.begin -= PAGE));
+    this.next = button("Next", () => (this.begin += PAGE));
+    this.place = make("span", { className: "quiet", role: "status" });
+    this.pages = make("div", { className: "pages" }, this.more, this.fewer, this.previous, this.place, this.next);
     this.empty = make("p", { className: "quiet" });
     const heads = this.columns.map(([name, kind]) => make("th", { scope: "col", className: kind }, name));
     this.table = make(
@@ -37,7 +54,7 @@ export class PeerTable {
       make("thead", {}, make("tr", {}, ...heads)),
       this.body,
     );
-    section.append(make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: caption }, this.table), this.empty, this.more);
+    section.append(make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: caption }, this.table), this.empty, this.pages);
   }
 
   /** Show these rows, as [id, row], sorted by their work. */
@@ -49,10 +66,20 @@ export class PeerTable {
     this.draw();
   }
 
+  /** Return what is shown: a page, and the peer's own line, wherever it is. */
+  #shown() {
+    const page = this.rows.slice(this.begin, this.begin + this.most);
+    const mine = this.rows.findIndex(([, row]) => row.me);
+    if (mine >= this.begin + this.most) page.push(this.rows[mine]);
+    else if (mine >= 0 && mine < this.begin) page.unshift(this.rows[mine]);
+    return page;
+  }
+
   draw() {
+    while (this.begin > 0 && this.begin >= this.rows.length) this.begin -= PAGE;
     const now = Date.now() / 1000;
-    const shown = this.rows.slice(0, this.most);
-    const most = Math.max(1, ...shown.map(([, row]) => row.tokens));
+    const shown = this.#shown();
+    const most = Math.max(1, this.rows.length ? this.rows[0][1].tokens : 0);
     const wanted = new Set(shown.map(([id]) => id));
     for (const [id, line] of this.lines) {
       if (wanted.has(id)) continue;
@@ -68,9 +95,20 @@ export class PeerTable {
       this.#fill(line, row, now, row.tokens / most);
       if (this.body.children[place] !== line) this.body.insertBefore(line, this.body.children[place] ?? null);
     });
-    const rest = this.rows.length - FIRST;
-    this.more.hidden = rest <= 0;
-    setText(this.more, this.most === FIRST ? `Show all ${this.rows.length}` : `Show the first ${FIRST}`);
+    this.#drawPages();
+  }
+
+  #drawPages() {
+    const number = this.rows.length;
+    const isPaged = this.most === PAGE;
+    this.pages.hidden = number <= FIRST;
+    this.more.hidden = isPaged;
+    setText(this.more, number <= PAGE ? `Show all ${number}` : `Show ${PAGE} of ${number}`);
+    this.fewer.hidden = !isPaged;
+    for (const each of [this.previous, this.place, this.next]) each.hidden = !isPaged || number <= PAGE;
+    this.previous.disabled = this.begin === 0;
+    this.next.disabled = this.begin + PAGE >= number;
+    setText(this.place, `${this.begin + 1} to ${Math.min(number, this.begin + PAGE)} of ${number}`);
   }
 
   /** Let the ages grow. */
@@ -78,7 +116,7 @@ export class PeerTable {
     const now = Date.now() / 1000;
     const place = this.columns.findIndex(([name]) => name === "Heard");
     if (place < 0) return;
-    for (const [id, row] of this.rows.slice(0, this.most)) {
+    for (const [id, row] of this.#shown()) {
       const line = this.lines.get(id);
       if (line) setText(line.children[place], this.columns[place][2](row, now) || (row.me ? "" : NO_TIME));
     }

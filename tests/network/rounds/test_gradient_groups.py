@@ -21,7 +21,14 @@ from swarmtrain.network.rounds.downloads import Downloads
 from swarmtrain.network.rounds.gradient_groups import GradientGroups
 from swarmtrain.network.rounds.merger import Merger, RoundSettings
 from swarmtrain.network.rounds.roster import publication_of
-from swarmtrain.network.snapshots.store import HeldSnapshot, PullLimits, SnapshotStore, TensorSpec, build_snapshot
+from swarmtrain.network.snapshots.store import (
+    CHUNK_BYTES,
+    HeldSnapshot,
+    PullLimits,
+    SnapshotStore,
+    TensorSpec,
+    build_snapshot,
+)
 from swarmtrain.protocol.adapter_groups import tensor_name
 from swarmtrain.protocol.membership.membership import Membership
 from swarmtrain.protocol.rounds.rosters import Roster
@@ -136,3 +143,15 @@ def test_a_model_that_is_no_adapter_has_one_group() -> None:
     groups = GradientGroups((TensorSpec("embed.weight", (3,)), TensorSpec("group0.weight", (4,))))
     assert not groups.is_adapter and groups.places(None) == [slice(0, 7)] and groups.total_bytes == 28
     assert groups.segments(4, 28) == [(4, 28)] and GradientGroups(()).total_bytes == 0
+
+
+@pytest.mark.parametrize(("dtype", "piece_bytes"), [("bfloat16", 131_072), ("int8", 66_560)])
+def test_chunks_of_the_whole_gradient_are_pieces_of_fewer_bytes(dtype: str, piece_bytes: int) -> None:
+    numbers = 3 * 65_536 + 1000
+    groups = GradientGroups([TensorSpec("a", (65_536, 3)), TensorSpec("b", (1000,))], dtype)
+    (spec,) = groups.table(None)
+    assert (groups.total_bytes, spec.shape, spec.dtype) == (4 * numbers, (numbers,), dtype)
+    (piece,) = groups.pieces(None, CHUNK_BYTES, 3 * CHUNK_BYTES)  # type: ignore[arg-type]
+    assert piece.of(CHUNK_BYTES, 3 * CHUNK_BYTES) == (piece_bytes, 3 * piece_bytes)
+    (last,) = groups.pieces(None, 3 * CHUNK_BYTES, groups.total_bytes)  # type: ignore[arg-type]
+    assert last.of(3 * CHUNK_BYTES, groups.total_bytes) == (3 * piece_bytes, spec.size_bytes)

@@ -244,7 +244,21 @@ def test_the_swarms_speed_is_the_sum_of_the_peers_and_each_is_measured(board: St
         steps += 1
     assert speeds == [status.own_tokens_per_s, 300, 0, 0] and status.own_tokens_per_s == pytest.approx(100)
     clock.now_s += 200.0
+    ben["device"] = "RTX 4090"
     assert board.status().peers[1].tokens_per_s < 60, "it has stopped"
+    ben |= {"present": False, "device": ""}
+    last = board.status().peers[1]
+    assert (last.tokens_per_s, last.last_tokens_per_s, last.device) == (0, 300, "RTX 4090"), "as it was when it worked"
+
+
+def test_who_had_gone_before_a_restart_is_known_by_device_and_speed(board: StatusBoard) -> None:
+    before = pb.PeerStatus(run_name="tiny", run_sha256="ab" * 32, total_tokens=1000)
+    before.peers.add(peer=CARL, name="carl", tokens=700, device="cpu", last_tokens_per_s=40)
+    board.remember(before)
+    board.take(fetched())
+    board.add_looker(looker_of({"peer": CARL, "tokens": 700}))
+    (carl,) = board.status().peers
+    assert (carl.device, carl.last_tokens_per_s, carl.tokens_per_s) == ("cpu", 40, 0)
 
 
 def test_speeds_and_the_time_left_count_what_is_learnt(board: StatusBoard, clock: Clock) -> None:

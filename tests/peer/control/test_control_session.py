@@ -325,7 +325,16 @@ def exchange() -> Any:
     node = SimpleNamespace(traffic=SimpleNamespace(sent_bytes=5, received_bytes=6))
     swarm = SimpleNamespace(rounds=rounds, node=node, presence=SimpleNamespace(me=SimpleNamespace(steps_per_s=2.0)))
     run = SimpleNamespace(merge=SimpleNamespace(round_limit_s=600.0))
-    return SimpleNamespace(swarm=swarm, run=run, num_missing=0, num_steps=99, round_steps=64, steps_done=31)
+    return SimpleNamespace(
+        swarm=swarm,
+        run=run,
+        num_missing=0,
+        num_steps=99,
+        round_steps=64,
+        steps_done=31,
+        is_training=True,
+        progress_in_words=lambda: "31 of 64 steps",
+    )
 
 
 def test_a_volunteer_says_what_it_does_and_why(exchange: Any) -> None:
@@ -341,7 +350,7 @@ def test_a_volunteer_says_what_it_does_and_why(exchange: Any) -> None:
     exchange.swarm.presence.me.steps_per_s = 0.0
     assert pulse().patience_s == 600.0, "the first round"
 
-    exchange.steps_done = 64
+    exchange.steps_done, exchange.is_training = 64, False
     assert pulse().doing == "merging round 12"
     rounds.waiting_for, rounds.waiting_until_s = f"waiting for {BEN}", swarm_time() + 12.3
     assert pulse().doing == "merging round 12: waiting for ben, 12 s at most"

@@ -60,6 +60,16 @@ def test_an_event_names_whom_it_is_about() -> None:
     assert told == ["example", "bert", "cleo", "mallory", ""]
 
 
+def test_an_event_without_a_time_happens_now() -> None:
+    """Events are stamped where they are written, which is after they are noted here."""
+    times = iter((1000.0, 1007.0))
+    history = PeerHistory(lambda: next(times))
+    for _ in range(2):
+        history.take(RefusedEvent(from_peer="12D3KooWmallory", rule="finite", detail="7 NaNs"))
+    (event,) = history.message().events
+    assert (event.time, event.last_time, event.count) == (1000.0, 1007.0, 2)
+
+
 def test_what_repeats_is_counted() -> None:
     history = begun()
     for time in range(1, 6):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from codes import raises_code
@@ -124,3 +126,62 @@ def test_the_line_to_go_on_is_what_was_typed_with_its_folder() -> None:
         assert _again(["local", *given, "r.toml", "--rtt", "5"], folder) == (
             "swarmtrain local r.toml --rtt 5 --dir 'runs/x 1'"
         )
+
+
+_WAITING = """
+import json, signal, sys, time
+def end(number, frame):
+    print(json.dumps({"event": "done", "held_out_loss": None, "tokens": 0, "run_tokens": 0, "wall_s": 1.0,
+        "reason": "asked"}), flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+if sys.argv[1] == "finishing":
+    print(json.dumps({"event": "finishing", "doing": "measuring"}), flush=True)
+time.sleep(float(sys.argv[2]))
+end(0, None)
+"""
+_HOLDING = """
+import json, subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=sys.stdin)
+print(json.dumps({"event": "done", "held_out_loss": 1.0, "tokens": 0, "run_tokens": 0, "wall_s": 1.0,
+    "reason": "total_tokens"}), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("finishing", "seconds", "told"), [("no", "1000", 1), ("finishing", "2", 0)])
+def test_a_bootstrap_that_waits_for_volunteers_that_have_all_ended_is_ended(
+    finishing: str, seconds: str, told: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not one that has seen the end of the run, and measures the model."""
+    monkeypatch.setattr("swarmtrain.peer.local.swarm._ALONE_S", 0.5)
+    swarm = LocalSwarm(tmp_path)
+    try:
+        swarm.start("bootstrap", [finishing, seconds], ("-c", _WAITING))
+        swarm.start("anna", ["no", "0"], ("-c", _WAITING))
+        events = list(swarm.events())
+        warnings = [event for event in events if isinstance(event, WarningEvent)]
+        assert [event.code for event in warnings] == ["bootstrap-left-alone"] * told
+        assert len([event for event in events if isinstance(event, DoneEvent)]) == 2
+        assert swarm.children["bootstrap"].process.returncode == 0
+    finally:
+        swarm.stop()
+
+
+def test_a_child_of_a_child_that_stays_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the pipe open in which the events come."""
+    monkeypatch.setattr("swarmtrain.peer.local.swarm._PIPE_S", 0.3)
+    read, write = os.pipe()
+    plain = subprocess.Popen
+
+    def popen(*args: Any, **given: Any) -> Any:
+        return plain(*args, **given | {"stdin": read})
+
+    monkeypatch.setattr("swarmtrain.peer.local.swarm.subprocess.Popen", popen)
+    swarm = LocalSwarm(tmp_path)
+    try:
+        swarm.start("anna", [], ("-c", _HOLDING))
+        assert [type(event) for event in swarm.events(60.0)] == [DoneEvent]
+        assert swarm.children["anna"].closed
+    finally:
+        os.close(write)  # ends the one that stayed
+        os.close(read)

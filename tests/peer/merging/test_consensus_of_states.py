@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +107,14 @@ def test_a_momentum_that_one_alone_makes_up_is_no_longer_than_is_usual(lie: floa
     assert float(state.momentum.norm()) <= 0.2501 * float(state.theta.norm())
     usual = torch.full((16,), 0.1)
     assert torch.equal(consensus_of_vectors([near(0)], {0: usual}, LAYOUT).momentum, usual), "what is usual stays"
+
+
+def test_an_adapters_momentum_may_be_as_long_as_its_weights() -> None:
+    """B begins with zeros: after its first round, momentum is long beside it."""
+    layout, theta = dataclasses.replace(LAYOUT, corrected=(False,) * 2), torch.ones(16)
+    for momentum, found in ((0.7, 0.7), (1.0, 1.0), (1e6, 1.0)):
+        state = consensus_of_vectors([theta.clone()], {0: torch.full((16,), momentum)}, layout)
+        assert torch.allclose(state.momentum, torch.full((16,), found))
 
 
 def test_weights_many_rounds_behind_are_left_out() -> None:

@@ -98,10 +98,10 @@ def test_it_says_that_it_is_here_only_when_it_joins(monkeypatch: pytest.MonkeyPa
     one._host = SimpleNamespace(serve=None)
     one._context = SimpleNamespace(
         network=None,
-        control=SimpleNamespace(starting=lambda what: None, watch=lambda *what: None),
+        control=SimpleNamespace(starting=lambda what: None, watch=lambda *what: None, joined=done.append),
         node=SimpleNamespace(serve_pipes=lambda name, serve: "serve"),
         published=SimpleNamespace(sha256="ab" * 32),
-        fetcher=SimpleNamespace(through=()),
+        fetcher=SimpleNamespace(through=(), invite=SimpleNamespace(peers="inviters")),
         stop=StopFlag(),
         folder=None,
         emit=None,
@@ -111,7 +111,7 @@ def test_it_says_that_it_is_here_only_when_it_joins(monkeypatch: pytest.MonkeyPa
     one.enter()
     assert done == ["serve", "start", "watch"]
     one.join()
-    assert done[3:] == ["announce", "invite", "choose"]
+    assert done[3:] == ["announce", "invite", "choose", "inviters"]
 
 
 def test_what_ended_a_stage_is_raised_behind_one_that_still_trains() -> None:

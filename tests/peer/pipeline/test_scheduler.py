@@ -18,9 +18,10 @@ from swarmtrain.errors import BadBytesError, GoneError, PeerError, Problem, RunT
 from swarmtrain.events import Event, MicrobatchRetryEvent
 from swarmtrain.peer.pipeline import scheduler
 from swarmtrain.peer.pipeline.driver import StageAttempt, StageResult, Tail
+from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
 from swarmtrain.peer.pipeline.scheduler import MicrobatchScheduler, TellRetries
 from swarmtrain.protocol.pipeline.balance import StagePeer
-from swarmtrain.protocol.pipeline.ledger import Key, Settlement
+from swarmtrain.protocol.pipeline.ledger import Key, LedgerLimits, Settlement, StageLedger
 from swarmtrain.run import RunFile
 
 STAGES = 3
@@ -136,7 +137,7 @@ class Site:
     run: RunFile = field(default_factory=run_file)
     stages: Stages = field(default_factory=Stages)
     peers: dict[int, list[str]] = field(default_factory=lambda: {0: ["d"], 1: ["p"], 2: ["q"]})
-    queue: Any = field(default_factory=lambda: SimpleNamespace(is_open=True))
+    queue: Any = field(default_factory=lambda: SimpleNamespace(is_open=True, has_worker=True))
     failures: list[Problem] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     drawn: int = 0
@@ -201,6 +202,23 @@ def test_as_many_are_under_way_as_may_be_and_all_that_come_back_are_told_everyon
         assert Counter(stage for stage, _ in stages.acknowledged) == {0: num, 1: num, 2: num}
         assert set(stages.acknowledged.values()) == {1} and not stages.dropped
         assert not site.failures and not site.events
+
+    _driving(body)
+
+
+def test_no_text_is_drawn_before_the_first_stages_trainer_has_begun_its_round() -> None:
+    """Its shard is not chosen until then: the first batch came from all of the text, and was counted as the shard's."""
+
+    async def body(site: Site) -> None:
+        site.queue = StageRequestQueue(StageLedger(LedgerLimits(batch_tokens=64)), site.now)
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(5.0)
+        assert not site.drawn and not driver.num_in_flight
+        site.queue.next()
+        await asyncio.sleep(SOON_S)
+        await driver.stop()
+        assert site.drawn > 4 and not site.failures
 
     _driving(body)
 

@@ -28,6 +28,7 @@ from swarmtrain.peer.control.board import StatusBoard
 from swarmtrain.peer.trackers.points import Point
 from swarmtrain.peer.trackers.recorder import CurveRecorder
 from swarmtrain.peer.trackers.sinks import TrackedPeer
+from swarmtrain.run import run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 
 RUN_FILE = """[run]
@@ -172,6 +173,7 @@ def test_a_bootstrap_draws_what_its_status_says(tmp_path: Path) -> None:
     assert runs == [1000.0, 3000.0, 4000.0]
     assert [point.values["eval/loss"] for point in tracker.points if "eval/loss" in point.values] == [1.5]
     assert tracker.num_checks > 1 and tracker.peer.role == "bootstrap"
+    assert tracker.peer.run == "tiny" and tracker.peer.group.startswith("tiny-"), "its status does not know it yet"
 
 
 def test_the_next_process_continues_the_same_curves(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_a_step_is_in_the_folder_before_a_tracker_has_it(tmp_path: Path) -> None
 
 def test_curves_that_begin_late_have_the_losses_from_before(tmp_path: Path) -> None:
     losses = [pb.LossPoint(round=n, run_tokens=1000 * n, loss=3.0) for n in (1, 2)]
-    with living(Life(tmp_path, before=pb.PeerStatus(run_sha256="ab" * 32, losses=losses))) as life:
+    with living(Life(tmp_path, before=pb.PeerStatus(run_sha256=run_sha256(RUN_FILE.encode()), losses=losses))) as life:
         life.tell(FETCHED, STARTED, a_round(6, 7000))
     assert [point.step for point in life.trackers[0].points] == [1000, 2000, 7000]
     with living(Life(tmp_path / "new", before=pb.PeerStatus(run_sha256="cd" * 32, losses=losses))) as life:

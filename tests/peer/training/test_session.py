@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from codes import raises_code
 from torch import Tensor
 
+from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
 from swarmtrain.algorithm.fragments import Fragment
 from swarmtrain.algorithm.gossip import layout_of, prepare
 from swarmtrain.algorithm.inner import Moments
@@ -22,7 +24,8 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError
 from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.lifecycle.stop import StopTraining
-from swarmtrain.peer.merging.updates import Averaged, Gathered, LentWeights, LocalUpdate, Replaced
+from swarmtrain.peer.merging.updates import Averaged, BatchMean, Gathered, LentWeights, LocalUpdate, Replaced
+from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
 from swarmtrain.peer.training.session import LoopCheckpoint, RoundReport, Session, Start, Worker
 from swarmtrain.protocol.tokens.progress import Progress
@@ -96,6 +99,8 @@ class NoLoop:
     waited_s: float = 0.0
     position: int = 7
     told: list[str] = field(default_factory=list)
+    added: int = 0
+    """Steps since a round began or its gradient was taken."""
 
     def kept(self, room: Tensor | None) -> LoopCheckpoint:
         return LoopCheckpoint(
@@ -110,6 +115,13 @@ class NoLoop:
 
     def weights_replaced(self) -> None:
         self.told.append("replaced")
+
+    def begin_round(self) -> None:
+        self.added = 0
+
+    def mean_gradient(self) -> Tensor:
+        added, self.added = self.added, 0
+        return torch.full((6,), float(added))
 
     def end(self) -> None:
         self.told.append("end")
@@ -680,3 +692,103 @@ def test_writing_a_fragment_takes_back_what_is_lent_of_it_and_no_other() -> None
         tensor.fill_(5.0)
     assert torch.equal(lent[0].gradient(), -first.of(before))
     assert torch.equal(lent[1].gradient(), torch.full((8,), -5.0)), "made when it is asked for"
+
+
+@dataclass
+class Together(Alone):
+    """Exchange of one large batch, which is there after so many tokens of this peer."""
+
+    ends_at: list[int] = field(default_factory=list)
+
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        ends_at = self.ends_at.pop(0)
+        return Start(inner_steps=self.inner_steps, num_peers=2, is_over=lambda tokens: tokens >= ends_at)
+
+    def collect(self, fragment: int = 0) -> BatchMean:
+        own, zeros = self.published[-1], torch.zeros(6)
+        constants = inner_constants(run_file(4))
+        return BatchMean(
+            gradient=own.gradient + zeros,
+            partners=("me",),
+            weights=(own.tokens,),
+            signer="me",
+            roster_sha256="",
+            optimizer=CommonOptimizer([(2, 2), (2,)], constants),
+            at=CommonStep(len(self.published), 0.5),
+        )
+
+
+def test_a_large_batch_ends_when_all_have_it_and_its_gradients_are_of_the_same_weights() -> None:
+    run = run_file(9, stages=1)
+    run = run.model_copy(update={"merge": run.merge.model_copy(update={"method": "batch", "fragments": 1})})
+    exchange, reports, loop, schedule = (
+        Together(9, 1, ends_at=[3 * STEP, STEP, 10**9]),
+        list[RoundReport](),
+        NoLoop(),
+        [],
+    )
+    session = Session(run=run, parameters=parameters(), loop=loop, exchange=exchange, report=reports.append)
+    weights = list[list[float]]()
+    for _ in range(5):
+        ahead = session.next_step()
+        assert ahead is not None
+        schedule.append(ahead.progress)
+        weights.append(session.parameters.read().tolist())
+        loop.added += 1
+        session.step(STEP, 2.0)
+    assert [report.contribution.inner_steps for report in reports] == [3, 1]
+    assert [own.gradient.tolist() for own in exchange.published] == [[3.0] * 6, [1.0] * 6]
+    assert weights[0] == weights[1] == weights[2] != weights[3] != weights[4], "they change between batches"
+    assert schedule[0] == schedule[2] < schedule[3], "the step is of the weights at its start"
+    assert session.replica.state.momentum.shape == (12,)
+    session.interrupt()
+    assert session.next_step() is None
+    exchange.ends_at.append(10**9)
+    assert session.next_step() is not None and loop.added == 0, "what was added up before a pause is dropped"
+
+
+@dataclass
+class ByHand:
+    """Worker whose merge is done when the test says so."""
+
+    work: list[Callable[[], Any]] = field(default_factory=list)
+    is_done: bool = False
+
+    def __call__(self, work: Callable[[], Any]) -> ByHand:
+        self.work.append(work)
+        return self
+
+    def done(self) -> bool:
+        return self.is_done
+
+    def result(self) -> Any:
+        return self.work[-1]()
+
+
+def test_with_delayed_steps_gradients_at_the_old_weights_are_of_the_next_batch() -> None:
+    run = run_file(9, stages=1)
+    run = run.model_copy(update={"merge": run.merge.model_copy(update={"method": "batch", "fragments": 1})})
+    exchange, reports, loop, worker = (
+        Together(9, 1, ends_at=[2 * STEP, 4 * STEP]),
+        list[RoundReport](),
+        NoLoop(),
+        ByHand(),
+    )
+    session = Session(
+        run=run, parameters=parameters(), loop=loop, exchange=exchange, report=reports.append, worker=worker
+    )
+    weights = list[list[float]]()
+    for step in range(6):
+        worker.is_done = step == 4
+        assert session.next_step() is not None
+        weights.append(session.parameters.read().tolist())
+        loop.added += 1
+        session.step(STEP, 2.0)
+    assert weights[0] == weights[1] == weights[2] == weights[3] != weights[4] == weights[5]
+    assert [own.gradient.tolist() for own in exchange.published] == [[2.0] * 6], "the second is not merged yet"
+    assert len(reports) == 1 and reports[0].contribution.inner_steps == 2
+    assert len(worker.work) == 2 and loop.added == 0, "two steps at the old weights and two at the new ones"
+    worker.is_done = True
+    exchange.ends_at.append(9 * STEP)
+    assert session.next_step() is not None
+    assert [own.gradient.tolist() for own in exchange.published] == [[2.0] * 6, [4.0] * 6]

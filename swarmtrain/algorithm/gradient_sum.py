@@ -1,0 +1,69 @@
+"""Gradients of many batches at the same weights, added up: the inner loop of a collaboration that takes one step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.inner import InnerOptimizer, Moments
+from swarmtrain.algorithm.outer import flatten
+
+__all__ = ["GradientSum"]
+
+
+class GradientSum(InnerOptimizer):
+    """Stands where an inner optimizer does, and leaves the weights as they are: a step adds the batch's gradient.
+
+    The sum is kept beside `.grad`, so a batch that is given up costs nothing but itself. It has no moments: those are
+    of the step that all peers take together (`common_step.py`).
+    """
+
+    targets = 0
+    """Targets of the batch whose mean gradient is in `.grad`; set before each step."""
+    _sums: list[Tensor] | None = None
+    """Sum of the gradients of all targets so far, as one tensor for each parameter; None without any."""
+    _num_targets = 0
+
+    @torch.no_grad()
+    def step(self, progress: float, scale: float = 1.0) -> Tensor:
+        """Add the gradients in `.grad`, drop them, and return their norm ().
+
+        A gradient that is not finite adds zeros. `progress` and `scale` have no meaning here. Nothing waits for the
+        parameters' device.
+        """
+        gradients = self.gradients()
+        if self.loss_scale is not None:
+            self.loss_scale.unscale(gradients)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        is_bad = norm.isfinite().logical_not_()
+        if self._sums is None:
+            self._sums = [torch.zeros_like(gradient) for gradient in gradients]
+        for total, gradient in zip(self._sums, gradients, strict=True):
+            total.add_(gradient.masked_fill_(is_bad, 0.0), alpha=self.targets)
+        self._num_targets += self.targets
+        if self.loss_scale is not None:
+            self.loss_scale.update(is_bad.to(torch.float32))
+        self.drop_gradients()
+        return norm
+
+    @torch.no_grad()
+    def take_mean(self) -> Tensor:
+        """Return the mean gradient (P,) of all targets since the last call, in main memory; zeros without any."""
+        sums = self._sums or [torch.zeros_like(parameter) for parameter in self._parameters.values()]
+        mean = flatten(sums).cpu().div_(max(1, self._num_targets))
+        self.forget()
+        return mean
+
+    def forget(self) -> None:
+        """Drop the sum."""
+        self._sums, self._num_targets = None, 0
+
+    def end(self) -> None:
+        """Drop everything, because no step follows."""
+        self.forget()
+        super().end()
+
+    def no_moments(self) -> Moments:
+        """Return moments without vectors, (0, P), for a checkpoint."""
+        num_numbers = sum(parameter.numel() for parameter in self._parameters.values())
+        return Moments(vectors=torch.empty(0, num_numbers), steps=torch.zeros(len(self._parameters)))

@@ -1,0 +1,168 @@
+"""Trainer's calls with one large batch: rounds of rosters whose gradients are of the same weights.
+
+A round ends when the volunteers together have the batch (`protocol/rounds/batch_end.py`), and its outer step is one of
+AdamW or LAMB. All else is as in synchronous rounds (decision 92).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import random
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
+from swarmtrain.algorithm.quantize import FedBackSum
+from swarmtrain.events import WarningEvent
+from swarmtrain.network.codec import body_of_pieces
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.rounds.runner import RosterMean
+from swarmtrain.network.snapshots.store import Body
+from swarmtrain.peer.merging.roster_exchange import RosterExchange
+from swarmtrain.peer.merging.updates import Averaged, BatchMean, LocalUpdate, Replaced
+from swarmtrain.peer.training.loop import inner_constants
+from swarmtrain.peer.training.session import Start
+from swarmtrain.protocol.rounds.batch_end import BatchEnd, BatchRules, BatchShare, planned_sequences
+from swarmtrain.protocol.rounds.rosters import AdvertisedRound
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.words import time_in_words
+
+__all__ = ["BatchExchange"]
+
+_log = logging.getLogger(__name__)
+_SAMPLE = 16
+"""Peers that are asked how far they are, at random."""
+_STALE_SHARE = 0.75
+"""Share of `network.presence_ttl_s` after which a peer that has said nothing is not counted: presence is renewed after
+a third of it."""
+
+
+@dataclass
+class BatchExchange(RosterExchange):
+    """Exchange of a collaboration that makes one large batch after the other."""
+
+    _asking: Future[dict[str, AdvertisedRound]] | None = field(default=None, init=False)
+    """Answers of the others on how far they are."""
+    _published: LocalUpdate | None = field(default=None, init=False)
+    _ended_s: float = field(default=0.0, init=False)
+    """Swarm time at which this peer ended its part of the batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        run, specs = self.run, self.swarm.rounds.settings.specs
+        rules = BatchRules(
+            target_tokens=run.target_tokens,
+            step_tokens=run.tokens_per_step,
+            max_wait_s=run.merge.max_wait_s,
+            round_limit_s=run.merge.round_limit_s,
+            stale_s=_STALE_SHARE * run.network.presence_ttl_s,
+        )
+        format = run.merge.roster_format
+        self._encoder = None if format == "fp32" else FedBackSum(format)
+        self._has_counted: Callable[[], None] = lambda: None
+        """Called once this peer's gradient is on a roster."""
+        self._end = BatchEnd(rules)
+        self._optimizer = CommonOptimizer([spec.shape for spec in specs], inner_constants(run), run.merge.optimizer)
+
+    @property
+    def is_training(self) -> bool:
+        """True until this peer has ended the batch. Any thread may ask."""
+        return self._merge is None or self._merge.done()
+
+    def progress_in_words(self) -> str:
+        """Say which part of the batch is there, as this peer believes. Any thread may ask."""
+        there = self._share(math.floor(self.steps_done * self.step_share * self.run.tokens_per_step))
+        soon = "" if there.left_s is None else f", about {time_in_words(there.left_s)}"
+        return f"{100 * there.share:.0f} % of this step's batch is here{soon}"
+
+    def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        """Return the plan of the next round. See `Exchange`."""
+        start = super().start_round(progress, steps_per_s)
+        return dataclasses.replace(start, is_over=self._is_over)
+
+    def _inner_steps(self, round: int, steps_per_s: float) -> tuple[int, int, bool]:
+        """Return the most inner steps of a round, the sequences in each (0: the run's batch), and whether this peer
+        comes late.
+        """
+        section, batch, context = self.run.merge, self.run.inner.batch_sequences, self.run.model.context_tokens
+        own_per_s = (steps_per_s or self.expected_steps_per_s) * self.run.tokens_per_step
+        self._end.begin(round, steps_per_s * self.run.tokens_per_step, swarm_time())
+        others = self.swarm.membership.volunteers()
+        has_waited = round == 0 and section.min_peers > 1
+        is_late = self._fresh and any(
+            info.round > round or (info.round == round and info.inner_steps_done > 0 and not has_waited)
+            for info in others
+        )
+        others_per_s = self._share(0).tokens_per_s - steps_per_s * self.run.tokens_per_step
+        target = self.run.target_tokens / context
+        sequences = planned_sequences(own_per_s / context, max(0.0, others_per_s) / context, batch, target)
+        self.step_share = sequences / batch
+        if sequences == batch:
+            return section.inner_steps, 0, is_late
+        return math.ceil(target / sequences), sequences, is_late
+
+    def step_done(self, inner_steps_done: int) -> None:
+        """Note that an inner step is done. One taken while a batch is merged is of the next one. See `Exchange`."""
+        if self.is_training:
+            super().step_done(inner_steps_done)
+        else:
+            self.num_steps += self.step_share
+
+    def publish(self, contribution: LocalUpdate) -> None:
+        """Hand over the mean gradient of this peer's part of the batch. See `Exchange`."""
+        self._published, self._ended_s = contribution, swarm_time()
+        super().publish(contribution)
+
+    def _body(self, contribution: LocalUpdate) -> Body:
+        """Return the bytes to publish."""
+        if self._encoder is None:
+            return super()._body(contribution)
+        pieces, self._has_counted = self._encoder.encode(contribution.gradient, contribution.tokens)
+        return body_of_pieces(pieces)
+
+    def collect(self, fragment: int = 0) -> Averaged | Replaced:
+        """Return the mean gradient of the batch, once a roster says whose are in it. See `Exchange`."""
+        own, arrived = self._published, super().collect(fragment)
+        assert own is not None
+        is_counted = not isinstance(arrived, Replaced) and self.swarm.identity.peer_id in arrived.partners
+        if is_counted:
+            self._has_counted()
+        else:
+            message = (
+                f"the step of round {own.round} was taken without this volunteer's {own.tokens:,} tokens, which came "
+                "too late and do not count; its next gradients are of the new weights"
+            )
+            self.swarm.emit(WarningEvent(message=message, code="gradient-not-counted"))
+        return arrived
+
+    def _mean(self, outcome: RosterMean) -> Averaged:
+        """Return the update of a batch that ended with a roster."""
+        roster, mean = outcome.roster, super()._mean(outcome)
+        self._end.counted({entry.peer: entry.tokens for entry in roster.entries}, self._ended_s)
+        at = CommonStep(roster.round + 1, roster.base_tokens / self.run.run.total_tokens)
+        fields = {each.name: getattr(mean, each.name) for each in dataclasses.fields(mean)}
+        return BatchMean(**fields, optimizer=self._optimizer, at=at)
+
+    def _is_over(self, tokens: int) -> bool:
+        """Return whether the batch ends with the `tokens` that this peer has computed."""
+        there, rounds = self._share(tokens), self.swarm.rounds
+        if self._end.asks_others(there):
+            peers = [info.peer for info in self.swarm.membership.volunteers()]
+            self._asking = self.network.submit(rounds.search.ask_now(random.sample(peers, min(_SAMPLE, len(peers)))))
+        is_asking = self._asking is not None and not self._asking.done()
+        over = self._end.is_complete(there, is_wanted=rounds.wanted, is_asking=is_asking, now=swarm_time())
+        if over:
+            self._asking = None
+            _log.info("round %d: %d tokens here, %.0f elsewhere", self._end.round, tokens, there.others_tokens)
+        return over
+
+    def _share(self, own_tokens: int) -> BatchShare:
+        membership = self.swarm.membership
+        others = [
+            (info, membership.so_far_since_s(info.peer), membership.heard_s(info.peer))
+            for info in membership.answering()
+        ]
+        return self._end.share(own_tokens, others, swarm_time())

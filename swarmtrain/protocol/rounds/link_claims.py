@@ -1,0 +1,84 @@
+"""What peers tell of their links, and how far it is believed when shares of a mean are divided.
+
+A peer measures its own link and tells it; nobody else can measure it. One that tells less than it has gets a smaller
+share, and nobody loses anything but its help. One that tells more gets a share that it does not deliver in time: then
+whoever waited averages that share itself, and when it signs a roster it takes what that peer tells for a quarter, for a
+sixteenth after the second such share, and so on. Each share that comes in time takes half of a quarter back, and so do
+eight rounds, since a peer without a share can show nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from swarmtrain.protocol.membership.membership import Membership
+from swarmtrain.protocol.rounds.roles import LinkRates, averaging_s, divide, equal_shares
+
+__all__ = ["LinkClaims"]
+
+_LATE_DOUBTS, _MAX_DOUBTS = 2, 10
+"""Halvings of a claim for each share that is late, and at most: a thousandth of what it says."""
+_FORGIVE_ROUNDS = 8
+"""Rounds after which one halving of each claim is taken back."""
+_LEAST_BYTES_PER_S = 32 * 1024.0
+"""Rate below which a pull is given up anyway: whoever tells less does not make the others wait longer."""
+
+
+@dataclass
+class LinkClaims:
+    """Links of the peers, as this peer believes them."""
+
+    membership: Membership
+    own: LinkRates = field(default_factory=LinkRates)
+    """This peer's own link."""
+    _doubts: dict[str, int] = field(default_factory=dict)
+    """Number of halvings of each peer's claim."""
+
+    def judged(self, owner: str, *, in_time: bool) -> None:
+        """Believe a peer's claim less after a share that did not come in time, and more after one that did."""
+        doubts = min(max(0, self._doubts.pop(owner, 0) + (-1 if in_time else _LATE_DOUBTS)), _MAX_DOUBTS)
+        if doubts:
+            self._doubts[owner] = doubts
+
+    def round_over(self, round: int) -> None:
+        """Believe all claims a little more, now and then."""
+        if round % _FORGIVE_ROUNDS == 0:
+            self._doubts = {peer: doubts - 1 for peer, doubts in self._doubts.items() if doubts > 1}
+
+    def shares(self, peers: Sequence[str], num_chunks: int, body_bytes: int) -> tuple[int, ...]:
+        """Return the chunks that each of these peers is to average; empty for equal shares.
+
+        Shares are equal if a peer tells no link, because its version would not know of others; and if no link is
+        measured and everyone can be dialled, or all links are alike.
+        """
+        told = [self.own if peer == self.membership.me else self._claim(peer) for peer in peers]
+        links = [self._believed(peer, link) for peer, link in zip(peers, told, strict=True) if link is not None]
+        if num_chunks <= 0 or len(links) < len(peers):
+            return ()
+        shares = divide(links, num_chunks, body_bytes).shares
+        return shares if shares != equal_shares(num_chunks, [True] * len(peers)) else ()
+
+    def averaging_s(self, peers: Sequence[str], shares: Sequence[int], body_bytes: int) -> float:
+        """Return the seconds that averaging with these shares takes, by what the peers tell; 0 if that is unknown."""
+        told = (self.own if peer == self.membership.me else self._claim(peer) for peer in peers)
+        links = [LinkRates() if link is None else link for link in told]
+        if not shares or not any(link.is_known for link in links):
+            return 0.0
+        return averaging_s([_at_least(link, _LEAST_BYTES_PER_S) for link in links], shares, body_bytes)
+
+    def _claim(self, peer: str) -> LinkRates | None:
+        info = self.membership.info(peer)
+        return None if info is None else info.link
+
+    def _believed(self, peer: str, link: LinkRates) -> LinkRates:
+        part = 0.5 ** self._doubts.get(peer, 0)
+        return dataclasses.replace(
+            link, up_bytes_per_s=part * link.up_bytes_per_s, down_bytes_per_s=part * link.down_bytes_per_s
+        )
+
+
+def _at_least(link: LinkRates, least: float) -> LinkRates:
+    up, down = (max(rate, least) if rate > 0 else 0.0 for rate in (link.up_bytes_per_s, link.down_bytes_per_s))
+    return dataclasses.replace(link, up_bytes_per_s=up, down_bytes_per_s=down)

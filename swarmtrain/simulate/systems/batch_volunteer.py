@@ -1,0 +1,73 @@
+"""A simulated volunteer that makes one large batch after the other: the product's `BatchEnd` ends its rounds."""
+
+from __future__ import annotations
+
+from swarmtrain.protocol.rounds import messages as ev
+from swarmtrain.protocol.rounds.batch_end import BatchEnd, BatchRules
+from swarmtrain.protocol.rounds.rosters import Roster
+from swarmtrain.simulate.systems.messages import Phase, SimulatedLink
+from swarmtrain.simulate.systems.volunteer import SimulatedVolunteer, Surroundings
+
+__all__ = ["BatchVolunteer"]
+
+_STALE_SHARE = 0.75  # as peer/merging/batch_exchange.py has it
+_ASKS = 2
+"""Number of this peer's search in which it asks the others how far they are."""
+
+
+class BatchVolunteer(SimulatedVolunteer):
+    """Volunteer whose round ends when all of them have `Settings.target_tokens` together, as it believes."""
+
+    def __init__(self, world: Surroundings, name: str, steps_per_s: float, link: SimulatedLink) -> None:
+        super().__init__(world, name, steps_per_s, link)
+        s = self.settings
+        self.end = BatchEnd(
+            BatchRules(
+                target_tokens=s.target_tokens,
+                step_tokens=s.tokens_per_step,
+                max_wait_s=s.max_wait_s,
+                round_limit_s=s.round_limit_s,
+                stale_s=_STALE_SHARE * s.presence_ttl_s,
+            )
+        )
+        self._is_asking = False
+
+    @property
+    def inner_steps_done(self) -> int:
+        """Inner steps of this round, as advertised to others."""
+        return self.steps if self.phase in (Phase.TRAINING, Phase.MERGING) else 0
+
+    def _train(self, *, fresh: bool) -> None:
+        """Begin to add up gradients for the next batch."""
+        now, others = self.world.clock.now, self.membership.volunteers()
+        is_late = fresh and any((info.round, info.inner_steps_done > 0) > (self.round, False) for info in others)
+        self.end.begin(self.round, self.steps_per_s * self.settings.tokens_per_step, now)
+        self._is_asking = False
+        self._begin_round(0, now + 1 / self.steps_per_s, is_late_joiner=is_late)
+
+    def _steps_done(self) -> None:
+        """Count a step; end the batch, or take another one."""
+        self.steps += 1
+        now = self.world.clock.now
+        others = [
+            (info, self.membership.so_far_since_s(info.peer), self.membership.heard_s(info.peer))
+            for info in self.membership.answering()
+        ]
+        there = self.end.share(self.steps * self.settings.tokens_per_step, others, now)
+        if self.end.asks_others(there):
+            self._is_asking = True
+            self.tell(ev.SurveyPeers(_ASKS, tuple(info.peer for info, _, _ in others)))
+        if self.end.is_complete(there, is_wanted=self.engine.wanted, is_asking=self._is_asking, now=now):
+            self._publish()
+        else:
+            self._trains_until(now + 1 / self.steps_per_s)
+
+    def _surveyed(self, search: int) -> None:
+        if search == _ASKS:
+            self._is_asking = False
+        else:
+            super()._surveyed(search)
+
+    def _advance(self, roster: Roster) -> None:
+        self.end.counted({entry.peer: entry.tokens for entry in roster.entries}, self.ended_s)
+        super()._advance(roster)

@@ -1,0 +1,150 @@
+"""Trainer's side of a large batch: its plan, when it ends, what it says, and what is told of a gradient that is not in
+it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
+from swarmtrain.algorithm.outer import OuterConstants, OuterState
+from swarmtrain.events import Event, WarningEvent
+from swarmtrain.network.codec import average_bytes_untrusted
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.identity import new_identity
+from swarmtrain.network.node import NetworkThread, NodeSettings, TrafficCount
+from swarmtrain.network.rounds.runner import RosterMean
+from swarmtrain.network.snapshots.store import TensorSpec
+from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.peer.lifecycle.node import StopFlag
+from swarmtrain.peer.merging.batch_exchange import BatchExchange
+from swarmtrain.peer.merging.updates import BatchMean, LocalUpdate
+from swarmtrain.peer.training.loop import inner_constants
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.run import RunFile
+
+ME, BEN = (new_identity(bytes([i]) * 32) for i in range(2))
+STEP = 4 * 64
+TARGET = 16 * STEP
+
+
+@pytest.fixture
+def exchange_for() -> Iterator[Callable[..., tuple[BatchExchange, list[Event]]]]:
+    """Makes the exchange of a peer that knows ben, and what it tells."""
+    network = NetworkThread()
+
+    def make(**ben: Any) -> tuple[BatchExchange, list[Event]]:
+        merge = {"method": "batch", "target_tokens": TARGET, "max_wait_s": 3.0}
+        sizes = {"model": {"context_tokens": 64}, "inner": {"batch_sequences": 4}}
+        run = RunFile.model_validate({"run": {"total_tokens": 10 * TARGET}, "merge": merge, **sizes})
+        node: Any = SimpleNamespace(
+            identity=ME, settings=NodeSettings(directory=Path("/nowhere")), traffic=TrafficCount()
+        )
+        told, specs = list[Event](), (TensorSpec("w", (2, 2)), TensorSpec("b", (2,)))
+        published = PublishedRun(b"", "ab" * 32, run, b"", b"")
+        swarm = Swarm(node, published, specs, average_bytes_untrusted, told.append, PeerInfo(peer=ME.peer_id))
+        now = swarm_time()
+        info = PeerInfo(peer=BEN.peer_id, training=True, stamp=now, steps_per_s=2.0, **ben)
+        swarm.membership.saw_presence(info, now + 999, now)
+        return BatchExchange(network, swarm, run, StopFlag()), told
+
+    yield make
+    network.stop()
+
+
+@pytest.mark.parametrize(
+    ("steps_per_s", "steps", "sequences"), [(0.0, 16, 0), (1.0, 16, 0), (0.1, 64, 1)], ids=["unknown", "usual", "slow"]
+)
+def test_a_slow_volunteer_plans_smaller_steps(
+    exchange_for: Callable[..., tuple[BatchExchange, list[Event]]], steps_per_s: float, steps: int, sequences: int
+) -> None:
+    exchange, _ = exchange_for(round=3)
+    start = exchange.start_round(Progress(round=3, run_tokens=100), steps_per_s)
+    assert (start.inner_steps, start.batch_sequences, start.num_peers) == (steps, sequences, 2)
+    assert not exchange.swarm.rounds.engine.is_late_joiner
+
+
+def test_one_that_joins_within_a_batch_is_not_waited_for(
+    exchange_for: Callable[..., tuple[BatchExchange, list[Event]]],
+) -> None:
+    exchange, _ = exchange_for(round=3, inner_steps_done=2)
+    exchange.start_round(Progress(round=3, run_tokens=100), 2.0)
+    assert exchange.swarm.rounds.engine.is_late_joiner
+
+
+def test_the_batch_ends_once_the_others_have_answered(
+    exchange_for: Callable[..., tuple[BatchExchange, list[Event]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, _ = exchange_for(round=3, inner_steps_done=5)
+    start, answers, asked = exchange.start_round(Progress(round=3, run_tokens=1), 2.0), Future[Any](), list[list[str]]()
+    assert exchange.is_training
+    exchange.steps_done = 3
+    words = exchange.progress_in_words()
+    assert words.startswith("5") and "% of this step's batch is here, about " in words, words
+
+    async def ask(peers: list[str]) -> dict[str, Any]:
+        asked.append(peers)
+        return {}
+
+    monkeypatch.setattr(exchange.swarm.rounds.search, "ask_now", ask)
+    monkeypatch.setattr(exchange.network, "submit", lambda work: (work.close(), answers)[1])
+    assert not start.is_over(STEP) and not start.is_over(11 * STEP)
+    answers.set_result({})
+    assert start.is_over(11 * STEP)
+
+
+def mean(*peers: str) -> RosterMean:
+    entries = tuple(RoundPublication(peer=peer, snapshot="cd" * 32, tokens=STEP, inner_steps=1) for peer in peers)
+    roster = Roster(round=3, signer=BEN.peer_id, entries=entries, base="ab" * 32, base_tokens=TARGET)
+    return RosterMean(roster=roster, mean=bytearray(torch.full((6,), 0.25).numpy().tobytes()))
+
+
+def publish(exchange: BatchExchange, monkeypatch: pytest.MonkeyPatch, outcome: RosterMean) -> None:
+    monkeypatch.setattr(
+        exchange.network,
+        "submit",
+        lambda work: (work.close(), Future[Any](), None)[1],  # nobody is asked
+    )
+    own = LocalUpdate(
+        round=3, part=1, thetas=(), fragment_rounds=(), reached=None, tokens=STEP, inner_steps=1, own_tokens=STEP,
+        base="ab" * 32, mean_gradient=torch.ones(6),
+    )  # fmt: skip
+    exchange.publish(own)
+    assert not exchange.is_training
+    assert exchange._merge is not None
+    exchange._merge.set_result(outcome)
+    assert exchange.is_training
+
+
+def test_all_take_the_step_of_the_rosters_number_and_tokens(
+    exchange_for: Callable[..., tuple[BatchExchange, list[Event]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, told = exchange_for(round=3)
+    publish(exchange, monkeypatch, mean(*sorted([ME.peer_id, BEN.peer_id])))
+    update = exchange.collect()
+    assert isinstance(update, BatchMean) and update.at == CommonStep(4, 0.1) and not told
+    state: Tensor = torch.arange(6.0)
+    before = OuterState(state, torch.zeros(12))
+    after = update.next_state(before, None, 0, OuterConstants(learning_rate=1.0, momentum=0.0), "")  # type: ignore[arg-type]
+    optimizer = CommonOptimizer([(2, 2), (2,)], inner_constants(exchange.run))
+    wanted = optimizer.step(before, torch.full((6,), 0.25), CommonStep(4, 0.1))
+    assert torch.equal(after.theta, wanted.theta) and torch.equal(after.momentum, wanted.momentum)
+
+
+def test_a_gradient_that_came_too_late_is_told(
+    exchange_for: Callable[..., tuple[BatchExchange, list[Event]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, told = exchange_for(round=3)
+    publish(exchange, monkeypatch, mean(BEN.peer_id))
+    assert isinstance(exchange.collect(), BatchMean), "the step is taken all the same"
+    (warning,) = told
+    assert isinstance(warning, WarningEvent) and warning.code == "gradient-not-counted" and f"{STEP}" in warning.message

@@ -1,0 +1,102 @@
+"""Swarms that make one large batch after the other: a step is at most one wait late, and counts each gradient once."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from swarmtrain.simulate.systems.messages import Settings, SimulatedLink
+from swarmtrain.simulate.systems.world import SynchronousWorld
+
+SETTINGS = Settings(
+    tokens_per_step=1000, target_tokens=400_000, max_wait_s=3.0, silence_s=2.0, presence_ttl_s=30.0,
+    publication_bytes=400_000, state_bytes=1_200_000,
+)  # fmt: skip
+SPEEDS = (5.0, 2.0, 1.0, 4.0, 0.5, 3.0, 2.5, 1.5, 0.8)
+"""Inner steps per second; all together take 400 in 20 s."""
+STEP_S = 400 / sum(SPEEDS)
+
+
+def swarm(settings: Settings = SETTINGS, seed: int = 0) -> SynchronousWorld:
+    world = SynchronousWorld(settings, link=SimulatedLink(bytes_per_s=1e6), seed=seed)
+    for number, speed in enumerate(SPEEDS):
+        world.join(f"p{number}", steps_per_s=speed)
+    return world
+
+
+def steps_of(world: SynchronousWorld) -> dict[int, tuple[float, int, int]]:
+    """When the last peer had applied each step, its tokens, and the gradients in it. Each gradient counts once."""
+    found, counted = dict[int, tuple[float, int, int]](), set[str]()
+    for event in world.events("applied"):
+        assert event.roster is not None
+        found[event.round] = event.time_s, event.roster.tokens, len(event.roster.entries)
+    longest = max((peer for peer in world.running()), key=lambda peer: peer.round)
+    for roster in longest.history:
+        snapshots = {entry.snapshot for entry in roster.entries}
+        assert not snapshots & counted, "a gradient counts once"
+        counted |= snapshots
+    for peer in world.running():
+        both = min(len(peer.history), len(longest.history))
+        assert peer.history[:both] == longest.history[:both], "what was applied stays"
+    return found
+
+
+def lasts_s(found: dict[int, tuple[float, int, int]]) -> dict[int, float]:
+    return {after: found[after][0] - found[before][0] for before, after in itertools.pairwise(sorted(found))}
+
+
+def test_unlike_volunteers_end_a_batch_together_with_what_was_asked_for() -> None:
+    world = swarm()
+    world.run_until(14 * STEP_S)
+    found = steps_of(world)
+    late = {round: step for round, step in found.items() if round >= 3}
+    assert all(entries == len(SPEEDS) for _, _, entries in late.values()), found
+    assert all(0.95 * 400_000 <= tokens <= 1.1 * 400_000 for _, tokens, _ in late.values()), found
+    # Each ends with the step that it is in: the slowest takes two seconds for one.
+    assert statistics.median(lasts_s(late).values()) <= STEP_S + 2.0 + 1.5
+
+
+@pytest.mark.parametrize("moment", [0.1, 0.5, 0.9])
+def test_a_third_vanishes_with_the_signer_and_links_halve(moment: float) -> None:
+    """Those who are left compute what is missing, if they notice it before the batch seems to be there; else the step
+    is taken with what is there. In both cases it is no more than one wait late."""
+    world = swarm()
+    world.run_until(6 * STEP_S)
+    before = began = max(steps_of(world))
+    while began == before:
+        world.run_until(world.clock.now + 0.25)
+        began = max(steps_of(world))
+    world.run_until(world.clock.now + moment * STEP_S)
+    for name in ("p0", "p3", "p5"):
+        world.kill(name)
+    for peer in world.running():
+        peer.link = replace(peer.link, bytes_per_s=peer.link.bytes_per_s / 2)
+    world.run_until(world.clock.now + 6 * STEP_S)
+    found = steps_of(world)
+    lasts = lasts_s(found)
+    left = sum(SPEEDS) - 5.0 - 4.0 - 3.0
+    hit = began + 1
+    # As long as those who are left need for a whole batch, and one wait.
+    whole_s = 400 / left if moment < 0.75 else STEP_S
+    assert lasts[hit] <= whole_s + SETTINGS.max_wait_s + 2.0, (lasts, found)
+    assert found[hit][1] >= (380_000 if moment < 0.75 else 150_000)
+    assert all(step[2] == 6 for round, step in found.items() if round > hit + 1)
+    usual_s = statistics.median(lasts[round] for round in range(3, hit))
+    print(f"at {moment}: the step took {lasts[hit]:.1f} s (usually {usual_s:.1f} s), {found[hit][1]} tokens")
+
+
+def test_one_that_hangs_costs_one_wait_and_who_joins_counts_from_its_second_batch_on() -> None:
+    world = swarm()
+    world.run_until(4.5 * STEP_S)
+    world.freeze("p2")
+    began = max(steps_of(world))
+    world.run_until(world.clock.now + 2 * STEP_S)
+    world.join("q", steps_per_s=4.0)
+    world.run_until(world.clock.now + 6 * STEP_S)
+    found = steps_of(world)
+    assert lasts_s(found)[began + 1] <= STEP_S + SETTINGS.max_wait_s + 3.5
+    roster = max(world.running(), key=lambda peer: peer.round).history[-1]
+    assert "q" in roster.peers and "p2" not in roster.peers
