@@ -22,7 +22,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler
+from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler, text_sample
 from swarmtrain.peer.checkpoints.manager import CheckpointManager, PeersFile
 from swarmtrain.peer.control.limits import limit_link
 from swarmtrain.peer.control.session import ControlSession
@@ -44,6 +44,7 @@ from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.model_files.fetcher import FilesPlace, SwarmSource, fetch_and_serve
 from swarmtrain.peer.model_files.model_folder import ModelFolder
 from swarmtrain.protocol.archive.departure import DepartureQueue
+from swarmtrain.protocol.history import HistoryPoint
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.run_end import may_come_back
 from swarmtrain.protocol.tokens.progress import Progress
@@ -57,6 +58,8 @@ COUNTS_EVERY_S = 5.0
 
 LAST_COUNT_S = 1.0
 LINGER_S = 60.0
+_FINAL_SAMPLE_S = 5.0
+"""Longest time in which the final model writes: volunteers may wait for this peer's goodbye."""
 FLUSH_S = 5.0
 LAST_SAMPLE = 4
 """Peers that are asked for a last archive."""
@@ -170,6 +173,26 @@ class BootstrapPeer:
         warning = save_final_weights(self.folder, weights, self.published, progress, loss, self.model_folder)
         if warning is not None:
             self.emit(warning)
+        self._sample_final(model, progress, loss)
+
+    def _sample_final(self, model: LanguageModel, progress: Progress, loss: TextLoss) -> None:
+        """Let the final model write, for the page and for a report: some seconds at most, none if it must leave."""
+        if not self.settings.samples_archive:
+            return
+        until_s = time.monotonic() + _FINAL_SAMPLE_S
+
+        def goes_on() -> bool:
+            self.control.board.beat()
+            return time.monotonic() < until_s and not self.stop.is_set()
+
+        sample = text_sample(model, self.published, progress, goes_on)
+        point = HistoryPoint(
+            run_tokens=progress.run_tokens,
+            time=time.time(),
+            round=max(0, progress.round - 1),
+            held_out_loss=loss.nats_per_byte,
+        )
+        self.control.board.history.add_sample(point, sample)
 
     def rest(self, leavers: Sequence[DepartureQueue]) -> None:
         """Sleep for a second, or until a volunteer asks whether it may leave, since it waits for the next look.

@@ -25,6 +25,7 @@ from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.network.codec import tensor_specs
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer import bootstrap
+from swarmtrain.peer.control.history import PeerHistory
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.node import (
     Interrupted,
@@ -282,6 +283,21 @@ def has(peer: Any, theta: Tensor) -> None:
         peer.archives = [SimpleNamespace(progress=progress)]
         model = build_model(peer.published.run.model, 0)
         peer._joined = lambda: weights_in(model, theta)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_final_model_writes_a_sample_for_the_page(tmp_path: Path, kind: str) -> None:
+    peer, _ = boot(tmp_path, KINDS[kind])
+    peer.settings = dataclasses.replace(peer.settings, samples_archive=True)
+    history = PeerHistory()
+    history.begin(peer.published.sha256, TOTAL)
+    peer.control.board = SimpleNamespace(history=history, beat=lambda: None)
+    peer.has_news = True
+    has(peer, weights_of(peer.published, 4))
+    peer._measure_and_save()
+    told = history.message()
+    assert told.sample.run_tokens == TOTAL and told.sample.round == 9 and told.sample.prompt
+    assert [point.held_out_loss for point in told.points] == [peer.loss.nats_per_byte]
 
 
 @pytest.mark.parametrize("kind", KINDS)
