@@ -229,8 +229,8 @@ class Swarm:
         """Offer this state to late joiners from now on (`StateProvider.put`). Nobody may write into its buffers any
         more."""
         self.offer.put(progress, body, fill)
-        self.node.traffic.up_meter.settle()
-        self.node.traffic.down_meter.settle()
+        self.node.traffic.up_meter.round_over()
+        self.node.traffic.down_meter.round_over()
         self.accounting.learn(progress.peer_tokens)
         self.rounds.advance(progress)
         if self.rounds.last is not None:

@@ -43,7 +43,7 @@ class LinkMeter:
     _looked_s: float = 0.0
     _rate: float = 0.0
     _newest: float = 0.0
-    """Best rate since the last `settle`."""
+    """Best rate since the last `round_over`."""
 
     @property
     def bytes_per_s(self) -> float:
@@ -75,7 +75,7 @@ class LinkMeter:
             self._looked_s = now
             self._look(now)
 
-    def settle(self) -> None:
+    def round_over(self) -> None:
         """Take what was measured since the last call for the rate: at once if it is faster, little by little if it is
         slower, because then there may have been less to carry."""
         newest, self._newest = self._newest, 0.0

@@ -37,16 +37,16 @@ def test_little_traffic_says_little_and_takes_nothing_back_at_once() -> None:
     clock = Clock()
     meter = LinkMeter(clock=clock)
     carry(meter, clock, 10e6, 10.0)
-    meter.settle()
+    meter.round_over()
     fast = meter.bytes_per_s
-    meter.settle()
+    meter.round_over()
     assert meter.bytes_per_s == fast, "nothing was carried"
     carry(meter, clock, 1e6, 30.0)
-    meter.settle()
+    meter.round_over()
     assert 0.65 * fast < meter.bytes_per_s < 0.75 * fast
     for _ in range(20):
         carry(meter, clock, 1e6, 30.0)
-        meter.settle()
+        meter.round_over()
     assert meter.bytes_per_s == pytest.approx(1e6, rel=0.2)
 
 
