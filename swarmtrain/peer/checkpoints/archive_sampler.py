@@ -21,13 +21,14 @@ from swarmtrain.errors import SwarmtrainError
 from swarmtrain.events import Event
 from swarmtrain.machine_memory import machine_memory
 from swarmtrain.model.export import ExportedModel, load_exported
+from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.checkpoints.export import Sampling, continuation
 from swarmtrain.peer.lifecycle.node import eval_event, held_out_loss_of
 from swarmtrain.protocol.history import HistoryPoint, TextSample
 from swarmtrain.protocol.tokens.progress import Progress
 
-__all__ = ["ArchiveSampler"]
+__all__ = ["ArchiveSampler", "text_sample"]
 
 _log = logging.getLogger(__name__)
 _REST_OF_WORK = 19.0
@@ -135,19 +136,28 @@ class ArchiveSampler:
             raise MemoryError("too little memory is free")
 
     def _sampled(self, exported: ExportedModel, progress: Progress) -> TextSample:
-        tokenizer, until_s = self._tokenizer(), time.monotonic() + _SAMPLE_S
-        prompt = sample_prompt(self._published.run, self._published.held_out, tokenizer, progress.round)
+        return text_sample(exported.model, self._published, progress, self._check, _SAMPLE_S)
 
-        def goes_on() -> bool:
-            self._check()
-            return time.monotonic() < until_s
 
-        sampling = Sampling(_SAMPLE_TOKENS, _TEMPERATURE, progress.round)
-        written = continuation(exported.model, tokenizer, prompt, sampling, goes_on)
-        return TextSample(
-            prompt=tokenizer.decode(prompt).decode(errors="replace")[-_MAX_CHARACTERS:],
-            text=written.decode(errors="replace")[:_MAX_CHARACTERS],
-            round=progress.round,
-            run_tokens=progress.run_tokens,
-            time=time.time(),
-        )
+def text_sample(
+    model: LanguageModel, published: PublishedRun, progress: Progress, check: Callable[[], None], limit_s: float
+) -> TextSample:
+    """Let the model of that progress continue a line of the run's held-out text, for `limit_s` seconds at most. `check`
+    is called after each token, and ends it by raising."""
+    tokenizer = tokenizer_from_bytes_untrusted(published.tokenizer, published.run.model.vocabulary_size)
+    until_s = time.monotonic() + limit_s
+    prompt = sample_prompt(published.run, published.held_out, tokenizer, progress.round)
+
+    def goes_on() -> bool:
+        check()
+        return time.monotonic() < until_s
+
+    sampling = Sampling(_SAMPLE_TOKENS, _TEMPERATURE, progress.round)
+    written = continuation(model, tokenizer, prompt, sampling, goes_on)
+    return TextSample(
+        prompt=tokenizer.decode(prompt).decode(errors="replace")[-_MAX_CHARACTERS:],
+        text=written.decode(errors="replace")[:_MAX_CHARACTERS],
+        round=progress.round,
+        run_tokens=progress.run_tokens,
+        time=time.time(),
+    )

@@ -22,7 +22,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler
+from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler, text_sample
 from swarmtrain.peer.checkpoints.manager import CheckpointManager, PeersFile
 from swarmtrain.peer.control.limits import limit_link
 from swarmtrain.peer.control.session import ControlSession
@@ -44,6 +44,7 @@ from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.model_files.fetcher import FilesPlace, SwarmSource, fetch_and_serve
 from swarmtrain.peer.model_files.model_folder import ModelFolder
 from swarmtrain.protocol.archive.departure import DepartureQueue
+from swarmtrain.protocol.history import HistoryPoint
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.run_end import may_come_back
 from swarmtrain.protocol.tokens.progress import Progress
@@ -63,6 +64,9 @@ LAST_SAMPLE = 4
 
 LAST_ARCHIVE_S = 4.0
 """Seconds that the last archive may take when a bootstrap is asked to leave."""
+
+_FINAL_TEXT_S = 5.0
+"""Longest time that the final model writes."""
 
 
 @dataclass
@@ -170,6 +174,19 @@ class BootstrapPeer:
         warning = save_final_weights(self.folder, weights, self.published, progress, loss, self.model_folder)
         if warning is not None:
             self.emit(warning)
+        if self.settings.samples_archive:
+            self._sample_at_the_end(model, progress, loss)
+
+    def _sample_at_the_end(self, model: LanguageModel, progress: Progress, loss: TextLoss) -> None:
+        """Let the run's final model write: the last sample of the archive may be of long ago."""
+        sample = text_sample(model, self.published, progress, self.stop.check, _FINAL_TEXT_S)
+        point = HistoryPoint(
+            run_tokens=progress.run_tokens,
+            time=sample.time,
+            round=max(0, progress.round - 1),
+            held_out_loss=loss.nats_per_byte,
+        )
+        self.control.board.history.add_sample(point, sample)
 
     def rest(self, leavers: Sequence[DepartureQueue]) -> None:
         """Sleep for a second, or until a volunteer asks whether it may leave, since it waits for the next look.

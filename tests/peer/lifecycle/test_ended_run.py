@@ -40,6 +40,7 @@ from swarmtrain.peer.pipeline import bootstrap as pipeline_bootstrap
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.peer.training.model_training import ModelTraining
 from swarmtrain.peer.training.session import Session
+from swarmtrain.protocol.history import HistoryPoint, TextSample
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import ModelSection, RunFile, published_bytes, run_sha256
 
@@ -282,6 +283,24 @@ def has(peer: Any, theta: Tensor) -> None:
         peer.archives = [SimpleNamespace(progress=progress)]
         model = build_model(peer.published.run.model, 0)
         peer._joined = lambda: weights_in(model, theta)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_final_model_writes_a_text_unless_that_is_not_wanted(tmp_path: Path, kind: str, wanted: bool) -> None:
+    peer, _ = boot(tmp_path, KINDS[kind])
+    peer.settings = dataclasses.replace(peer.settings, samples_archive=wanted)
+    records: list[tuple[HistoryPoint, TextSample]] = []
+    history = SimpleNamespace(add_sample=lambda point, sample: records.append((point, sample)))
+    peer.control.board = SimpleNamespace(history=history)
+    peer.has_news = True
+    has(peer, weights_of(peer.published, 2))
+    peer._measure_and_save()
+    assert len(records) == wanted
+    for point, sample in records:
+        assert (point.run_tokens, point.held_out_loss) == (TOTAL, peer.loss.nats_per_byte)
+        assert (sample.round, sample.run_tokens) == (9, TOTAL) and sample.text
+        assert sample.prompt.encode() in peer.published.held_out
 
 
 @pytest.mark.parametrize("kind", KINDS)
