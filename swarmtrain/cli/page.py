@@ -274,6 +274,8 @@ def _away(known: Sequence[Any], here: Sequence[Any]) -> str:
 
 
 def _why_no_end(view: View, here: Sequence[Any]) -> str:
+    if _is_paused(view) and here:
+        return "not known while paused"
     is_idle = view.phase is PeerPhase.RUNNING and view.status.run_tokens and not here
     return "nobody trains now" if is_idle else "not known yet"
 

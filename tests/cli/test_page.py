@@ -84,6 +84,8 @@ def test_a_paused_peer_is_here_on_its_own_page() -> None:
     assert not by_name["bert"]["here"] and by_name["bert"]["doing"] == ""
     _, ends, here = ((each["answer"], each["more"]) for each in panels["answers"])
     assert ends == ("nobody trains now", "40% of 3 M tokens")
+    view.status.peers[1].present = True
+    assert everybody(view)[0]["answers"][1]["answer"] == "not known while paused"
     assert here[0] == "0 volunteers" and here[1].endswith("this peer is paused, 2 took part before")
 
 

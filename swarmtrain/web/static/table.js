@@ -136,7 +136,7 @@ export class PeerTable {
     const [name, short, you] = line.firstChild.children;
     setText(name, row.name);
     setText(short, row.short);
-    setText(you, row.me ? "this peer" : "");
+    setText(you, row.me ? "you" : "");
     const width = `${(100 * part).toFixed(1)}%`;
     if (line.firstChild.style.getPropertyValue("--part") !== width) line.firstChild.style.setProperty("--part", width);
     this.columns.forEach(([, , text], place) => {
