@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import click
 
 from swarmtrain.cli.common import example
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.report import check_target, write_page
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,6 +26,7 @@ __all__ = ["command", "table_lines"]
     name="simulate",
     epilog=example(
         "swarmtrain simulate examples/scenarios/heterogeneous.toml",
+        "swarmtrain simulate my.toml --plot methods.html",
         "swarmtrain simulate my.toml --sweep merge.outer_momentum=0.5,0.8 --json found.json",
     ),
 )
@@ -37,7 +39,7 @@ __all__ = ["command", "table_lines"]
     "--jobs", type=click.IntRange(1), metavar="N", help="Number of runs at once.  [default: one for each core]"
 )
 @click.option("--fresh", is_flag=True, help="Run everything again, without results kept from earlier.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw the loss curves to FILE, a .png or .svg.")  # fmt: skip
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Show the methods beside each other in FILE: .html for a page with all figures and curves to choose from, .png or .svg for a picture.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the results to FILE, as one JSON document.")  # fmt: skip
 def command(
     scenario: Path,
@@ -87,9 +89,7 @@ def command(
 
         write_atomically(json_file, (json.dumps(document(found), indent=1, allow_nan=False) + "\n").encode())
     if plot is not None:
-        from swarmtrain.cli.figure import draw
-
-        draw(found, plot)
+        _draw(found, plot, scenario)
 
 
 def _say(line: str) -> None:
@@ -127,14 +127,38 @@ def _check_plot(path: Path, scenario: Scenario) -> None:
 
     from swarmtrain.extras import install_in_words
 
-    if path.suffix not in (".png", ".svg"):
-        raise OptionsError(f"--plot {path}: its name must end with .png or .svg", code="bad-plot-name")
+    if path.suffix == ".html":
+        check_target(path, "--plot")
+    elif path.suffix not in (".png", ".svg"):
+        raise OptionsError(f"--plot {path}: its name must end with .html, .png or .svg", code="bad-plot-name")
     if not path.parent.is_dir():
         raise OptionsError(f"--plot {path}: there is no folder {path.parent}; create it first", code="no-such-folder")
+    if path.suffix == ".html" and scenario.scenario.work != "learning":
+        return  # its tables say it all
     if not scenario.scenario.curve_points:
         raise OptionsError("--plot needs curves: set scenario.curve_points in the scenario, 20 say", code="no-curves")
-    if importlib.util.find_spec("matplotlib") is None:
+    if path.suffix != ".html" and importlib.util.find_spec("matplotlib") is None:
         raise OptionsError(f"--plot needs matplotlib: {install_in_words('plot')}", code="package-missing")
+
+
+def _draw(found: Comparison, path: Path, scenario: Path) -> None:
+    """Write the page or the picture of a comparison."""
+    if path.suffix != ".html":
+        from swarmtrain.cli.figure import draw
+
+        draw(found, path)
+        return
+    import shlex
+    import sys
+
+    from swarmtrain.cli.comparison_page import comparison_page
+
+    files = {}
+    for source in (scenario, scenario.parent / found.scenario.scenario.run):
+        with suppress(OSError, UnicodeDecodeError):
+            files[source.name] = source.read_text(encoding="utf-8")
+    write_page(path, comparison_page(found, shlex.join(["swarmtrain", *sys.argv[1:]]), files))
+    _say(f"wrote the comparison to {path}; open it in a browser")
 
 
 @contextmanager

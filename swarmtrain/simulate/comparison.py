@@ -369,7 +369,8 @@ def _kept(path: Path | None) -> RunOutcome | None:
         return None
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         table = json.loads(path.read_text(encoding="utf-8"))
-        return RunOutcome(**table | {"curve": tuple(tuple(point) for point in table["curve"])})
+        curve, counted = (tuple(point) for point in table["curve"]), table.get("peer_tokens", ())
+        return RunOutcome(**table | {"curve": tuple(curve), "peer_tokens": tuple(counted)})
     return None
 
 
@@ -434,6 +435,7 @@ def _result(row: ComparisonRow, best: Mapping[str, ComparisonRow]) -> dict[str, 
         **{name: _figure(row.mean(name)) for name in _WITHOUT_TENSORS if getattr(first, name) is not None},
         "losses": {str(seed): _figure(one.held_out_loss) for seed, one in row.outcomes.items()},
         "curve": [[tokens, _figure(time_s), _figure(loss)] for tokens, time_s, loss in first.curve],
+        "peer_tokens": list(first.peer_tokens),
     }
 
 

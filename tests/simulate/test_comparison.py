@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import signal
 import threading
 from pathlib import Path
@@ -223,7 +224,7 @@ def test_a_pipe_is_told_that_it_goes_on_and_its_end_is_in_order(
         (["--sweep", "momentum=0.5"], "bad-assignment", "'momentum=0.5': "),
         (["--sweep", "merge.outer_momentum"], "bad-assignment", "'merge.outer_momentum': "),
         (["--set", "merge.outer_momentum"], "bad-assignment", "SECTION.KEY=VALUE"),
-        (["--plot", "x.pdf"], "bad-plot-name", ".png or .svg"),
+        (["--plot", "x.pdf"], "bad-plot-name", ".html, .png or .svg"),
         (["--plot", "x.svg"], "no-curves", "scenario.curve_points"),
         (["--plot", "nowhere/x.svg"], "no-such-folder", "nowhere"),
         (["--json", "nowhere/x.json"], "no-such-folder", "nowhere"),
@@ -249,6 +250,48 @@ def test_a_figure_is_drawn(tmp_path: Path, suffix: str) -> None:
     done = CliRunner().invoke(cli, ["simulate", str(path), "--jobs", "1", "--fresh", "--plot", str(figure)])
     assert done.exit_code == 0, done.output
     assert figure.stat().st_size > 5000
+
+
+def test_a_page_has_all_methods_with_the_figures_of_the_document(tmp_path: Path) -> None:
+    changes = {"curve_points": 3, "methods": ["gossip", "diloco"], "seeds": [5, 6], "name": "<b>tiny"}
+    path = write_scenario(tmp_path, scenario=changes, hangs=[{"peer": 1, "at_s": 0.1, "for_s": 0.2}])
+    page, told = tmp_path / "methods.html", tmp_path / "methods.json"
+    given = ["simulate", str(path), "--jobs", "1", "--fresh", "--plot", str(page), "--json", str(told)]
+    for _ in range(2):
+        done = CliRunner().invoke(cli, given)
+        assert done.exit_code == 0, done.output
+    text, results = page.read_text(), json.loads(told.read_text())["results"]
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
+    found = json.loads(data)
+    assert found["results"] == results and found["seeds"] == [5, 6]
+    assert [curve["name"] for curve in found["curves"]] == ["gossip", "diloco"]
+    for curve, result in zip(found["curves"], results, strict=True):
+        assert list(curve["seeds"]) == ["5", "6"] and curve["shown"]
+        drawn = curve["seeds"]["5"]
+        assert drawn["tokens"] == [tokens for tokens, _, _ in result["curve"]]
+        assert drawn["loss"] == pytest.approx([loss for _, _, loss in result["curve"]], rel=1e-4)
+        assert f'<td class="number">{result["held_out_loss"]:.4f}</td>' in text
+        assert len(result["peer_tokens"]) == 3 and all(
+            f"{tokens / 1000:.3g} k, " in text for tokens in result["peer_tokens"]
+        )
+    assert "&lt;b&gt;tiny" in text and "<b>tiny" not in text and "hangs at 0.1 s for 0.2 s" in text
+    assert "<summary>scenario.toml</summary>" in text and "[model]\ncontext_tokens = 32" in text
+
+
+def test_a_page_of_work_without_tensors_has_no_curves(tmp_path: Path) -> None:
+    path = write_scenario(tmp_path, scenario={"work": "systems", "rounds": 3})
+    page = tmp_path / "methods.html"
+    done = CliRunner().invoke(cli, ["simulate", str(path), "--jobs", "1", "--fresh", "--plot", str(page)])
+    assert done.exit_code == 0, done.output
+    text = page.read_text()
+    assert 'id="chart-methods"' not in text and "Of the ideal" in text and ">p2<" in text
+
+
+def test_a_page_replaces_only_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, page = write_scenario(tmp_path), tmp_path / "mine.html"
+    page.write_text("mine")
+    assert run(["simulate", str(path), "--plot", str(page)]) == 2
+    assert codes_in(capsys.readouterr().err) == ["file-exists"] and page.read_text() == "mine"
 
 
 def test_a_run_that_outlasts_what_is_known_of_its_churn_is_no_result(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from swarmtrain.web import single_file as module
 from swarmtrain.web.markup import Markup, element, joined
 from swarmtrain.web.single_file import bundled, single_file
 
-PAGES = ("report",)
+PAGES = ("report", "comparison")
 STATIC = module._STATIC
 
 

@@ -136,24 +136,22 @@ class ArchiveSampler:
             raise MemoryError("too little memory is free")
 
     def _sampled(self, exported: ExportedModel, progress: Progress) -> TextSample:
-        return text_sample(exported.model, self._published, progress, self._check, _SAMPLE_S)
+        until_s = time.monotonic() + _SAMPLE_S
+
+        def goes_on() -> bool:
+            self._check()
+            return time.monotonic() < until_s
+
+        return text_sample(exported.model, self._published, progress, goes_on)
 
 
 def text_sample(
-    model: LanguageModel, published: PublishedRun, progress: Progress, check: Callable[[], None], limit_s: float
+    model: LanguageModel, published: PublishedRun, progress: Progress, goes_on: Callable[[], bool]
 ) -> TextSample:
-    """Let the model of that progress continue a line of the run's held-out text, for `limit_s` seconds at most. `check`
-    is called after each token, and ends it by raising."""
+    """Let the run's model of this progress continue a line of the held-out text, for as long as `goes_on` allows."""
     tokenizer = tokenizer_from_bytes_untrusted(published.tokenizer, published.run.model.vocabulary_size)
-    until_s = time.monotonic() + limit_s
     prompt = sample_prompt(published.run, published.held_out, tokenizer, progress.round)
-
-    def goes_on() -> bool:
-        check()
-        return time.monotonic() < until_s
-
-    sampling = Sampling(_SAMPLE_TOKENS, _TEMPERATURE, progress.round)
-    written = continuation(model, tokenizer, prompt, sampling, goes_on)
+    written = continuation(model, tokenizer, prompt, Sampling(_SAMPLE_TOKENS, _TEMPERATURE, progress.round), goes_on)
     return TextSample(
         prompt=tokenizer.decode(prompt).decode(errors="replace")[-_MAX_CHARACTERS:],
         text=written.decode(errors="replace")[:_MAX_CHARACTERS],

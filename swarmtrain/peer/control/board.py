@@ -119,11 +119,12 @@ class Watched:
 
 
 class _LastTold(NamedTuple):
-    """What is remembered of a peer: its device, its speed when its count last grew, and that count."""
+    """What is remembered of a peer: its device, its speed when its count last grew, that count, and its stages."""
 
     device: str = ""
     tokens_per_s: float = 0.0
     tokens: int = 0
+    stages: tuple[int, ...] = ()
 
 
 class LossCurve:
@@ -559,7 +560,8 @@ class StatusBoard:
         self._fill_last(status)
 
     def _fill_last(self, status: pb.PeerStatus) -> None:
-        """Fill in what is remembered of peers that have gone: what they trained on, and how fast."""
+        """Fill in what is remembered of peers that have gone: what they trained on, and how fast. Note the moves of
+        others between stages, which no event tells."""
         known, self._last_told = self._last_told, {}
         for item in status.peers:
             last = known.get(item.peer, _LastTold())
@@ -567,7 +569,10 @@ class StatusBoard:
             if item.tokens_per_s > 0 and (item.tokens > last.tokens or not per_s):
                 per_s = item.tokens_per_s  # not later: the speed of one that hangs is said to fall
             item.device, item.last_tokens_per_s = device, per_s
-            self._last_told[item.peer] = _LastTold(device, per_s, max(item.tokens, last.tokens))
+            stages = tuple(item.stages) or last.stages
+            if last.stages and stages != last.stages and item.peer != status.peer:
+                self.history.moved(item.peer, item.name, last.stages, stages)
+            self._last_told[item.peer] = _LastTold(device, per_s, max(item.tokens, last.tokens), stages)
 
     def _fill_end(self, status: pb.PeerStatus, now: float) -> None:
         """Fill in when the run will have its tokens at the present speed, or when it had them."""

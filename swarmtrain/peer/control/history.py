@@ -43,7 +43,7 @@ from swarmtrain.protocol.history import (
     agreed_sample,
 )
 from swarmtrain.v1 import control_pb2 as pb
-from swarmtrain.words import one_line
+from swarmtrain.words import one_line, stages_in_words
 
 __all__ = ["HISTORY_NAME", "MAX_EVENTS", "PeerHistory", "read_history"]
 
@@ -155,17 +155,27 @@ class PeerHistory:
         """Record an event, if it is one to look back at; one that has no time yet happens now."""
         if not isinstance(event, _NOTED):
             return
-        subject, at = _subject_of(event), event.time or self._wall()
+        at, words = event.time or self._wall(), one_line(in_words(event))[:_MAX_WORDS]
+        noted = pb.NotedEvent(time=at, event=event.event, words=words, count=1, last_time=at, about=_about(event))
+        self._note(noted, _subject_of(event))
+
+    def moved(self, peer: str, name: str, before: Sequence[int], after: Sequence[int]) -> None:
+        """Record that another peer of a pipeline holds other stages now."""
+        at, stages = self._wall(), f"from {stages_in_words(before)} to {stages_in_words(after)}"
+        words = one_line(f"peer {name} moved {stages}")[:_MAX_WORDS]
+        noted = pb.NotedEvent(time=at, event="moved", words=words, count=1, last_time=at, about=peer)
+        self._note(noted, ("moved", peer, stages))
+
+    def _note(self, noted: pb.NotedEvent, subject: tuple[str, ...]) -> None:
+        """Add an event, or count it if it is the same as one of the last."""
         with self._lock:
             self.version += 1
             first = max(0, len(self._events) - _RECENT)
             for place in range(first, len(self._events)):
                 if len(subject) > 1 and self._subjects[place] == subject:
                     again = self._events[place]
-                    again.count, again.last_time = again.count + 1, at
+                    again.count, again.last_time = again.count + 1, noted.last_time
                     return
-            words = one_line(in_words(event))[:_MAX_WORDS]
-            noted = pb.NotedEvent(time=at, event=event.event, words=words, count=1, last_time=at, about=_about(event))
             self._events.append(noted)
             self._subjects.append(subject)
             if len(self._events) > MAX_EVENTS:

@@ -58,15 +58,14 @@ COUNTS_EVERY_S = 5.0
 
 LAST_COUNT_S = 1.0
 LINGER_S = 60.0
+_FINAL_SAMPLE_S = 5.0
+"""Longest time in which the final model writes: volunteers may wait for this peer's goodbye."""
 FLUSH_S = 5.0
 LAST_SAMPLE = 4
 """Peers that are asked for a last archive."""
 
 LAST_ARCHIVE_S = 4.0
 """Seconds that the last archive may take when a bootstrap is asked to leave."""
-
-_FINAL_TEXT_S = 5.0
-"""Longest time that the final model writes."""
 
 
 @dataclass
@@ -174,15 +173,22 @@ class BootstrapPeer:
         warning = save_final_weights(self.folder, weights, self.published, progress, loss, self.model_folder)
         if warning is not None:
             self.emit(warning)
-        if self.settings.samples_archive:
-            self._sample_at_the_end(model, progress, loss)
+        self._sample_final(model, progress, loss)
 
-    def _sample_at_the_end(self, model: LanguageModel, progress: Progress, loss: TextLoss) -> None:
-        """Let the run's final model write: the last sample of the archive may be of long ago."""
-        sample = text_sample(model, self.published, progress, self.stop.check, _FINAL_TEXT_S)
+    def _sample_final(self, model: LanguageModel, progress: Progress, loss: TextLoss) -> None:
+        """Let the final model write, for the page and for a report: some seconds at most, none if it must leave."""
+        if not self.settings.samples_archive:
+            return
+        until_s = time.monotonic() + _FINAL_SAMPLE_S
+
+        def goes_on() -> bool:
+            self.control.board.beat()
+            return time.monotonic() < until_s and not self.stop.is_set()
+
+        sample = text_sample(model, self.published, progress, goes_on)
         point = HistoryPoint(
             run_tokens=progress.run_tokens,
-            time=sample.time,
+            time=time.time(),
             round=max(0, progress.round - 1),
             held_out_loss=loss.nats_per_byte,
         )

@@ -88,17 +88,19 @@ class BatchExchange(RosterExchange):
         comes late.
         """
         section, batch, context = self.run.merge, self.run.inner.batch_sequences, self.run.model.context_tokens
-        own_per_s = (steps_per_s or self.expected_steps_per_s) * self.run.tokens_per_step
-        self._end.begin(round, steps_per_s * self.run.tokens_per_step, swarm_time())
+        # Steps that are taken while the last batch is merged are of this one.
+        goes_on = self.run.merge.delay_steps and self._ended_s and not self._fresh
+        own_rate = (steps_per_s or self.expected_steps_per_s) * self.run.tokens_per_step
+        self._end.begin(round, own_rate, self._ended_s if goes_on else swarm_time())
         others = self.swarm.membership.volunteers()
         has_waited = round == 0 and section.min_peers > 1
         is_late = self._fresh and any(
             info.round > round or (info.round == round and info.inner_steps_done > 0 and not has_waited)
             for info in others
         )
-        others_per_s = self._share(0).tokens_per_s - steps_per_s * self.run.tokens_per_step
-        target = self.run.target_tokens / context
-        sequences = planned_sequences(own_per_s / context, max(0.0, others_per_s) / context, batch, target)
+        there, target = self._share(0), self.run.target_tokens / context
+        others_per_s = (there.tokens_per_s - there.own_per_s) / context
+        sequences = planned_sequences(there.own_per_s / context, others_per_s, batch, target)
         self.step_share = sequences / batch
         if sequences == batch:
             return section.inner_steps, 0, is_late
@@ -141,7 +143,8 @@ class BatchExchange(RosterExchange):
     def _mean(self, outcome: RosterMean) -> Averaged:
         """Return the update of a batch that ended with a roster."""
         roster, mean = outcome.roster, super()._mean(outcome)
-        self._end.counted({entry.peer: entry.tokens for entry in roster.entries}, self._ended_s)
+        own_tokens = 0 if self._published is None else self._published.tokens
+        self._end.counted({entry.peer: entry.tokens for entry in roster.entries}, own_tokens, self._ended_s)
         at = CommonStep(roster.round + 1, roster.base_tokens / self.run.run.total_tokens)
         fields = {each.name: getattr(mean, each.name) for each in dataclasses.fields(mean)}
         return BatchMean(**fields, optimizer=self._optimizer, at=at)

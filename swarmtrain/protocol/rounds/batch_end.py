@@ -44,10 +44,13 @@ class BatchRules:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShare:
-    """Part of the batch that is there, as one peer believes: its own tokens, the others', and all peers' tokens/s."""
+    """Part of the batch that is there, as one peer believes: its own tokens and the others', its own rate and that of
+    all.
+    """
 
     own_tokens: float
     others_tokens: float
+    own_per_s: float
     tokens_per_s: float
     target_tokens: int
 
@@ -81,6 +84,8 @@ class BatchEnd:
     """Tokens per second of each peer that the last roster counted, this one included."""
     _own_rate: float = 0.0
     """Tokens per second of this peer in its own last round."""
+    _own_counted: float = 0.0
+    """The same, measured as the others' are."""
     _asked: bool = False
     """True if the others were asked how far they are."""
     _wanted_s: float | None = None
@@ -91,9 +96,11 @@ class BatchEnd:
         self.round, self.started_s, self._own_rate = round, now, own_rate
         self._wanted_s, self._asked = None, False
 
-    def counted(self, tokens: Mapping[str, int], ended_s: float) -> None:
-        """Learn rates from a roster: the `tokens` that it counted of each peer, for a batch that ended at `ended_s`."""
+    def counted(self, tokens: Mapping[str, int], own_tokens: int, ended_s: float) -> None:
+        """Learn rates from a roster: the `tokens` that it counted of each peer, for a batch that ended at `ended_s`,
+        and those that this peer computed for it."""
         seconds = max(ended_s - self.started_s, 1e-3)
+        self._own_counted = own_tokens / seconds
         found = {peer: number / seconds for peer, number in tokens.items()}
         self._rates = {peer: (rate + self._rates.get(peer, rate)) / 2 for peer, rate in found.items()}
 
@@ -117,10 +124,11 @@ class BatchEnd:
             has = told + rate * (now - told_s)
             total += min(has, _PLAUSIBLE * rate * elapsed_s + self.rules.step_tokens) if most else has
             rates += rate
-        own = self._own_rate or (own_tokens / elapsed_s if elapsed_s > 0 else 0.0)
+        own = self._own_counted or self._own_rate or (own_tokens / elapsed_s if elapsed_s > 0 else 0.0)
         return BatchShare(
             own_tokens=own_tokens,
             others_tokens=total,
+            own_per_s=own,
             tokens_per_s=rates + own,
             target_tokens=self.rules.target_tokens,
         )

@@ -62,6 +62,9 @@ class Company(Protocol):
     def is_hanging(self, name: str) -> bool:
         """Return whether this peer hangs now."""
 
+    def count(self, number: int, tokens: int, inner_steps: int) -> None:
+        """Count what volunteer `number` trained; negative numbers take back what was counted."""
+
 
 class DrivesGossip(Protocol):
     """Runner of one volunteer's gossip engine."""
@@ -162,8 +165,7 @@ def _count(peer: Comer) -> None:
     trained = step_tokens * min(peer.start.inner_steps, done)
     published = step_tokens * peer.done
     taken = min(published, _taken(peer))
-    world.tokens -= published - taken
-    world.inner_steps -= (published - taken) // step_tokens
+    world.count(peer.number, taken - published, -((published - taken) // step_tokens))
     world.tokens_lost += max(trained, published) - taken
     peer.done = 0
 

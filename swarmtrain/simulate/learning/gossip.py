@@ -376,8 +376,7 @@ class LearningPeer:
         for step in range(self.done, moment):
             tokens = self.start.run_tokens(self.run_tokens, step * self.step_share, whole)
             self.learner.step(tokens / world.setting.total_tokens, self.start.batch_sequences)
-        world.tokens += (moment - self.done) * step_tokens
-        world.inner_steps += moment - self.done
+        world.count(self.number, (moment - self.done) * step_tokens, moment - self.done)
         if self.coverage is not None and self.start.shard is not None:
             self.coverage.trained(self.start.shard, (moment - self.done) * step_tokens)
         self.done = moment
@@ -587,6 +586,12 @@ class LearningWorld:
         """Return a new volunteer."""
         return LearningPeer(self, number)
 
+    def count(self, number: int, tokens: int, inner_steps: int) -> None:
+        """Count what volunteer `number` trained; negative numbers take back what was counted."""
+        self.tokens += tokens
+        self.inner_steps += inner_steps
+        self._recorder.count(number, tokens)
+
     def told(self, peer: str, incident: ClipIncident) -> None:
         """Hook, called when a publication of `peer` was cut or refused."""
 
@@ -638,4 +643,5 @@ class LearningWorld:
             tokens_lost=self.tokens_lost,
             fresh_share=sum(peer.rounds_fresh for peer in self.honest) / max(1, rounds),
             curve=tuple(self._recorder.points),
+            peer_tokens=self._recorder.peer_tokens,
         )

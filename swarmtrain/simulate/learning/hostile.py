@@ -50,7 +50,7 @@ class _Hostile(LearningPeer):
         world = self.world
         before, steps_before = world.tokens, world.inner_steps
         super().train_to(moment)
-        world.tokens, world.inner_steps = before, steps_before
+        world.count(self.number, before - world.tokens, steps_before - world.inner_steps)
         self.gradients = tuple(self.own.gradient_of(fragment.number) for fragment in self.fragments)
         for fragment in self.fragments:
             assert fragment.newest is not None

@@ -81,6 +81,8 @@ def noloco(setting: Setting) -> RunOutcome:
     pairs, recorder = _Pairs(setting), Recorder(setting)
     while pairs.tokens < setting.total_tokens:
         pairs.train()
+        for number in range(setting.num_peers):
+            recorder.count(number, pairs.steps * setting.run.tokens_per_step)
         pairs.meet()
         recorder.see(pairs.tokens, max(pairs.now_s), pairs.mean)
     return RunOutcome(
@@ -92,6 +94,7 @@ def noloco(setting: Setting) -> RunOutcome:
         sent_bytes=pairs.sent_bytes,
         stall_share=pairs.waited_s / sum(pairs.now_s),
         curve=tuple(recorder.points),
+        peer_tokens=recorder.peer_tokens,
     )
 
 
@@ -136,6 +139,8 @@ def modest(setting: Setting) -> RunOutcome:
         worked_s += sum(setting.takes_s(number, now_s, steps) for number in trained)
         now_s = met_s + 2 * transfer_s + max(late_s)
         theta = torch.stack(reached).mean(0)
+        for number in trained:
+            recorder.count(number, steps * run.tokens_per_step)
         tokens, num_steps = tokens + steps * run.tokens_per_step * len(trained), num_steps + steps * len(trained)
         sent_bytes += 2 * len(trained) * size_bytes
         recorder.see(tokens, now_s, lambda: theta)  # noqa: B023 - called at once
@@ -148,4 +153,5 @@ def modest(setting: Setting) -> RunOutcome:
         stall_share=1.0 - worked_s / (setting.num_peers * now_s),
         tokens_lost=num_lost * run.tokens_per_step,
         curve=tuple(recorder.points),
+        peer_tokens=recorder.peer_tokens,
     )

@@ -86,7 +86,7 @@ class _Worker:
         steps = min(self.steps, served.setting.steps_between(self.number, self.began_s, served.clock.now))
         tokens = served.setting.run.tokens_per_step
         # Tokens are counted when a round ends; of those whose gradient has not arrived nothing will come.
-        served.uncount(sum(self.on_the_way.values()))
+        served.uncount(self.number, sum(self.on_the_way.values()))
         served.tokens_lost += steps * tokens
         self.on_the_way.clear()
         self.gradients = replace(self.gradients)  # no checkpoint keeps what it is to add to the next gradient
@@ -128,8 +128,7 @@ class _Worker:
         everybodys = setting.steps_of_everybody(self.number)
         for step in range(self.steps):
             self.learner.step((self.began_tokens + step * everybodys * step_tokens) / total)
-        served.tokens += self.steps * step_tokens
-        served.inner_steps += self.steps
+        served.count(self.number, self.steps)
         reached, tokens = self.learner.reached, self.steps * step_tokens
         self.uploads.add(GradientUpload(
             round=self.round, tokens=tokens, inner_steps=self.steps, arrivals=self.base_arrivals,
@@ -269,10 +268,18 @@ class _Served:
             self.setting.link_of(_SERVER)[0], self.setting.link_of(name)[1]
         )
 
-    def uncount(self, tokens: int) -> None:
-        """Take back tokens that were counted, because their upload never arrived."""
+    def count(self, number: int, steps: int) -> None:
+        """Count the inner steps of a worker's round."""
+        tokens = steps * self.setting.run.tokens_per_step
+        self.tokens += tokens
+        self.inner_steps += steps
+        self._recorder.count(number, tokens)
+
+    def uncount(self, number: int, tokens: int) -> None:
+        """Take back tokens of a worker that were counted, because their upload never arrived."""
         self.tokens -= tokens
         self.inner_steps -= tokens // self.setting.run.tokens_per_step
+        self._recorder.count(number, -tokens)
         self.tokens_lost += tokens
 
     @property
@@ -303,6 +310,7 @@ class _Served:
             tokens_lost=self.tokens_lost,
             stall_share=sum(worker.waited_s for worker in self.workers) / (len(self.workers) * self.finished_s),
             curve=tuple(self._recorder.points),
+            peer_tokens=self._recorder.peer_tokens,
         )
 
 

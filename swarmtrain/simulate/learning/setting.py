@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -397,11 +398,14 @@ class RunOutcome:
     named_honest: int | None = None
     """Number of times that a rule named an honest volunteer."""
     curve: tuple[CurvePoint, ...] = ()
+    peer_tokens: tuple[int, ...] = ()
+    """Work "learning": how many of `tokens` each volunteer trained, by its number; empty in results that were kept
+    before this was counted."""
 
 
 @dataclass
 class Recorder:
-    """Recorder of the held-out loss along the run.
+    """Recorder of the held-out loss along the run, and of who trained how much.
 
     It measures at most `curve_points` times, at equal distances of tokens, at the first occasion after each.
     """
@@ -409,6 +413,16 @@ class Recorder:
     setting: Setting
     points: list[CurvePoint] = field(default_factory=list)
     _num_seen: int = 0
+    _peer_tokens: Counter[int] = field(default_factory=Counter)
+
+    def count(self, number: int, tokens: int) -> None:
+        """Count tokens that volunteer `number` trained; a negative number takes counted ones back."""
+        self._peer_tokens[number] += tokens
+
+    @property
+    def peer_tokens(self) -> tuple[int, ...]:
+        """Tokens that each volunteer trained, by its number."""
+        return tuple(self._peer_tokens[number] for number in range(self.setting.num_peers))
 
     def see(self, tokens: int, now_s: float, theta: Callable[[], Tensor]) -> None:
         """Measure the held-out loss of the weights that `theta` returns, if a measurement is due. Called after some

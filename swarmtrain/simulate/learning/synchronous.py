@@ -35,6 +35,7 @@ def data_parallel(setting: Setting) -> RunOutcome:
     while tokens < setting.total_tokens:
         trained, met_s = setting.meets(now_s, {number: setting.step_s[number] for number in everyone})
         for number in trained:
+            recorder.count(number, run.tokens_per_step)
             loss = first.loop.model.loss(sources[number].next_batch()) / len(trained)
             loss.backward()  # type: ignore[no-untyped-call]
         first.loop.inner.step(tokens / setting.total_tokens)
@@ -51,6 +52,7 @@ def data_parallel(setting: Setting) -> RunOutcome:
         sent_bytes=sent_bytes,
         stall_share=1.0 - worked_s / (setting.num_peers * now_s),
         curve=tuple(recorder.points),
+        peer_tokens=recorder.peer_tokens,
     )
 
 
@@ -118,6 +120,8 @@ def diloco(setting: Setting) -> RunOutcome:
         state = diloco_round(state, took_part, len(here), tokens, setting.constants(round))
         a_round = sum(steps[n] for n in trained)
         tokens, round, num_steps = tokens + a_round * run.tokens_per_step, round + 1, num_steps + a_round
+        for number in trained:
+            recorder.count(number, steps[number] * run.tokens_per_step)
         worked_s += sum(setting.takes_s(n, now_s, steps[n]) for n in trained)
         now_s = met_s + setting.all_reduce_s(len(trained), size_bytes, rng)
         sent_bytes += 2 * (len(trained) - 1) * size_bytes
@@ -131,6 +135,7 @@ def diloco(setting: Setting) -> RunOutcome:
         stall_share=1.0 - worked_s / (setting.num_peers * now_s),
         tokens_lost=num_lost * run.tokens_per_step,
         curve=tuple(recorder.points),
+        peer_tokens=recorder.peer_tokens,
     )
 
 
@@ -230,6 +235,7 @@ def batch(setting: Setting) -> RunOutcome:
                 for _ in range(number_of_them):
                     learner.step(tokens / setting.total_tokens, sequences[number])
             weights.append(steps * sequences[number] * run.model.context_tokens)
+            recorder.count(number, weights[-1])
             gradients.append(_as_published(learner.loop.mean_gradient(), weights[-1], encoders[number]))
             worked_s += setting.takes_s(number, now_s, steps) * sequences[number] / full
         mean, untrained = _mean_of(learners, gradients, weights)
@@ -253,6 +259,7 @@ def batch(setting: Setting) -> RunOutcome:
         stall_share=1.0 - worked_s / (num_peers * now_s),
         tokens_lost=lost * run.model.context_tokens,
         curve=tuple(recorder.points),
+        peer_tokens=recorder.peer_tokens,
     )
 
 

@@ -69,5 +69,6 @@ class BatchVolunteer(SimulatedVolunteer):
             super()._surveyed(search)
 
     def _advance(self, roster: Roster) -> None:
-        self.end.counted({entry.peer: entry.tokens for entry in roster.entries}, self.ended_s)
+        own_tokens = self.steps * self.settings.tokens_per_step
+        self.end.counted({entry.peer: entry.tokens for entry in roster.entries}, own_tokens, self.ended_s)
         super()._advance(roster)

@@ -613,3 +613,18 @@ def test_names_are_kept_within_bounds(board: StatusBoard) -> None:
     for number in range(5000):
         board.know_name(f"stranger {number}", f"name{number}")
     assert len(board._names) == 4096 and board._names["stranger 4999"] == "name4999"
+
+
+def test_moves_of_others_between_stages_are_in_the_record(board: StatusBoard) -> None:
+    ben: dict[str, Any] = {"peer": BEN, "name": "ben", "present": True, "stages": [1]}
+    me: dict[str, Any] = {"peer": ANNA, "name": "anna", "present": True, "stages": [0]}
+    board.take(fetched())
+    board.add_looker(looker_of(me, ben))
+    for stages in ([1], [2, 3], [2, 3], [], [1]):
+        ben["stages"] = me["stages"] = stages
+        board.status()
+    moves = [event for event in board.history.message().events if event.event == "moved"]
+    assert [(event.words, event.about) for event in moves] == [
+        ("peer ben moved from stage 1 to stages 2 and 3", BEN),
+        ("peer ben moved from stages 2 and 3 to stage 1", BEN),
+    ], "one's own are events; while nothing is told, nothing moves"

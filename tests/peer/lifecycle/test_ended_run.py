@@ -25,6 +25,7 @@ from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.network.codec import tensor_specs
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer import bootstrap
+from swarmtrain.peer.control.history import PeerHistory
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.node import (
     Interrupted,
@@ -40,7 +41,6 @@ from swarmtrain.peer.pipeline import bootstrap as pipeline_bootstrap
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.peer.training.model_training import ModelTraining
 from swarmtrain.peer.training.session import Session
-from swarmtrain.protocol.history import HistoryPoint, TextSample
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import ModelSection, RunFile, published_bytes, run_sha256
 
@@ -286,21 +286,18 @@ def has(peer: Any, theta: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("wanted", [True, False])
-def test_the_final_model_writes_a_text_unless_that_is_not_wanted(tmp_path: Path, kind: str, wanted: bool) -> None:
+def test_the_final_model_writes_a_sample_for_the_page(tmp_path: Path, kind: str) -> None:
     peer, _ = boot(tmp_path, KINDS[kind])
-    peer.settings = dataclasses.replace(peer.settings, samples_archive=wanted)
-    records: list[tuple[HistoryPoint, TextSample]] = []
-    history = SimpleNamespace(add_sample=lambda point, sample: records.append((point, sample)))
-    peer.control.board = SimpleNamespace(history=history)
+    peer.settings = dataclasses.replace(peer.settings, samples_archive=True)
+    history = PeerHistory()
+    history.begin(peer.published.sha256, TOTAL)
+    peer.control.board = SimpleNamespace(history=history, beat=lambda: None)
     peer.has_news = True
-    has(peer, weights_of(peer.published, 2))
+    has(peer, weights_of(peer.published, 4))
     peer._measure_and_save()
-    assert len(records) == wanted
-    for point, sample in records:
-        assert (point.run_tokens, point.held_out_loss) == (TOTAL, peer.loss.nats_per_byte)
-        assert (sample.round, sample.run_tokens) == (9, TOTAL) and sample.text
-        assert sample.prompt.encode() in peer.published.held_out
+    told = history.message()
+    assert told.sample.run_tokens == TOTAL and told.sample.round == 9 and told.sample.prompt
+    assert [point.held_out_loss for point in told.points] == [peer.loss.nats_per_byte]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ def end(round: int = 5, own_rate: float = 20.0, now: float = 100.0) -> BatchEnd:
     """A batch that began at 100 s; the last rosters counted 30 tokens/s of ben, and this peer had 20."""
     found = BatchEnd(RULES)
     found.begin(round - 1, own_rate, 90.0)
-    found.counted({"anna": 200, "ben": 300}, 100.0)
+    found.counted({"anna": 200, "ben": 300}, 200, 100.0)
     found.begin(round, own_rate, now)
     return found
 

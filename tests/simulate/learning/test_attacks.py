@@ -120,6 +120,7 @@ def test_a_rule_bounds_what_an_attack_costs(tmp_path: Path) -> None:
 def test_what_hostile_ones_train_does_not_count(attack: str, tmp_path: Path) -> None:
     alone, one = (gossip(hostile(tmp_path, each)) for each in ("absent", attack))
     assert one == gossip(hostile(tmp_path, attack)), "bit by bit"
+    assert sum(one.peer_tokens) == one.tokens and one.peer_tokens[-1] == 0
     assert one.tokens == alone.tokens and one.inner_steps == alone.inner_steps
     assert one.held_out_loss != alone.held_out_loss
 

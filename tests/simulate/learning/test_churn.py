@@ -50,6 +50,7 @@ def test_all_come_and_go(method: str, tmp_path: Path) -> None:
     assert len(one.away) > 10
     outcome = METHODS[method].run(one)
     assert outcome.tokens >= one.total_tokens and outcome.tokens_lost > 0
+    assert sum(outcome.peer_tokens) == outcome.tokens and min(outcome.peer_tokens) > 0
     assert outcome.tokens == outcome.inner_steps * one.run.tokens_per_step
 
 

@@ -51,6 +51,7 @@ def test_each_method_learns_the_same_thing_each_time(method: str, tmp_path: Path
     assert outcome.held_out_loss < (20 if method == "async-nesterov" else 4.2)
     assert outcome.tokens >= one.total_tokens and outcome.tokens == outcome.inner_steps * one.run.tokens_per_step
     assert outcome.virtual_time_s > 0 and outcome.sent_bytes > 0 and 0 <= outcome.stall_share < 1
+    assert sum(outcome.peer_tokens) == outcome.tokens and len(outcome.peer_tokens) == one.num_peers
     other = setting(scenario.with_changes(seeds=(6,)), **keys)
     assert played(method, other).held_out_loss != outcome.held_out_loss
 
@@ -241,6 +242,7 @@ def test_each_method_goes_on_when_somebody_hangs_and_transfers_break_off(method:
     calm, one = setting(tiny(tmp_path), **keys), setting(tiny(tmp_path, hangs=hangs, links=bad), **keys)
     outcome = played(method, one)
     assert outcome.tokens >= one.total_tokens and outcome.held_out_loss < 20
+    assert sum(outcome.peer_tokens) == outcome.tokens
     assert outcome.virtual_time_s > played(method, calm).virtual_time_s
 
 

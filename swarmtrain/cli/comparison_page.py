@@ -1,0 +1,237 @@
+"""Comparison of methods in one file, for `simulate --plot FILE.html`: methods beside each other. Pure.
+
+Figures are those of `simulate --json`. It draws the loss curves of each method and seed, which the reader chooses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from swarmtrain.cli.report_parts import (
+    answers_list,
+    axis_choice,
+    numbered,
+    section,
+    text_file,
+    titled_table,
+    top,
+)
+from swarmtrain.simulate.comparison import document
+from swarmtrain.web.markup import Markup, element, joined
+from swarmtrain.web.single_file import single_file
+from swarmtrain.words import count_in_words, counted, one_line, shares_in_words, size_in_words, time_in_words
+
+if TYPE_CHECKING:
+    from swarmtrain.simulate.comparison import Comparison, ComparisonRow
+
+__all__ = ["comparison_page"]
+
+_COLOURS = ("--training", "--held-out", "--other-1", "--other-2", "--other-3", "--other-4")
+_DASHES = ((), (6, 4), (2, 3))
+"""Of the curves: with the colours, so many differ."""
+_KNOWN_VOLUNTEERS = 1024
+
+
+def _of(unit: str) -> Callable[[float], str]:
+    return lambda value: f"{value:.4g}{unit}"
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("held_out_loss", "Held-out, nats/byte", lambda value: f"{value:.4f}"),
+    ("stderr", "± standard error", lambda value: f"{value:.4f}"),
+    ("ratio_to_diloco", "To diloco", lambda value: f"{value:.4f}"),
+    ("ratio_to_absent", "To no attack", lambda value: f"{value:.4f}"),
+    ("throughput_share", "Of the ideal", lambda value: f"{value:.1%}"),
+    ("assignment_share", "Stages could", lambda value: f"{value:.1%}"),
+    ("virtual_time_s", "Virtual time", time_in_words),
+    ("tokens", "Tokens", count_in_words),
+    ("tokens_lost", "Tokens lost", count_in_words),
+    ("bytes_per_inner_step", "Sent an inner step", size_in_words),
+    ("stall_share", "Stall", lambda value: f"{value:.1%}"),
+    ("fresh_share", "Fresh", lambda value: f"{value:.1%}"),
+    ("rounds", "Rounds", count_in_words),
+    ("moves", "Moves", _of("")),
+)
+"""Fields of a result, and how they are shown; a column is there if one of the results has it."""
+
+
+def comparison_page(found: Comparison, command: str, files: Mapping[str, str]) -> str:
+    """Return the page as an HTML document.
+
+    `command` made the comparison; `files` are the texts of the scenario and its run file, by name.
+    """
+    scenario, rows, results = found.scenario, found.rows(), document(found)["results"]
+    best, name = found.best(), one_line(scenario.scenario.name)
+    is_best = [best[row.method] is not None and best[row.method].point == row.point for row in rows]
+    seeds = counted(len(scenario.scenario.seeds), "seed")
+    body = [
+        top(
+            name,
+            element("span", "simulated", id="state", class_="pill", data_tone="good"),
+            f"{counted(len(best), 'method')}, {seeds}, in virtual time",
+            "Real models that learned real text; the clock is the scenario's."
+            if scenario.scenario.work == "learning"
+            else "Sizes and times of a swarm, without tensors.",
+        ),
+        element(
+            "main",
+            answers_list(_answers(found)),
+            element(
+                "div",
+                *_curves(found, rows),
+                _methods(rows, results, is_best),
+                *_volunteers(found),
+                _again(command, files),
+                class_="column",
+            ),
+            id="main",
+        ),
+        element("footer", element("p", "This file asks nobody for anything."), class_="quiet"),
+    ]
+    data = {"curves": _drawn(rows, is_best), "seeds": list(scenario.scenario.seeds), "results": results}
+    return single_file(name, body, data, script="comparison", styles=("page.css", "report.css"))
+
+
+def _name(row: ComparisonRow) -> str:
+    return " ".join([row.method, *(f"{key.partition('.')[2]}={one_line(str(value))}" for key, value in row.point)])
+
+
+def _answers(found: Comparison) -> list[tuple[str, str, str]]:
+    """Answer what a comparison is made for: which method is best, and how sure that is."""
+    if found.scenario.scenario.work != "learning":
+        rows = sorted(found.rows(), key=lambda row: -row.mean("throughput_share"))
+        first = rows[0]
+        return [("Which does the most?", _name(first), f"{first.mean('throughput_share'):.1%} of the possible work")]
+    rows = sorted(found.best().values(), key=lambda row: (math.isnan(row.loss), row.loss))
+    first, error = rows[0], rows[0].error("held_out_loss")
+    sure = f" ± {error:.4f}" if math.isfinite(error) else ", of one seed"
+    answers = [("Which learns the most?", _name(first), f"{first.loss:.4f} nats/byte{sure}, on equal tokens")]
+    quickest = min(rows, key=lambda row: row.mean("virtual_time_s"))
+    took = time_in_words(quickest.mean("virtual_time_s"))
+    answers.append(("Which is over first?", _name(quickest), f"after {took}, with {quickest.loss:.4f} nats/byte"))
+    least = min(rows, key=lambda row: row.mean("sent_bytes") / max(1, row.mean("inner_steps")))
+    sent = size_in_words(least.mean("sent_bytes") / max(1, least.mean("inner_steps")))
+    return [*answers, ("Which sends the least?", _name(least), f"{sent} an inner step")]
+
+
+# ---------------------------------------------------------------- the curves
+
+
+def _curves(found: Comparison, rows: Sequence[ComparisonRow]) -> list[Markup]:
+    """Return the section that a script fills; nothing if no curve was measured."""
+    if not any(one.curve for row in rows for one in row.outcomes.values()):
+        return []
+    title = element("h2", "Held-out loss ", element("span", "lower is better", class_="quiet"), id="learning-title")
+    choice = axis_choice((("tokens", "by tokens"), ("virtual minutes", "by virtual time")))
+    seeds = [element("option", f"seed {seed}", value=str(seed)) for seed in found.scenario.scenario.seeds]
+    seed = element("label", "Of ", element("select", *seeds, id="seed"), class_="seed")
+    chosen = element("div", element("legend", "Methods", class_="unseen"), id="methods", class_="methods")
+    part = element(
+        "section",
+        element("div", title, choice, class_="title"),
+        element("fieldset", chosen, seed, class_="chosen"),
+        element("figure", id="chart-methods"),
+        element("p", "Draw over a part to see it larger, and click twice to see all again.", class_="quiet"),
+        id="learning",
+        aria_labelledby="learning-title",
+    )
+    return [part]
+
+
+def _drawn(rows: Sequence[ComparisonRow], is_best: Sequence[bool]) -> list[dict[str, Any]]:
+    """Return the curves of each row by seed, and how they are drawn; the first ones are those of the best rows."""
+    order = sorted(range(len(rows)), key=lambda place: (not is_best[place], place))
+    return [
+        {
+            "name": _name(rows[row]),
+            "shown": is_best[row],
+            "colour": _COLOURS[place % len(_COLOURS)],
+            "dash": list(_DASHES[place // len(_COLOURS) % len(_DASHES)]),
+            "seeds": {str(seed): _curve(one.curve) for seed, one in rows[row].outcomes.items()},
+        }
+        for place, row in enumerate(order)
+    ]
+
+
+def _curve(points: Sequence[tuple[int, float, float]]) -> dict[str, list[float]]:
+    kept = [point for point in points if all(map(math.isfinite, point))]
+    return {
+        "tokens": [tokens for tokens, _, _ in kept],
+        "virtual minutes": [round(time_s / 60, 4) for _, time_s, _ in kept],
+        "loss": [float(f"{loss:.5g}") for _, _, loss in kept],
+    }
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def _methods(rows: Sequence[ComparisonRow], results: Sequence[Mapping[str, Any]], is_best: Sequence[bool]) -> Markup:
+    columns = [column for column in _COLUMNS if any(result.get(column[0]) is not None for result in results)]
+    lines = []
+    for row, result, best in zip(rows, results, is_best, strict=True):
+        cells = [
+            element("td", "" if result.get(key) is None else words(result[key]), class_="number")
+            for key, _, words in columns
+        ]
+        lines.append(element("tr", element("th", _name(row), scope="row"), *cells, class_="me" if best else ""))
+    heads = [("Method", "name"), *((title, "number") for _, title, _ in columns)]
+    table = titled_table("Methods and their figures", heads, lines, "figures")
+    about = "means over the seeds; each method with its best constants is bold"
+    return section("comparison", "Methods", table, about=about)
+
+
+def _volunteers(found: Comparison) -> list[Markup]:
+    """Return the table of the scenario's volunteers, and how much each trained with each method, at the first seed."""
+    scenario = found.scenario
+    step_s = scenario.step_s
+    best = [(row, next(iter(row.outcomes.values())).peer_tokens) for row in found.best().values()]
+    counted_rows = [(row, tokens, shares_in_words(tokens)) for row, tokens in best if tokens]
+    hostile = scenario.hostile.number(len(step_s))
+    lines = []
+    for number, each_s in enumerate(step_s[:_KNOWN_VOLUNTEERS]):
+        cells = [element("td", f"{1000 * each_s:.4g} ms", class_="number"), element("td", _fate(found, number))]
+        for _, tokens, shares in counted_rows:
+            known = number < len(tokens)
+            words = f"{count_in_words(tokens[number])}, {shares[number]}" if known else ""
+            cells.append(element("td", words, class_="number"))
+        name = f"p{number}" + (" (hostile)" if number >= len(step_s) - hostile else "")
+        lines.append(element("tr", element("th", name, scope="row"), *cells))
+    heads = [("Volunteer", "name"), ("Inner step", "number"), ("What befalls it", "")]
+    heads += [(row.method, "number") for row, _, _ in counted_rows]
+    notes = []
+    if counted_rows:
+        notes.append(f"tokens and share of the work, with seed {next(iter(counted_rows[0][0].outcomes))}")
+    elif scenario.scenario.work == "learning":
+        notes.append("these results were kept before each volunteer's work was counted; --fresh counts it")
+    if len(step_s) > _KNOWN_VOLUNTEERS:
+        notes.append(f"the first {_KNOWN_VOLUNTEERS} of {len(step_s)}")
+    table = titled_table("Volunteers of the scenario", heads, lines, "volunteers")
+    return [section("contributors", "Who took part", table, about="; ".join(notes))]
+
+
+def _fate(found: Comparison, number: int) -> str:
+    hangs = [each for each in found.scenario.hangs if each.peer == number]
+    away = [each for each in found.scenario.away if each.peer == number]
+    told = [f"hangs at {each.at_s:g} s for {each.for_s:g} s" for each in hangs[:3]]
+    told += [f"is away from {each.at_s:g} s for {each.for_s:g} s" for each in away[:3]]
+    more = len(hangs) + len(away) - len(told)
+    return ", ".join(told) + (f" and {more} more" if more > 0 else "")
+
+
+def _again(command: str, files: Mapping[str, str]) -> Markup:
+    names = " and ".join(files)
+    steps = [
+        joined([f"Save {names}, with the run file where the scenario names it." if files else "Take the same files."]),
+        joined([element("code", command), " computes the same. The same file and seed give the same results."]),
+    ]
+    texts = [
+        element("details", element("summary", name), text_file(name, text, _shown(text)))
+        for name, text in files.items()
+    ]
+    return section("again", "How to make it again", numbered(steps), *texts)
+
+
+def _shown(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
