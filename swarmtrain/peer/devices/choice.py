@@ -90,7 +90,7 @@ def choose_compute(
     found = [replace(each, precisions=precisions_of(run, each)) for each in found]
     needed = least_bytes(run, base_bits)
     if small := fits_no_single(request, found, needed):
-        _check_sharding(request, small)
+        _check_sharding(run, request, small)
         needed = least_part_bytes(run, request.num_ranks)
     choice = choose_device(request, wanted, found, needed, partial(probe_device, run), missing=missing_card())
     if base_bits == 4:
@@ -122,8 +122,14 @@ def choose_compute(
     return ChosenCompute(compute, choice, fitting.why, min(card_bytes, default=None))
 
 
-def _check_sharding(request: DeviceRequest, small: str) -> None:
-    """Raise UserError if this torch cannot cut a model between cards."""
+def _check_sharding(run: RunFile, request: DeviceRequest, small: str) -> None:
+    """Raise UserError if a model cannot be cut between cards, by this torch or in this run."""
+    if run.merge.kind.common_step:  # its gradients would have to be added up in parts
+        raise UserError(
+            f"--device {request}: {small} does not hold the whole model, which with merge.method = "
+            f'"{run.merge.method}" is not cut between cards; give another device',
+            code="device-unusable",
+        )
     try:
         from torch.distributed.fsdp import fully_shard  # noqa: F401 - takes seconds, only where it is needed
     except ImportError:

@@ -119,14 +119,16 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     return training
 
 
-def merge_thread(exchange: SwarmExchange, parameters: ParameterSource) -> ThreadPoolExecutor | None:
+def merge_thread(
+    exchange: SwarmExchange, parameters: ParameterSource, delay_steps: int = 0
+) -> ThreadPoolExecutor | None:
     """Return the thread that computes merges beside the training; None if the trainer waits for them.
 
     On a processor the merge would take from the steps what they gain; in synchronous rounds the peers wait for company,
-    and go on meanwhile only if `merge.delay_steps` says so.
+    and go on meanwhile only if `delay_steps` (`merge.delay_steps`) is not 0.
     """
     is_beside = exchange.merges_beside_training and parameters.loans_outlast_steps
-    return ThreadPoolExecutor(1, "merges") if is_beside or exchange.run.merge.delay_steps else None
+    return ThreadPoolExecutor(1, "merges") if is_beside or delay_steps else None
 
 
 def trained_part(run: RunFile, rank: int) -> int:
@@ -181,7 +183,7 @@ class ModelTraining:
             peers=PeersFile(context.folder, swarm),
             extras=dict(exchange.kept()),
         )
-        self._merges = merge_thread(exchange, loop.parameters)
+        self._merges = merge_thread(exchange, loop.parameters, run.merge.delay_steps)
         self.session = Session(
             run=run,
             parameters=loop.parameters,

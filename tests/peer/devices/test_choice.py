@@ -398,3 +398,9 @@ def test_without_boundaries_the_largest_stage_is_that_of_the_expected_cut(machin
     run = RunFile.model_validate(cut_run(boundaries=()).model_dump())
     shapes = stage_shapes(run.model, expected_boundaries(run.model, 2))
     assert num_trained(run) == max(shape.num_parameters for shape in shapes)
+
+
+def test_gradients_of_a_large_batch_are_not_added_up_in_parts() -> None:
+    run = RunFile.model_validate({"run": {"total_tokens": 10**6}, "merge": {"method": "batch"}})
+    with raises_code("device-unusable", UserError, "cuda:1 does not hold the whole model", "not cut between cards"):
+        choice_module._check_sharding(run, parse_device("cuda:0,cuda:1"), "cuda:1")

@@ -526,3 +526,6 @@ def test_merges_have_a_thread_where_a_device_trains_and_nobody_waits(
     assert (found is not None) == is_beside
     if found is not None:
         found.shutdown()
+    delayed = merge_thread(exchange, parameters, delay_steps=1)
+    assert delayed is not None
+    delayed.shutdown()
