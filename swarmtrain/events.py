@@ -617,7 +617,7 @@ def in_words(event: Event) -> str:
         case PeerJoinedEvent():
             return f"peer {event.joined_name or short_peer(event.joined)} joined"
         case PeerLostEvent():
-            return f"peer {event.lost_name or short_peer(event.lost)} is lost: {event.reason}"
+            return f"peer {event.lost_name or short_peer(event.lost)} is lost: {_reason_in_words(event.reason)}"
         case PeerLeftEvent():
             return f"peer {event.left_name or short_peer(event.left)} left"
         case RefusedEvent():
@@ -657,6 +657,11 @@ def in_words(event: Event) -> str:
             run = f"{count_in_words(event.run_tokens)} tokens"
             part = f"{count_in_words(event.tokens)} of {run} trained here" if event.tokens else f"{run} in all"
             return f"done ({event.reason}) after {time_in_words(event.wall_s)}: held-out loss {loss}, {part}"
+
+
+def _reason_in_words(reason: str) -> str:
+    """Say why a peer is lost: the network's own words name each address that it tried."""
+    return "it cannot be reached" if "failed to dial" in reason else reason
 
 
 def _peers(number: int) -> str:

@@ -174,6 +174,7 @@ def test_a_stamp_fills_in_only_what_is_missing() -> None:
         ),
         (PeerLostEvent(lost="12D3KooWabcdef", reason="silent"), "peer abcdef is lost: silent"),
         (PeerLostEvent(lost="12D3KooWabcdef", lost_name="ben", reason="silent"), "peer ben is lost: silent"),
+        (PeerLostEvent(lost="12D3KooWben", lost_name="ben", reason="failed to dial: all dials failed"), "ben is lost: it cannot be reached"),
         (PeerLeftEvent(left="12D3KooWabcdef", left_name="ben"), "peer ben left"),
         (WarningEvent(message="a\x1b[2Jb\nc"), r"warning: a\x1b[2Jb\nc"),
         (ErrorEvent(message="no", hint="try", exit_code=1), "error: no; try"),

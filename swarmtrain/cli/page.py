@@ -236,13 +236,17 @@ def _rounded(loss: float) -> float:
 def _answers(view: View, curves: _Curves) -> list[dict[str, str]]:
     """Answer what a person asks first: does it learn, when does it end, who is here."""
     status = view.status
-    here = [peer for peer in status.peers if peer.present and not peer.bootstrap]
+    here = [peer for peer in status.peers if _trains(view, peer)]
     learns, how = _learns(curves)
     left = time_left_in_words(view)
     speed = f"{speed_of(status.swarm_tokens_per_s)} together" if finite(status.swarm_tokens_per_s) else ""
-    known = [peer for peer in status.peers if not peer.bootstrap]
-    how_far = {"name": "How long yet?", "answer": left or "not known yet", "more": tokens_in_words(view)}
-    if view.phase.over and not left:  # it heard no more of the run
+    rests = _is_paused(view)
+    known = [peer for peer in status.peers if not peer.bootstrap and not (rests and peer.peer == status.peer)]
+    with_whom = ", ".join(part for part in (speed, "this peer is paused" if rests else "", _away(known, here)) if part)
+    how_far = {"name": "How long yet?", "answer": left or _why_no_end(view, here), "more": tokens_in_words(view)}
+    if view.phase.over and left:  # "reached", and when, if that is known
+        how_far |= {"name": "When was it complete?", "answer": left.removeprefix("reached ")}
+    elif view.phase.over:  # it heard no more of the run
         how_far = {"name": "How far did it come?", "answer": tokens_in_words(view), "more": ""}
     return [
         {"name": "Did it learn?" if view.phase.over else "Is it learning?", "answer": learns, "more": how},
@@ -250,15 +254,30 @@ def _answers(view: View, curves: _Curves) -> list[dict[str, str]]:
         {
             "name": "Who took part?" if view.phase.over else "Who is here?",
             "answer": volunteers_in_words(view) if view.phase.over else counted(len(here), "volunteer"),
-            "more": ""
-            if view.phase.over
-            else ", ".join(part for part in (_away(len(known) - len(here)), speed) if part),
+            "more": "" if view.phase.over else with_whom,
         },
     ]
 
 
-def _away(number: int) -> str:
-    return f"{number} more took part before" if number else ""
+def _trains(view: View, peer: Any) -> bool:
+    """Return whether a volunteer is here; one that is paused on this machine is not."""
+    return bool(peer.present and not peer.bootstrap and not (_is_paused(view) and peer.peer == view.status.peer))
+
+
+def _is_paused(view: View) -> bool:
+    return view.phase is PeerPhase.RUNNING and bool(view.status.state == wire.PEER_STATE_PAUSED)
+
+
+def _away(known: Sequence[Any], here: Sequence[Any]) -> str:
+    number = len(known) - len(here)
+    return f"{number} {'more ' if here else ''}took part before" if number else ""
+
+
+def _why_no_end(view: View, here: Sequence[Any]) -> str:
+    if _is_paused(view) and here:
+        return "not known while paused"
+    is_idle = view.phase is PeerPhase.RUNNING and view.status.run_tokens and not here
+    return "nobody trains now" if is_idle else "not known yet"
 
 
 def _learns(curves: _Curves) -> tuple[str, str]:
@@ -296,7 +315,9 @@ def _rows(view: View) -> dict[str, Any]:
 
 def _row(view: View, peer: Any, share: str) -> dict[str, Any]:
     status, is_role = view.status, peer.bootstrap and not peer.tokens
-    is_me, is_here = peer.peer == status.peer, peer.present and not view.phase.over
+    is_me = peer.peer == status.peer
+    rests = is_me and _is_paused(view)  # it has left the swarm until it is resumed, and still runs
+    is_here = (peer.present or rests) and not view.phase.over
     name, short = clipped(peer.name, _NAME_CELLS), short_peer(one_line(peer.peer))
     return {
         "name": name,
@@ -307,20 +328,19 @@ def _row(view: View, peer: Any, share: str) -> dict[str, Any]:
         "tokens": peer.tokens,
         "work": "" if is_role else count_in_words(peer.tokens),
         "share": "" if is_role else share,
-        "speed": speed_of(peer.tokens_per_s) if is_here and finite(peer.tokens_per_s) > 0 else "",
+        "speed": speed_of(peer.tokens_per_s) if is_here and not rests and finite(peer.tokens_per_s) > 0 else "",
         "device": clipped(peer.device, _NAME_CELLS),
         "heard": 0 if is_me else round(finite(peer.heard_time)),
         "reached": _reached(peer, is_me),
-        "round": peer.round if is_here and not peer.bootstrap else -1,
+        "round": peer.round if is_here and not rests and not peer.bootstrap else -1,
+        "doing": "paused" if rests else "",
         "loss": _rounded(finite(peer.loss)),
         "stages": stage_range_in_words(peer.stages) if peer.stages and is_here else "",
     }
 
 
 def _reached(peer: Any, is_me: bool) -> str:
-    if is_me:
-        return "this peer"
-    if not peer.present:
+    if is_me or not peer.present:
         return ""
     return "through hosts" if peer.hidden else "directly"
 

@@ -285,17 +285,17 @@ def plain_line(view: View) -> str:
 # ---------------------------------------------------------------- the screen of `watch`
 
 
-def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False) -> list[Text]:
-    """Draw a screen of at most `height` lines; the least important blocks are dropped first."""
+def draw_watch(
+    view: View, width: int, height: int, again: str = "swarmtrain watch", *, ascii_only: bool = False
+) -> list[Text]:
+    """Draw a screen of at most `height` lines; the least important blocks are dropped first. `again` is the command
+    that shows this peer."""
     status = view.status
     top = [
         _title_line(view, width),
         *wrapped_lines(sentence(view), width, 3 if view.phase is PeerPhase.RUNNING else 5),
     ]
-    leave = "" if view.phase.over and not view.note else "q closes this screen"
-    foot = cut_line(
-        width, (leave if view.phase.over else f"{leave}; the peer keeps running; a page: swarmtrain watch --web", "dim")
-    )
+    foot = cut_line(width, (_foot(view, width, again), "dim"))
     room = height - len(top) - 1
     blocks = {}
     for name, variants in _blocks(view, width, height, ascii_only).items():
@@ -312,6 +312,21 @@ def draw_watch(view: View, width: int, height: int, *, ascii_only: bool = False)
         *notices,
     ]
     return [*body[: height - 1], foot][:height]
+
+
+def _foot(view: View, width: int, again: str) -> str:
+    """Return the last line: on a narrow screen what leads on is kept, before what explains."""
+    leave, page = "q closes this screen", f"a page: {again} --web"
+    if view.phase.over:
+        return leave if view.note else ""
+    lines = (
+        f"{leave}; the peer keeps running; {page}",
+        f"{leave}, not the peer; {page}",
+        f"q: close; {page}",
+        f"{leave}; the peer keeps running; a page: add --web",
+        f"{leave}; a page: add --web",
+    )
+    return next((line for line in lines if cell_len(line) <= width), leave)
 
 
 def _blocks(view: View, width: int, height: int, ascii_only: bool) -> dict[str, list[list[Text]]]:

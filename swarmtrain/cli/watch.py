@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -47,10 +48,10 @@ def command(
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     peer = find(which)
     if web is not None:
-        _show_page(peer, web)
+        _show_page(peer, web, _command_of(which))
         return
     view = look(peer)
-    last = view if view.phase.over else _watched(peer, view, as_json)
+    last = view if view.phase.over else _watched(peer, view, _command_of(which), as_json)
     if last is None:
         return
     _print_last(last, as_json)
@@ -58,7 +59,14 @@ def command(
         ctx.exit(1)
 
 
-def _watched(peer: LocalPeer, view: View, as_json: bool) -> View | None:
+def _command_of(which: WhichPeer) -> str:
+    """Return the command that shows the same peer, also where several run."""
+    directory = "" if which.directory is None else str(which.directory)
+    given = {"": which.name, " --dir": directory, " --address": which.address}
+    return "swarmtrain watch" + "".join(f"{option} {shlex.quote(value)}" for option, value in given.items() if value)
+
+
+def _watched(peer: LocalPeer, view: View, again: str, as_json: bool) -> View | None:
     """Show the peer until it is over; returns its last view, or None if the person closed the screen."""
     import os
     import sys
@@ -81,15 +89,15 @@ def _watched(peer: LocalPeer, view: View, as_json: bool) -> View | None:
         with drawing(Console()) as draw:
 
             def show(seen: View) -> None:
-                draw(lambda width, height, plain: draw_watch(seen, width, height, ascii_only=plain))
+                draw(lambda width, height, plain: draw_watch(seen, width, height, again, ascii_only=plain))
 
             last = follow(peer, view, show, news, patience)
     if last is None:
-        click.echo(f"{title(view.status, view.folder)} keeps running; `swarmtrain watch` shows it again")
+        click.echo(f"{title(view.status, view.folder)} keeps running; `{again}` shows it again")
     return last
 
 
-def _show_page(peer: LocalPeer, wanted: PageAddress) -> None:
+def _show_page(peer: LocalPeer, wanted: PageAddress, again: str) -> None:
     """Serve the peer's page, and open it, until the person ends that."""
     from swarmtrain.cli.page_address import bound, keep_page, kept_page, page_lines
     from swarmtrain.cli.page_service import PageService, open_in_browser
@@ -109,7 +117,7 @@ def _show_page(peer: LocalPeer, wanted: PageAddress) -> None:
         open_in_browser(address.url(key))
         service.run()
     if not view.phase.over:
-        click.echo(f"{title(view.status, view.folder)} keeps running; `swarmtrain watch --web` shows it again")
+        click.echo(f"{title(view.status, view.folder)} keeps running; `{again} --web` shows it again")
 
 
 def _serve_for_peer(which: WhichPeer, descriptor: int) -> None:

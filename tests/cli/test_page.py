@@ -38,7 +38,7 @@ def test_the_first_answers_are_those_of_the_terminal() -> None:
     learns, ends, here = ((each["answer"], each["more"]) for each in panels["answers"])
     assert learns == ("2.100 nats/byte", "held-out loss, 3.030 bits/byte, down from 4.750")
     assert ends == ("about 2 min 27 s left", "40% of 3 M tokens")
-    assert here == ("2 volunteers", "1 more took part before, 12.3 k tokens/s together")
+    assert here == ("2 volunteers", "12.3 k tokens/s together, 1 more took part before")
     assert panels["head"]["sentence"] == "training round 12: 14 of 25 steps" and panels["head"]["tone"] == "good"
     assert panels["progress"]["done"] == 0.4 and panels["progress"]["end_time"] == NOW + 147
 
@@ -69,9 +69,24 @@ def test_rows_are_the_peers_with_their_shares() -> None:
     _, rows = everybody(view_of())
     by_name = {row["name"]: row for row in rows.values()}
     assert [by_name[name]["share"] for name in ("anna", "bert", "cleo", "bootstrap")] == ["33%", "50%", "17%", ""]
-    assert by_name["anna"]["me"] and by_name["anna"]["reached"] == "this peer"
+    assert by_name["anna"]["me"] and by_name["anna"]["reached"] == ""
     assert by_name["bert"]["here"] and not by_name["cleo"]["here"] and by_name["cleo"]["speed"] == ""
     assert by_name["bootstrap"]["bootstrap"] and by_name["bootstrap"]["round"] == -1
+
+
+def test_a_paused_peer_is_here_on_its_own_page() -> None:
+    view = view_of(state=wire.PEER_STATE_PAUSED, end_time=0)
+    for peer in view.status.peers:
+        peer.present = peer.bootstrap
+    panels, rows = everybody(view)
+    by_name = {row["name"]: row for row in rows.values()}
+    assert by_name["anna"]["here"] and by_name["anna"]["doing"] == "paused" and by_name["anna"]["round"] == -1
+    assert not by_name["bert"]["here"] and by_name["bert"]["doing"] == ""
+    _, ends, here = ((each["answer"], each["more"]) for each in panels["answers"])
+    assert ends == ("nobody trains now", "40% of 3 M tokens")
+    view.status.peers[1].present = True
+    assert everybody(view)[0]["answers"][1]["answer"] == "not known while paused"
+    assert here[0] == "0 volunteers" and here[1].endswith("this peer is paused, 2 took part before")
 
 
 def test_who_is_hidden_and_when_it_was_heard_of() -> None:

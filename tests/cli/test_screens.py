@@ -87,6 +87,21 @@ def test_watch_shows_all_that_a_person_wants_to_know(width: int, height: int) ->
     assert ("2 threads" in text) == (height >= 30)
 
 
+@pytest.mark.parametrize(
+    ("width", "foot"),
+    [
+        (100, "q closes this screen; the peer keeps running; a page: swarmtrain watch anna --web"),
+        (80, "q closes this screen, not the peer; a page: swarmtrain watch anna --web"),
+        (50, "q: close; a page: swarmtrain watch anna --web"),
+        (44, "q closes this screen; a page: add --web"),
+        (20, "q closes this screen"),
+    ],
+)
+def test_the_last_line_leads_to_the_page_of_this_peer(width: int, foot: str) -> None:
+    lines = on_screen(draw_watch(view(), width, 24, "swarmtrain watch anna"), width, 24)
+    assert "\n".join(lines).rstrip().endswith(foot)
+
+
 def test_watch_grows_with_the_terminal() -> None:
     small, big = (sum("│" in line.plain for line in draw_watch(view(), *size)) for size in SIZES)
     assert big > small + 8

@@ -50,10 +50,11 @@ function times(marks, step) {
 }
 
 export class CurveChart {
-  /** Draw into `figure`; `unit` is that of the values. */
-  constructor(figure, title, unit) {
+  /** Draw into `figure`; `unit` is that of the values, `nothing` says why there are none. */
+  constructor(figure, title, unit, nothing = "nothing yet") {
     this.title = title;
     this.unit = unit;
+    this.nothing = nothing;
     this.curves = [];
     this.axis = "tokens";
     this.plot = null;
@@ -61,7 +62,7 @@ export class CurveChart {
     this.legend = make("span", { className: "legend" });
     this.picture = make("div", { className: "plot", tabIndex: 0 });
     this.picture.setAttribute("role", "img");
-    this.picture.setAttribute("aria-label", `${title}: nothing yet`);
+    this.picture.setAttribute("aria-label", `${title}: ${nothing}`);
     this.table = make("tbody");
     this.head = make("tr");
     this.details = make(
@@ -105,7 +106,7 @@ export class CurveChart {
       const last = curve.y.length - 1;
       return `${curve.name}: from ${number(curve.y[0])} to ${number(curve.y[last])} at ${label(curve.x[last], this.axis)}`;
     });
-    const text = told.length ? `${this.title}, ${this.unit}. ${told.join(". ")}` : `${this.title}: nothing yet`;
+    const text = told.length ? `${this.title}, ${this.unit}. ${told.join(". ")}` : `${this.title}: ${this.nothing}`;
     if (this.picture.getAttribute("aria-label") !== text) this.picture.setAttribute("aria-label", text);
     this.#read(this.plot ? this.plot.cursor.idx : null);
   }
@@ -113,7 +114,11 @@ export class CurveChart {
   #read(place) {
     const data = this.plot ? this.plot.data : [[]];
     if (place === null || place === undefined || place >= data[0].length) {
-      const newest = this.curves.filter((curve) => curve.y.length).map((curve) => number(curve.y[curve.y.length - 1]));
+      const newest = this.curves.filter((curve) => curve.y.length).map((curve) => {
+        const last = curve.y.length - 1;
+        // what is measured now and then may be old
+        return curve.dots ? `${number(curve.y[last])} at ${label(curve.x[last], this.axis)}` : number(curve.y[last]);
+      });
       setText(this.reading, newest.length <= 2 ? newest.join(" · ") : "");
       return;
     }
@@ -168,7 +173,7 @@ export class CurveChart {
       }),
     );
     if (!this.curves.some((curve) => curve.x.length)) {
-      this.picture.replaceChildren(make("p", { className: "quiet" }, "nothing yet"));
+      this.picture.replaceChildren(make("p", { className: "quiet" }, this.nothing));
       return;
     }
     this.picture.replaceChildren();

@@ -1,12 +1,13 @@
 // Both losses by tokens or by time: on the page, and in a report.
 import { CurveChart } from "./charts.js";
 
+const RARE = "not measured yet: a bootstrap does so now and then";
 const get = (id) => document.getElementById(id);
 
 export class LearningCharts {
   /** Draw into `#chart-held-out` and `#chart-training`; `#axis` is the choice of their axis. */
   constructor() {
-    this.heldOut = new CurveChart(get("chart-held-out"), "Held-out loss", "nats per byte");
+    this.heldOut = new CurveChart(get("chart-held-out"), "Held-out loss", "nats per byte", RARE);
     this.training = new CurveChart(get("chart-training"), "Training loss", "nats per token");
     this.axis = "tokens";
     this.shown = null;

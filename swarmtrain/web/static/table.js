@@ -16,7 +16,7 @@ const COLUMNS = [
   ["Share", "number", (row) => row.share],
   ["Tokens", "number", (row) => row.work],
   ["Tokens/s", "number", (row) => perSecond(row.speed)],
-  ["Doing", "", (row) => row.stages || (row.round >= 0 ? `round ${row.round}` : row.bootstrap && row.here ? "bootstrap" : "")],
+  ["Doing", "", (row) => row.doing || row.stages || (row.round >= 0 ? `round ${row.round}` : row.bootstrap && row.here ? "bootstrap" : "")],
   ["Trains on", "device", (row) => row.device],
   ["Heard", "number", (row, now) => (row.me || !row.heard ? "" : ago(now - row.heard))],
   ["Reached", "", (row) => row.reached],
@@ -136,7 +136,7 @@ export class PeerTable {
     const [name, short, you] = line.firstChild.children;
     setText(name, row.name);
     setText(short, row.short);
-    setText(you, row.me ? "this peer" : "");
+    setText(you, row.me ? "you" : "");
     const width = `${(100 * part).toFixed(1)}%`;
     if (line.firstChild.style.getPropertyValue("--part") !== width) line.firstChild.style.setProperty("--part", width);
     this.columns.forEach(([, , text], place) => {
