@@ -22,6 +22,7 @@ from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, RoundEvent, WarningEvent
 from swarmtrain.model.export import load_exported
 from swarmtrain.model.provenance import tokens_of_export
+from swarmtrain.peer.control.history import read_history
 
 pytestmark = pytest.mark.processes
 
@@ -94,6 +95,26 @@ def test_the_children_of_local_end_with_it(swarm: Swarm, number: signal.Signals)
         assert f"\n  swarmtrain {shlex.join(typed)}" in local.log.read_text()
         assert [event.reason for event in local.all(DoneEvent)] == 3 * ["interrupted"], "each had its goodbye"
     assert "Traceback" not in local.log.read_text()
+
+
+def test_a_report_of_it_has_everyone_with_the_figures_of_its_status(trained: Trained) -> None:
+    swarm, folder, page = trained.swarm, str(trained.folder), trained.swarm.folder / "run.html"
+    assert f"to keep how it went: swarmtrain report --dir {folder} --to run.html\n" in trained.said.stdout
+    made, told = (
+        swarm.run("report", "--dir", folder, "--to", str(page), "--json"),
+        swarm.run("status", "bootstrap", "--dir", folder, "--json"),
+    )
+    assert (made.code, told.code) == (0, 0), made.stderr + told.stderr
+    (report,), (status,) = map(json.loads, made.lines), map(json.loads, told.lines)
+    assert report["figures"] == {name: status[name] for name in report["figures"]}
+    assert sum(peer["tokens"] for peer in report["figures"]["peers"]) == trained.run_tokens
+    document = page.read_text()
+    for peer in status["peers"]:
+        assert peer["peer"] in document and (peer["bootstrap"] or peer["last_tokens_per_s"] > 0)
+    assert document.count(">left, <time") == 2, "both volunteers"
+    history = read_history(trained.folder / "bootstrap")
+    assert history is not None and history.sample.run_tokens == tokens_of_export(trained.model)
+    assert all(event.time > 1e9 for event in history.events) and history.events
 
 
 def test_a_stranger_reads_the_model(trained: Trained) -> None:

@@ -92,6 +92,11 @@ def test_a_swarm_is_watched_and_told_what_to_do(swarm: Swarm) -> None:
         assert terminal.wait() == 0
     told = status_of(swarm, anna)
     assert (told["process"], told["state"], told["name"]) == ("died", "training", "anna")
+    page = swarm.folder / "killed.html"
+    made = swarm.run("report", "anna", "--dir", str(swarm.folder), "--to", str(page), "--json")
+    figures = json.loads(made.stdout)["figures"]
+    assert figures == {name: told[name] for name in figures}
+    assert all(peer["peer"] in page.read_text() for peer in told["peers"]) and len(told["peers"]) == 3
 
     with watching(swarm, bert) as terminal:
         terminal.wait_for(lambda text: re.search(r"(training|merging) round \d+", text), "round")

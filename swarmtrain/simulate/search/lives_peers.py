@@ -30,7 +30,7 @@ from swarmtrain.network.codec import body_of
 from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.discovery.token_accounting import TokenAccounting, counting_rules
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
-from swarmtrain.network.snapshots.state_provider import FillManifest
+from swarmtrain.network.snapshots.state_provider import FillManifest, state_specs
 from swarmtrain.network.snapshots.store import HeldSnapshot, Snapshot, TensorSpec
 from swarmtrain.peer import bootstrap
 from swarmtrain.peer.checkpoints.archive import Archive
@@ -423,6 +423,8 @@ def state_that_came(
 ) -> _Pulled:
     """Return a peer's state as it arrives, with the manifest's fields that the peer fills in."""
     manifest = pb.Manifest(round=progress.round, run_tokens=progress.run_tokens)
+    for spec in state_specs(SPECS):
+        manifest.tensors.add(name=spec.name, shape=spec.shape, dtype=spec.dtype)
     for whose, tokens in sorted(progress.peer_tokens.items()):
         manifest.peer_tokens.add(peer=peer_bytes(whose), tokens=tokens)
     fill(manifest)
