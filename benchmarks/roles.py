@@ -2,6 +2,10 @@
 
     python benchmarks/roles.py                    # in virtual time
     python benchmarks/roles.py --only eight --mb 25
+    python benchmarks/roles.py --real             # real processes behind the links of a rehearsal: ten minutes
+
+With `--real` the peers are processes of `swarmtrain join`, which measure their links themselves; the first rounds, in
+which they have not yet, are left out. Equal shares are the same program with that one decision patched.
 
 Two swarms: links of 10, 20, 50, 100 and 200 Mbit/s and a hidden peer with 50; and eight peers. Each row is the time
 from a round's roster to the last peer that has its mean: the median of the rounds measured, by roles and with equal
@@ -13,14 +17,21 @@ among n peers, because the slowest link carries a whole gradient each way with a
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
+import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import linprog
 
+from swarmtrain.events import RoundEvent, StartedEvent
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
+from swarmtrain.peer.local.swarm import BOOTSTRAP, LocalLinks, LocalSwarm
+from swarmtrain.rehearsal import LinksSection, RehearsalFile, RehearsedVolunteer
 from swarmtrain.simulate.systems.messages import Settings, SimulatedLink
 from swarmtrain.simulate.systems.world import SynchronousWorld
 
@@ -109,6 +120,92 @@ def simulated(case: Case, body_bytes: int, by_bandwidth: bool, rounds: int = 3) 
     return Measured(tuple(took_s), tuple(share / total for share in last.shares))
 
 
+# ---------------------------------------------------------------- real processes
+
+EQUAL = (
+    "from swarmtrain.protocol.rounds.link_claims import LinkClaims; LinkClaims.shares = lambda *_: (); "
+    "from swarmtrain.cli.__main__ import main; main()"
+)
+"""Program that is `swarmtrain` with equal shares."""
+_AVERAGED = re.compile(r"round (\d+): averaged (\d+) in ([\d.]+) s, (.*)")
+_LIMIT_S = 600.0
+_FIRST = 2
+"""Round from which on it is measured."""
+RUN = """
+[run]
+name = "roles"
+total_tokens = 1_000_000_000
+[model]
+tokenizer = "bytes"
+context_tokens = 16
+num_layers = 5
+width = 320
+num_heads = 5
+[data]
+source = "text"
+paths = ["texts/*.txt"]
+held_out_bytes = 4096
+[inner]
+batch_sequences = 1
+[merge]
+method = "diloco"
+inner_steps = 2
+min_peers = {num}
+silence_s = 40.0
+[network]
+archive_every_s = 3600.0
+"""
+
+
+def real(case: Case, by_bandwidth: bool, rounds: int) -> tuple[Measured, int]:
+    """Run the swarm as processes; return what was measured, and the bytes averaged."""
+    folder = Path(tempfile.mkdtemp(prefix="swarmtrain-roles-"))
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("".join(f"{number} is a number.\n" for number in range(20_000)))
+    run_file, num = folder / "run.toml", len(case.mbit)
+    run_file.write_text(RUN.format(num=num))
+    names = [f"volunteer-{number}" for number in range(1, num + 1)]
+    told = [
+        RehearsedVolunteer(name=name, up_mbit=rate, down_mbit=rate, hidden=number in case.hidden)
+        for number, (name, rate) in enumerate(zip(names, case.mbit, strict=True))
+    ]
+    rehearsal = RehearsalFile(links=LinksSection(rtt_ms=1000 * RTT_S), volunteers=tuple(told))
+    swarm = LocalSwarm(folder, links=LocalLinks(rehearsal))
+    program = ("-m", "swarmtrain.cli") if by_bandwidth else ("-c", EQUAL)
+    try:
+        words = ["bootstrap", str(run_file), *swarm.place(BOOTSTRAP, limited=False), "--no-samples"]
+        swarm.start(BOOTSTRAP, words)
+        invite, _ = swarm.wait_for_invite(120.0)
+        for name in names:
+            words = ["join", invite.invite, *swarm.place(name, limited=True), "--threads", "1", "--log-level", "info"]
+            swarm.start(name, [*words, "--data", str(folder), "--on-battery"], program)
+        num_bytes = 0
+        for event in swarm.events(_LIMIT_S):
+            if isinstance(event, StartedEvent):
+                num_bytes = 4 * event.num_parameters
+            if isinstance(event, RoundEvent) and event.round >= _FIRST + rounds:
+                break
+    finally:
+        swarm.stop()
+    found: dict[int, dict[str, tuple[float, str]]] = defaultdict(dict)
+    for name in names:
+        for line in (folder / f"{name}.log").read_text().splitlines():
+            if (match := _AVERAGED.search(line)) and int(match[2]) == num:
+                found[int(match[1])][name] = float(match[3]), match[4]
+    whole = [found[round] for round in sorted(found) if round >= _FIRST and len(found[round]) == num]
+    print(f"  (round {min(found)}: {max(s for s, _ in found[min(found)].values()):.1f} s; logs in {folder})")
+    assert whole, "no round with everyone"
+    last = whole[-1][names[0]][1]
+    shares = [_share_of(name, last, name == names[0]) for name in names]
+    return Measured(tuple(max(s for s, _ in one.values()) for one in whole), tuple(shares)), num_bytes
+
+
+def _share_of(name: str, words: str, is_reader: bool) -> float:
+    """Return a volunteer's share in what the log says, as a part of the whole."""
+    match = re.search(rf"{'this peer' if is_reader else name} (\d+)%", words)
+    return int(match[1]) / 100 if match else 0.0
+
+
 def show(case: Case, body_bytes: int, by_roles: Measured, equal: Measured, how: str) -> None:
     """Print one table."""
     num = len(case.mbit)
@@ -132,10 +229,17 @@ def main() -> None:
     """Run the command line described in the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[case.name for case in CASES], help="this swarm alone")
+    parser.add_argument("--real", action="store_true", help="real processes in place of virtual time")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds measured with --real [3]")
     parser.add_argument("--mb", type=float, default=100.0, help="size of the mean in virtual time [100]")
     given = parser.parse_args()
     for case in CASES:
-        if given.only in (None, case.name):
+        if given.only not in (None, case.name):
+            continue
+        if given.real:
+            (by_roles, num_bytes), (equal, _) = (real(case, on, given.rounds) for on in (True, False))
+            show(case, num_bytes, by_roles, equal, "real processes")
+        else:
             body_bytes = int(given.mb * 1e6)
             by_roles, equal = (simulated(case, body_bytes, by_bandwidth) for by_bandwidth in (True, False))
             show(case, body_bytes, by_roles, equal, "in virtual time")

@@ -83,7 +83,7 @@ KEYS_SINCE: Mapping[str, int] = {
 }
 """Protocols of run-file keys ("section.key") and values ("section.key=value") that came after protocol 1."""
 
-WIRE_SHA256 = "1823a33ae041f36433348ff2475da121fd494179c164d883680aa94fcb693975"
+WIRE_SHA256 = "2ecb2cc4d014ad10716fa65d7e75d91690dde9ded52fecd9f33aa4ea60b45e4c"
 
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,32}")
 UPDATE = "update it where you installed it from, in a clone of its repository by `git pull` and `pip install .`"

@@ -25,6 +25,7 @@ __all__ = [
     "LinksSection",
     "RehearsalChurn",
     "RehearsalFile",
+    "RehearsedVolunteer",
     "SeedSection",
     "fault_events",
     "load_rehearsal",
@@ -55,6 +56,15 @@ class LinksSection(Section):
     loss_percent: float = Field(
         0.0, ge=0, le=50, description="Percentage of packets lost each way; a stream sees them as delays."
     )
+
+
+class RehearsedVolunteer(Section):
+    """One entry of `[[volunteers]]`: what one volunteer's link has in place of `[links]`."""
+
+    name: str = Field(description="Name of the volunteer, such as `volunteer-2`.")
+    up_mbit: float | None = Field(None, ge=0, le=100_000, description="Its upload bandwidth, in Mbit/s; 0: no limit.")
+    down_mbit: float | None = Field(None, ge=0, le=100_000, description="Its download bandwidth, in Mbit/s.")
+    hidden: bool = Field(False, description="True if nobody can dial it, as behind most home routers.")
 
 
 class RehearsalChurn(Section):
@@ -91,11 +101,27 @@ class RehearsalFile(_Sections):
     """Whole rehearsal file."""
 
     faults: tuple[FaultSection, ...] = ()
+    volunteers: tuple[RehearsedVolunteer, ...] = ()
 
     @property
     def needs_links(self) -> bool:
         """True if peers must run behind emulated links."""
-        return any(self.links.model_dump().values()) or any(fault.do in _OF_LINKS for fault in self.faults)
+        has_links = bool(self.volunteers) or any(self.links.model_dump().values())
+        return has_links or any(fault.do in _OF_LINKS for fault in self.faults)
+
+    def links_of(self, name: str) -> LinksSection:
+        """Return the link of one volunteer."""
+        own = self._of(name)
+        told = {} if own is None else {"up_mbit": own.up_mbit, "down_mbit": own.down_mbit}
+        return self.links.model_copy(update={key: value for key, value in told.items() if value is not None})
+
+    def is_hidden(self, name: str) -> bool:
+        """Return whether nobody can dial this volunteer."""
+        own = self._of(name)
+        return own is not None and own.hidden
+
+    def _of(self, name: str) -> RehearsedVolunteer | None:
+        return next((each for each in self.volunteers if each.name == name), None)
 
     @property
     def strikes(self) -> bool:
@@ -109,26 +135,41 @@ class _Fault(Section):
     faults: FaultSection
 
 
+class _Volunteer(Section):
+    """The same for a volunteer."""
+
+    volunteers: RehearsedVolunteer
+
+
 def load_rehearsal(path: Path) -> RehearsalFile:
     """Read a rehearsal file. Raises `UserError`, one line that names the file and the key."""
     origin = one_line(str(path))
     table = read_small_file(path, "a rehearsal file", _EXAMPLE)
-    rows = table.pop("faults", [])
-    if not isinstance(rows, list):
-        raise UserError(f"{origin}: faults: is a list; write [[faults]] for each", code="wrong-type")
-    faults = [_fault(row, f"{origin}: fault {number}") for number, row in enumerate(rows, 1)]
+    faults = [_row(_Fault, "faults", row, f"{origin}: fault {n}") for n, row in _rows(table, "faults", origin)]
+    told = [
+        _row(_Volunteer, "volunteers", row, f"{origin}: volunteer {number}")
+        for number, row in _rows(table, "volunteers", origin)
+    ]
     try:
         rest = _Sections.model_validate(table)
     except ValidationError as error:
         raise UserError(*(each.found_in(origin) for each in problems_in_words(error, _Sections))) from None
-    return RehearsalFile(**dict(rest), faults=tuple(faults))
+    return RehearsalFile(**dict(rest), faults=tuple(faults), volunteers=tuple(told))
 
 
-def _fault(row: Any, origin: str) -> FaultSection:
+def _rows(table: dict[str, Any], key: str, origin: str) -> list[tuple[int, Any]]:
+    """Take a list of tables out of a file; return its rows with their numbers."""
+    rows = table.pop(key, [])
+    if not isinstance(rows, list):
+        raise UserError(f"{origin}: {key}: is a list; write [[{key}]] for each", code="wrong-type")
+    return list(enumerate(rows, 1))
+
+
+def _row(wrapper: type[Section], key: str, row: Any, origin: str) -> Any:
     try:
-        return _Fault.model_validate({"faults": row}).faults
+        return getattr(wrapper.model_validate({key: row}), key)
     except ValidationError as error:
-        raise UserError(*(each.found_in(origin) for each in problems_in_words(error, _Fault))) from None
+        raise UserError(*(each.found_in(origin) for each in problems_in_words(error, wrapper))) from None
 
 
 # ---------------------------------------------------------------- what happens when
@@ -146,6 +187,11 @@ class FaultEvent:
 
 def fault_events(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[FaultEvent]:
     """Yield all faults by time, without end if volunteers come and go. Raises `UserError` for an unknown name."""
+    if unknown := sorted({volunteer.name for volunteer in rehearsal.volunteers} - set(names)):
+        raise UserError(
+            f"volunteers.name: no volunteer is called {unknown[0]}; there are {', '.join(names)}",
+            code="no-such-volunteer",
+        )
     for fault in rehearsal.faults:
         if unknown := sorted(set(fault.who) - set(names)):
             raise UserError(

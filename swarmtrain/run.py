@@ -340,7 +340,7 @@ class EvaluationSection(Section):
 class NetworkSection(Section):
     """Limits that keep one peer from burdening another."""
 
-    max_readers: int = Field(4, ge=1, le=32, description="Pulls of snapshots served at once; the next reader is told BUSY.")  # fmt: skip
+    max_readers: int = Field(4, ge=1, le=32, description="Pulls of snapshots served at once, and four times as many of what a synchronous round averages; the next reader is told BUSY.")  # fmt: skip
     presence_ttl_s: float = Field(30.0, ge=3, le=3600, description="A presence record expires after this, in seconds; it is renewed three times as often.")  # fmt: skip
     call_limit_s: float = Field(5.0, gt=0, le=600, description="A small call to another peer may take this long, in seconds.")  # fmt: skip
     stall_limit_s: float = Field(10.0, gt=0, le=600, description="A transfer that brings nothing for this long is given up, in seconds.")  # fmt: skip

@@ -125,3 +125,22 @@ def test_churn_whose_victims_never_come_back_ends_no_loop() -> None:
         False,
         True,
     ]
+
+
+def test_a_volunteer_may_have_a_link_of_its_own(tmp_path: Path) -> None:
+    text = """
+        links.up_mbit = 20
+        links.down_mbit = 100
+        volunteers = [{ name = "volunteer-2", up_mbit = 5 }, { name = "volunteer-3", down_mbit = 0, hidden = true }]
+    """
+    rehearsal = read(tmp_path, text)
+    links = [rehearsal.links_of(name) for name in NAMES[:3]]
+    assert [(each.up_mbit, each.down_mbit) for each in links] == [(20, 100), (5, 100), (20, 0)]
+    assert [rehearsal.is_hidden(name) for name in NAMES[:3]] == [False, False, True]
+    assert read(tmp_path, '[[volunteers]]\nname = "volunteer-1"\nhidden = true').needs_links
+    with raises_code("unknown-key", UserError, "volunteer 1: volunteers.up: unknown key"):
+        read(tmp_path, '[[volunteers]]\nname = "a"\nup = 1')
+    with raises_code("wrong-type", UserError, "volunteers: is a list"):
+        read(tmp_path, "volunteers = 3")
+    with raises_code("no-such-volunteer", UserError, "volunteers.name: no volunteer is called anna"):
+        fault_events(read(tmp_path, '[[volunteers]]\nname = "anna"'), NAMES)

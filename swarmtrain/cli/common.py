@@ -104,6 +104,7 @@ class PeerOptions:
     report_to: tuple[str, ...] = ()
     accept_clock: bool = False
     only_announced: bool = False
+    check_reach: bool = False
     stop: StopFlag = field(default_factory=StopFlag, compare=False)
 
     def with_kept(self, kept: Mapping[str, Any]) -> PeerOptions:
@@ -292,6 +293,12 @@ _PEER_OPTIONS = (
         is_flag=True,
         hidden=True,
         help="For a rehearsal: advertise the addresses of --announce and no others.",
+    ),
+    click.option(
+        "--check-reach",
+        is_flag=True,
+        hidden=True,
+        help="For a rehearsal: ask the others whether they can dial this peer, although all are on this machine.",
     ),
 )
 

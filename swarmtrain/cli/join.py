@@ -198,6 +198,7 @@ def command(
         metrics=options.metrics,
         report_to=options.report_to,
         only_announced=options.only_announced,
+        checks_reach=options.check_reach,
         num_served_by=_serving(fail_pulls / 100),
         model_folder=model_dir,
         first_stages=first_stages,

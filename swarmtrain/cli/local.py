@@ -339,7 +339,7 @@ def _train(plan: _Plan, stop: StopFlag, page: PageProcess) -> _Trained:
         dir=plan.directory, name="", json=plan.as_json, listen=(), announce=(), log_level="warning", stop=stop
     )
     given = plan.rehearsal
-    links = LocalLinks(given.links, given.rehearsal.seed) if given is not None and given.needs_links else None
+    links = LocalLinks(given) if given is not None and given.needs_links else None
     rehearsing: FaultInjection | None = None
 
     def check() -> None:

@@ -30,6 +30,7 @@ from swarmtrain.network.discovery.bounded_dht import use_bounded_protocol
 from swarmtrain.network.discovery.buckets import Buckets
 from swarmtrain.network.discovery.records import RecordRules, bucket_key, hashed_key, make_validator, num_records
 from swarmtrain.network.identity import Identity
+from swarmtrain.network.links.meter import LinkMeter
 from swarmtrain.network.links.throttle import Throttle, TransferTimes
 from swarmtrain.network.model_files.served_file import ServedFile
 from swarmtrain.network.reachability.listen import cannot_listen, is_taken
@@ -142,7 +143,8 @@ class NodeSettings:
     """Addresses and folder of a node. Addresses are multiaddresses without /p2p.
 
     `dht_mode` is that of libp2p's own DHT, through which daemons find each other; with "off" a node dials nobody by
-    itself. With `only_announced` the node advertises only what it announces, not where it listens.
+    itself. With `only_announced` the node advertises only what it announces, not where it listens. With `checks_reach`
+    it asks others whether they can dial it although all of them are on this machine.
     """
 
     directory: Path
@@ -151,13 +153,15 @@ class NodeSettings:
     call_limit_s: float = 5.0
     dht_mode: str = "server"
     only_announced: bool = False
+    checks_reach: bool = False
 
 
 @dataclass
 class TrafficCount:
     """Traffic of a node: bytes of its messages in serialised form (the transport adds a few per cent).
 
-    Also holds the limits of both directions, and how long received transfers took.
+    Also holds the limits of both directions, what their links were measured to carry, and how long received transfers
+    took.
     """
 
     sent_bytes: int = 0
@@ -165,9 +169,12 @@ class TrafficCount:
     up: Throttle = field(default_factory=Throttle)
     down: Throttle = field(default_factory=Throttle)
     times: TransferTimes = field(init=False)
+    up_meter: LinkMeter = field(init=False)
+    down_meter: LinkMeter = field(init=False)
 
     def __post_init__(self) -> None:
         self.times = TransferTimes(self.down)
+        self.up_meter, self.down_meter = LinkMeter(self.up), LinkMeter(self.down)
 
     def called(self, sent_bytes: int, received_bytes: int) -> None:
         """Count a small call or its reply."""
@@ -183,8 +190,8 @@ class Stream:
     Callers that take data out of a message report its size to `count`: asking the message itself would copy the data.
     """
 
-    def __init__(self, stream: Any, traffic: TrafficCount) -> None:
-        self._stream, self._traffic = stream, traffic
+    def __init__(self, stream: Any, traffic: TrafficCount, peer: str = "") -> None:
+        self._stream, self._traffic, self._peer = stream, traffic, peer
         self._opened_s, self._received_bytes = time.monotonic(), 0
 
     async def __anext__(self) -> Any:
@@ -204,6 +211,7 @@ class Stream:
         """Count `size_bytes` as received; returns when more may be received."""
         self._received_bytes += size_bytes
         self._traffic.received_bytes += size_bytes
+        self._traffic.down_meter.passed(self._peer, size_bytes)
         await self._traffic.down.turn(size_bytes)
 
     async def aclose(self) -> None:
@@ -382,7 +390,7 @@ class Node:
             writer.close()
             raise UnreachableError(_reason(error)) from error
         self.traffic.called(request.ByteSize(), 0)
-        return Stream(replies, self.traffic)
+        return Stream(replies, self.traffic, peer)
 
     async def open_pipe(self, peer: str, handler: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a two-way byte stream to a handler of `serve_pipes`. The caller limits its times and must close it."""

@@ -173,10 +173,12 @@ def service_type() -> Any:
                 yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
                 return
             file = self._node.served_files.get(request.snapshot_sha256.hex())
+            self._node.traffic.up_meter.asks(caller)
+            count_sent = functools.partial(self._count_sent_to, caller)
             if file is None:
-                answers = self._store.serve(request, self._count_sent, caller)
+                answers = self._store.serve(request, count_sent, caller)
             else:
-                answers = self._store.serve_model_file(file, request, self._count_sent, caller)
+                answers = self._store.serve_model_file(file, request, count_sent, caller)
             async with contextlib.aclosing(answers) as replies:
                 async for reply in replies:
                     yield reply
@@ -199,6 +201,10 @@ def service_type() -> Any:
 
         def _count_sent(self, size_bytes: int) -> None:
             self._node.traffic.sent_bytes += size_bytes
+
+        def _count_sent_to(self, reader: str, size_bytes: int) -> None:
+            self._count_sent(size_bytes)
+            self._node.traffic.up_meter.sent(reader, size_bytes)
 
         def _count(self, request: Any, reply: _R) -> _R:
             size = reply.ByteSize()

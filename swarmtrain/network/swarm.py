@@ -41,6 +41,7 @@ from swarmtrain.network.tensor_groups import DTYPES
 from swarmtrain.protocol.archive.departure import FellowDepartures
 from swarmtrain.protocol.membership import records
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
+from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -52,6 +53,9 @@ _MAX_ADDRESSES = 4  # of this peer in an invite
 _FORGET_AFTER_S = 600.0  # after a peer has gone
 _REDIAL_EVERY = 4  # readings of presence between two tries to reach peers that seem gone
 _HEARTBEAT_S = 0.25  # between two looks at the clock for a gap
+_ROUND_PLACES = 4
+"""Multiple of `network.max_readers` that may read what a synchronous round averages: everyone on the roster comes at
+once, and the slowest must not wait for a place."""
 _GOODBYE_S = 3.0
 _LAST_GOODBYE_S = 1.0  # the process waits for it, and the user for the process
 
@@ -107,7 +111,11 @@ class Swarm:
         )
         greeter = self.greeter = Greeter(node, calls, peers, presence)
         store = self.store = SnapshotStore(
-            limits.max_readers, up=node.traffic.up, min_bytes_per_s=limits.least_bytes_per_s, num_served=num_served
+            limits.max_readers,
+            up=node.traffic.up,
+            min_bytes_per_s=limits.least_bytes_per_s,
+            num_served=num_served,
+            round_places=_ROUND_PLACES,
         )
         settings = RoundSettings(
             run_sha256=sha256,
@@ -123,7 +131,14 @@ class Swarm:
         )
         downloads = Downloads(identity.peer_id, calls, store, settings.pull, peers.refused)
         rounds = self.rounds = RoundRunner(
-            identity, downloads, members, settings, average, report=peers.report, trains=not me.is_bootstrap
+            identity,
+            downloads,
+            members,
+            settings,
+            average,
+            report=peers.report,
+            trains=not me.is_bootstrap,
+            own_link=self._own_link,
         )
         self.coverage: DataCoverage | None = None  # None on a bootstrap, and if the data has no shards
         if shards is not None:
@@ -137,8 +152,15 @@ class Swarm:
         safe = durable or (lambda: offer.progress)
         self.records = OwnRecords(node, presence, accounting, limits.presence_ttl_s, safe)
         self.reaching = ReachabilityMonitor(
-            calls, members, self._ask_for_host, lambda: presence.listens_at, self._reach_changed
+            calls,
+            members,
+            self._ask_for_host,
+            lambda: presence.listens_at,
+            self._reach_changed,
+            has_hosts=self.asynchronous,
         )
+        if not self.asynchronous:
+            presence.link = self._own_link
         self.history: Callable[[], pb.HistoryReply] = pb.HistoryReply
         """Returns what this peer tells of the run since its start."""
         self.fellows: FellowDepartures | None = None  # set while a volunteer leaves: the peers that leave too
@@ -192,9 +214,10 @@ class Swarm:
         await self._look_where_we_are()
         await self.greeter.greet_everyone()
         kept = [self._keep_present(), self._keep_reading(), self._keep_counting(), self._notice_gaps()]
-        may_need_hosts = self.serving.hosting is not None and not self.presence.me.is_bootstrap
+        may_be_hidden = self.serving.hosting is not None or not self.asynchronous
         # Peers on loopback are all on this machine, and can dial each other without hosts.
-        if may_need_hosts and not is_loopback_only(self.presence.listens_at):
+        is_near = is_loopback_only(self.presence.listens_at) and not self.node.settings.checks_reach
+        if may_be_hidden and not self.presence.me.is_bootstrap and not is_near:
             kept.append(self.reaching.keep())
         for work in kept:
             self._begin(work).add_done_callback(self._work_ended)
@@ -206,6 +229,8 @@ class Swarm:
         """Offer this state to late joiners from now on (`StateProvider.put`). Nobody may write into its buffers any
         more."""
         self.offer.put(progress, body, fill)
+        self.node.traffic.up_meter.round_over()
+        self.node.traffic.down_meter.round_over()
         self.accounting.learn(progress.peer_tokens)
         self.rounds.advance(progress)
         if self.rounds.last is not None:
@@ -338,6 +363,11 @@ class Swarm:
     def _ask_for_host(self) -> pb.HelloRequest:
         run_sha256 = bytes.fromhex(self.published.sha256)
         return pb.HelloRequest(run_sha256=run_sha256, presence=self.presence.signed(), wants_host=True)
+
+    def _own_link(self) -> LinkRates:
+        """Return this peer's link, as it is measured by now."""
+        traffic = self.node.traffic
+        return LinkRates(traffic.up_meter.bytes_per_s, traffic.down_meter.bytes_per_s, not self.reaching.hidden)
 
     def _speeds(self) -> dict[str, float]:
         """Return the tokens per second that each volunteer claims."""

@@ -62,8 +62,16 @@ class Place(_message.Message):
     kept_rounds: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, stages: _Optional[_Iterable[int]] = ..., moving_to: _Optional[_Iterable[int]] = ..., bound: _Optional[_Iterable[int]] = ..., tokens_per_s: _Optional[float] = ..., most_stages: _Optional[int] = ..., move_s: _Optional[float] = ..., queue: _Optional[float] = ..., flow_tokens_per_s: _Optional[float] = ..., kept: _Optional[_Iterable[int]] = ..., kept_rounds: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class Link(_message.Message):
+    __slots__ = ("up_bytes_per_s", "down_bytes_per_s")
+    UP_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    DOWN_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    def __init__(self, up_bytes_per_s: _Optional[float] = ..., down_bytes_per_s: _Optional[float] = ...) -> None: ...
+
 class Presence(_message.Message):
-    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled", "hidden", "hosts", "place", "inner_steps", "loss", "adapter_groups", "device")
+    __slots__ = ("role", "name", "stamp", "round", "inner_steps_done", "steps_per_s", "addresses", "corpus_sha256", "training", "run_tokens", "part", "part_tokens", "settled", "hidden", "hosts", "place", "inner_steps", "loss", "adapter_groups", "device", "link")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STAMP_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +92,7 @@ class Presence(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_GROUPS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
     role: Role
     name: str
     stamp: float
@@ -104,7 +113,8 @@ class Presence(_message.Message):
     loss: float
     adapter_groups: int
     device: str
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ..., hidden: bool = ..., hosts: _Optional[_Iterable[bytes]] = ..., place: _Optional[_Union[Place, _Mapping]] = ..., inner_steps: _Optional[int] = ..., loss: _Optional[float] = ..., adapter_groups: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+    link: Link
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ..., hidden: bool = ..., hosts: _Optional[_Iterable[bytes]] = ..., place: _Optional[_Union[Place, _Mapping]] = ..., inner_steps: _Optional[int] = ..., loss: _Optional[float] = ..., adapter_groups: _Optional[int] = ..., device: _Optional[str] = ..., link: _Optional[_Union[Link, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("stage", "tokens", "round")
@@ -433,21 +443,23 @@ class RosterEntry(_message.Message):
     def __init__(self, peer: _Optional[bytes] = ..., snapshot_sha256: _Optional[bytes] = ..., tokens: _Optional[int] = ..., inner_steps: _Optional[int] = ...) -> None: ...
 
 class Roster(_message.Message):
-    __slots__ = ("round", "attempt", "entries", "base", "base_tokens")
+    __slots__ = ("round", "attempt", "entries", "base", "base_tokens", "shares")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     BASE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
     round: int
     attempt: int
     entries: _containers.RepeatedCompositeFieldContainer[RosterEntry]
     base: bytes
     base_tokens: int
-    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[RosterEntry, _Mapping]]] = ..., base: _Optional[bytes] = ..., base_tokens: _Optional[int] = ...) -> None: ...
+    shares: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[RosterEntry, _Mapping]]] = ..., base: _Optional[bytes] = ..., base_tokens: _Optional[int] = ..., shares: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RoundRequest(_message.Message):
-    __slots__ = ("round", "has_publication", "has_roster_sha256", "has_share", "wait_s", "has_last_sha256", "wants_chain", "chain_known")
+    __slots__ = ("round", "has_publication", "has_roster_sha256", "has_share", "wait_s", "has_last_sha256", "wants_chain", "chain_known", "share_piece")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     HAS_PUBLICATION_FIELD_NUMBER: _ClassVar[int]
     HAS_ROSTER_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -456,6 +468,7 @@ class RoundRequest(_message.Message):
     HAS_LAST_SHA256_FIELD_NUMBER: _ClassVar[int]
     WANTS_CHAIN_FIELD_NUMBER: _ClassVar[int]
     CHAIN_KNOWN_FIELD_NUMBER: _ClassVar[int]
+    SHARE_PIECE_FIELD_NUMBER: _ClassVar[int]
     round: int
     has_publication: bool
     has_roster_sha256: bytes
@@ -464,7 +477,8 @@ class RoundRequest(_message.Message):
     has_last_sha256: bytes
     wants_chain: bool
     chain_known: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, round: _Optional[int] = ..., has_publication: bool = ..., has_roster_sha256: _Optional[bytes] = ..., has_share: bool = ..., wait_s: _Optional[float] = ..., has_last_sha256: _Optional[bytes] = ..., wants_chain: bool = ..., chain_known: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    share_piece: int
+    def __init__(self, round: _Optional[int] = ..., has_publication: bool = ..., has_roster_sha256: _Optional[bytes] = ..., has_share: bool = ..., wait_s: _Optional[float] = ..., has_last_sha256: _Optional[bytes] = ..., wants_chain: bool = ..., chain_known: _Optional[_Iterable[bytes]] = ..., share_piece: _Optional[int] = ...) -> None: ...
 
 class ChainLink(_message.Message):
     __slots__ = ("roster", "manifests")
@@ -481,7 +495,7 @@ class RosterChain(_message.Message):
     def __init__(self, links: _Optional[_Iterable[_Union[ChainLink, _Mapping]]] = ...) -> None: ...
 
 class RoundReply(_message.Message):
-    __slots__ = ("current_round", "inner_steps_done", "publication", "roster", "share", "last_roster", "same_last", "participating", "away", "chain")
+    __slots__ = ("current_round", "inner_steps_done", "publication", "roster", "share", "last_roster", "same_last", "participating", "away", "chain", "more_shares")
     CURRENT_ROUND_FIELD_NUMBER: _ClassVar[int]
     INNER_STEPS_DONE_FIELD_NUMBER: _ClassVar[int]
     PUBLICATION_FIELD_NUMBER: _ClassVar[int]
@@ -492,6 +506,7 @@ class RoundReply(_message.Message):
     PARTICIPATING_FIELD_NUMBER: _ClassVar[int]
     AWAY_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
+    MORE_SHARES_FIELD_NUMBER: _ClassVar[int]
     current_round: int
     inner_steps_done: int
     publication: Signed
@@ -502,4 +517,5 @@ class RoundReply(_message.Message):
     participating: bool
     away: bool
     chain: RosterChain
-    def __init__(self, current_round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., publication: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ..., share: _Optional[_Union[Signed, _Mapping]] = ..., last_roster: _Optional[_Union[Signed, _Mapping]] = ..., same_last: bool = ..., participating: bool = ..., away: bool = ..., chain: _Optional[_Union[RosterChain, _Mapping]] = ...) -> None: ...
+    more_shares: _containers.RepeatedCompositeFieldContainer[Signed]
+    def __init__(self, current_round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., publication: _Optional[_Union[Signed, _Mapping]] = ..., roster: _Optional[_Union[Signed, _Mapping]] = ..., share: _Optional[_Union[Signed, _Mapping]] = ..., last_roster: _Optional[_Union[Signed, _Mapping]] = ..., same_last: bool = ..., participating: bool = ..., away: bool = ..., chain: _Optional[_Union[RosterChain, _Mapping]] = ..., more_shares: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ...) -> None: ...

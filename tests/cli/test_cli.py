@@ -46,6 +46,7 @@ PEER_OPTIONS = (
     ),
     "--accept-clock",
     "--only-announced",  # hidden, for rehearsals
+    "--check-reach",  # hidden, for rehearsals
 )
 
 WHICH_PEER = ("[NAME]", "--dir", "--address")

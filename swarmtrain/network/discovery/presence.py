@@ -16,6 +16,7 @@ from swarmtrain.network.signatures import sign
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.records import bucket_of, choose_bucket
 from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -45,6 +46,8 @@ class OwnPresence:
     me: PeerInfo
     steps_done: Callable[[], int]
     """Returns the inner steps done in the present round."""
+    link: Callable[[], LinkRates | None] = lambda: None
+    """Returns this peer's link, as it is measured by now; None if it is not told."""
     listens_at: tuple[str, ...] = field(default=(), init=False)
 
     def describe(self, *, round: int, steps_per_s: float, run_tokens: int, inner_steps: int = 0) -> None:
@@ -73,7 +76,7 @@ class OwnPresence:
         # Strictly later than the last stamp, even if the clock was set back: others keep the presence of the latest
         # stamp.
         stamp = max(swarm_time(), self.me.stamp + 1e-6)
-        self.me = dataclasses.replace(self.me, stamp=stamp, inner_steps_done=self.steps_done())
+        self.me = dataclasses.replace(self.me, stamp=stamp, inner_steps_done=self.steps_done(), link=self.link())
         return presence_to_proto(self.me)
 
     def signed(self) -> pb.Signed:

@@ -36,6 +36,7 @@ from swarmtrain.protocol.membership.hosts import MAX_HOSTS
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.records import MAX_DEPTH, bucket_of
 from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.run_adapter import MOST_GROUPS
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -84,6 +85,7 @@ _MAX_ADDRESSES = 16
 _MAX_PRESENCE_BYTES = 2048
 MAX_KEPT = 16  # stages of which a peer advertises checkpoints
 _MAX_STAGES = 512
+_MAX_BYTES_PER_S = 1e12  # of a link
 _ADDRESS = re.compile(r"/[!-~]{1,254}")
 _PURPOSE = b"swarmtrain record v1\0"
 
@@ -121,7 +123,12 @@ def presence_to_proto(info: PeerInfo) -> pb.Presence:
         hidden=info.hidden,
         hosts=map(peer_bytes, info.hosts),
         place=None if info.place is None else place_to_proto(info.place),
+        link=None if info.link is None else pb.Link(**_rates(info.link)),
     )
+
+
+def _rates(link: LinkRates) -> dict[str, float]:
+    return {"up_bytes_per_s": link.up_bytes_per_s, "down_bytes_per_s": link.down_bytes_per_s}
 
 
 def place_to_proto(place: StagePeer) -> pb.Place:
@@ -200,6 +207,11 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
     place = None
     if message.HasField("place"):
         place = place_from_proto_untrusted(peer, message.place, message.stamp)
+    link = None
+    if message.HasField("link"):
+        link = LinkRates(message.link.up_bytes_per_s, message.link.down_bytes_per_s, not message.hidden)
+        if not all(0 <= rate <= _MAX_BYTES_PER_S for rate in _rates(link).values()):  # false for NaN too
+            raise BadBytesError("a presence with the rate of a link out of range", code="bad-presence")
     return PeerInfo(
         peer=peer,
         name=message.name,
@@ -222,6 +234,7 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
         hosts=tuple(dict.fromkeys(map(peer_id_from_bytes_untrusted, message.hosts))),
         corpus_sha256=message.corpus_sha256.hex(),
         place=place,
+        link=link,
     )
 
 

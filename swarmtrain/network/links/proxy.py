@@ -258,15 +258,16 @@ class PeerLinks:
     def __post_init__(self) -> None:
         self.outages = Outages(random.Random(f"outages of {self.seed}"))
 
-    async def open(self, name: str, shape: LinkShape) -> PeerLink:
-        """Open a link for a peer that will listen at its `port`."""
+    async def open(self, name: str, shape: LinkShape, *, hidden: bool = False) -> PeerLink:
+        """Open a link for a peer that will listen at its `port`. If it is `hidden`, nobody can dial it, as behind a
+        router that lets in nothing; what it dials works both ways."""
         listener = listening_socket()
         front = listener.getsockname()[1]
         link = PeerLink(
             name, self._private_port(), front, shape, Line(shape.up_bytes_per_s), Line(shape.down_bytes_per_s)
         )
         self._by_port[link.port] = link
-        self._start(self._accept(listener, link))
+        self._start(self._refuse(listener) if hidden else self._accept(listener, link))
         return link
 
     async def part(self, sides: Sequence[Iterable[str]]) -> Outage:
@@ -314,6 +315,10 @@ class PeerLinks:
     async def _accept(self, listener: socket.socket, link: PeerLink) -> None:
         async for near, port in accepted(listener):
             self._start(self._connect(near, self._whose(port, link), link))
+
+    async def _refuse(self, listener: socket.socket) -> None:
+        async for near, _ in accepted(listener):
+            near.close()
 
     def _whose(self, port: int, target: PeerLink) -> PeerLink:
         """Return the link through which a connection from `port` to `target` leaves: that of the peer which uses the

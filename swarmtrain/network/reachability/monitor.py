@@ -58,6 +58,9 @@ class ReachabilityMonitor:
     """Returns the greeting to send to this peer's hosts."""
     listens_at: Callable[[], Sequence[str]]
     changed: Callable[[], None]
+    has_hosts: bool = True
+    """True if hosts serve what a hidden peer publishes; in synchronous rounds it is called over the connections that it
+    has opened."""
     rng: random.Random = field(default_factory=random.Random)
     reachability: Reachability = field(default_factory=Reachability)
     choice: HostChoice = field(init=False)
@@ -84,6 +87,8 @@ class ReachabilityMonitor:
         dialled."""
         if not self.hidden:
             return ""
+        if not self.has_hosts:
+            return "nobody can dial this computer; the others average its part of the model for it"
         through = " and ".join(self._name(host) for host in self.hosts)
         how = f"its work goes through {through}" if through else "it looks for others through which its work can go"
         return f"nobody can dial this computer; {how}"
@@ -111,6 +116,8 @@ class ReachabilityMonitor:
             self._asking = asyncio.create_task(self._ask_to_be_dialled())
         if not self.hidden:
             self.choice.clear()
+        elif not self.has_hosts:
+            pass
         elif now >= self._kept_s + _KEEP_ALIVE_S or len(self.choice.serving) < self.choice.number:
             self._kept_s = now
             await self._keep_hosts()

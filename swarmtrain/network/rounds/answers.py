@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from swarmtrain.network.rounds.chains import ChainStore
 from swarmtrain.network.snapshots.store import HeldSnapshot
 from swarmtrain.protocol.rounds import messages as ev
+from swarmtrain.protocol.rounds.roles import MAX_PIECES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["RoundAnswers", "question_of"]
@@ -20,6 +21,7 @@ def question_of(request: pb.RoundRequest) -> ev.RoundQuestion:
         has_publication=request.has_publication,
         has_roster=request.has_roster_sha256.hex(),
         has_share=request.has_share,
+        share_piece=request.share_piece,
         wants_chain=request.wants_chain,
     )
 
@@ -31,15 +33,16 @@ class RoundAnswers:
     def __init__(self, chains: ChainStore) -> None:
         self._chains = chains
         self._publications: dict[int, HeldSnapshot] = {}
-        self._shares: dict[int, HeldSnapshot] = {}
+        self._shares: dict[int, list[HeldSnapshot]] = {}
+        """Pieces of the share of each round, in order."""
 
     def published(self, round: int, publication: HeldSnapshot) -> None:
         """Let other peers ask for this peer's publication of `round`."""
         self._publications[round] = publication
 
-    def shared(self, round: int, share: HeldSnapshot) -> None:
-        """Let other peers ask for the share that this peer averaged in `round`."""
-        self._shares[round] = share
+    def shared(self, round: int, pieces: Sequence[HeldSnapshot]) -> None:
+        """Let other peers ask for the pieces of its share that this peer has averaged in `round`."""
+        self._shares[round] = list(pieces)
 
     def forget(self, knows: Callable[[int], bool]) -> None:
         """Forget the snapshots of rounds for which `knows` returns False: the engine no longer knows them."""
@@ -67,6 +70,9 @@ class RoundAnswers:
             reply.publication.CopyFrom(self._publications[request.round].snapshot.signed)
         if answer.roster is not None:
             reply.roster.CopyFrom(answer.roster.signed)
-        if answer.share:
-            reply.share.CopyFrom(self._shares[request.round].snapshot.signed)
+        pieces = self._shares.get(request.round, [])
+        if answer.share and request.share_piece < len(pieces):
+            reply.share.CopyFrom(pieces[request.share_piece].snapshot.signed)
+            more = pieces[request.share_piece + 1 :][:MAX_PIECES]
+            reply.more_shares.extend(piece.snapshot.signed for piece in more)
         return reply

@@ -40,7 +40,8 @@ def chain_untrusted(message: pb.RosterChain, ours: Chain, settings: RoundSetting
         raise BadBytesError("a chain with too few or too many rosters", code="bad-size")
     links, signed = [], {}
     for link in message.links:
-        roster = roster_untrusted(link.roster, settings.run_sha256, settings.max_tokens)
+        num_chunks = settings.groups.num_chunks
+        roster = roster_untrusted(link.roster, settings.run_sha256, settings.max_tokens, num_chunks)
         shown = dict(_manifest_untrusted(manifest, roster, settings) for manifest in link.manifests)
         links.append(ChainLink(roster=roster, shown=shown))
         signed[roster.digest] = link

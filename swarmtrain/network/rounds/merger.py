@@ -2,14 +2,17 @@
 
 In a small group every peer pulls everything and averages it. On a roster of more than `share_above` peers each averages
 one range of chunks over the whole roster, and the others pull that range's result from it, so a round moves as many
-bytes as an all-reduce. A peer that cannot get a share averages that range itself from the hashes.
+bytes as an all-reduce. Who averages how much may follow from the links (`protocol.rounds.roles`): then each share is
+averaged in pieces, which the others pull while the next ones are made. A peer that cannot get a share, or a piece of
+one, averages it itself from the hashes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -34,12 +37,25 @@ from swarmtrain.network.snapshots.store import (
 )
 from swarmtrain.network.tasks import run_together
 from swarmtrain.protocol.membership.membership import Membership, PeerState
-from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, share_due_s, share_ranges, sources_of
+from swarmtrain.protocol.rounds.roles import MAX_PIECES, PIECES_AT_ONCE, share_pieces
+from swarmtrain.protocol.rounds.rosters import (
+    Roster,
+    RoundPublication,
+    piece_due_s,
+    share_due_s,
+    share_ranges,
+    sources_of,
+)
 from swarmtrain.v1 import snapshot_pb2 as pb
+from swarmtrain.words import short_peer
 
-__all__ = ["Average", "Merger", "RoundSettings", "UnobtainableError"]
+__all__ = ["Average", "Merger", "RoundSettings", "ShareOwners", "UnobtainableError"]
 
+_log = logging.getLogger("swarmtrain.network.rounds.runner")
 _ASK_AGAIN_S = 0.1  # between two questions for a share
+_NAMED = 6  # peers that the log names with their shares
+_FIND_AT_ONCE = 16  # publications whose manifests are looked for at once
+_LOOK_S = 0.05  # between two looks whether a piece can be averaged
 _T = TypeVar("_T")
 
 Average = Callable[[Sequence[memoryview], Sequence[int]], "tuple[bytearray, list[int]]"]
@@ -69,6 +85,20 @@ class RoundSettings:
         return GradientGroups(self.specs, self.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShareOwners:
+    """What is known of the peers that average shares.
+
+    A request for a share carries the hash of the roster that the owner applied last, `last_known(owner)`: the owner
+    then need not repeat that roster in its reply. `averaging_s` returns the seconds that averaging a roster should
+    take, 0 if that is unknown; `judged` is called with an owner and whether its share came in time.
+    """
+
+    last_known: Callable[[str], bytes]
+    averaging_s: Callable[[Roster], float] = lambda roster: 0.0
+    judged: Callable[[str, bool], None] = lambda owner, in_time: None
+
+
 class UnobtainableError(Exception):
     """No peer could deliver the publications of `peers`."""
 
@@ -78,11 +108,7 @@ class UnobtainableError(Exception):
 
 
 class Merger:
-    """Averages the publications of rosters.
-
-    A request for a share carries the hash of the roster that the owner applied last, `last_known(owner)`: the owner
-    then need not repeat that roster in its reply.
-    """
+    """Averages the publications of rosters."""
 
     def __init__(
         self,
@@ -91,10 +117,10 @@ class Merger:
         membership: Membership,
         settings: RoundSettings,
         average: Average,
-        last_known: Callable[[str], bytes],
+        owners: ShareOwners,
     ) -> None:
         self.identity, self.downloads, self.membership, self.settings = identity, downloads, membership, settings
-        self.last_known = last_known
+        self.owners = owners
         self._average = average
 
     async def merge(
@@ -102,26 +128,47 @@ class Merger:
         roster: Roster,
         name: str,
         publications: dict[str, HeldSnapshot],
-        share_ready: Callable[[HeldSnapshot], None],
+        share_ready: Callable[[Sequence[HeldSnapshot]], None],
     ) -> bytearray:
         """Return the mean of a roster's publications that are finite, as bytes; zero where none has a group.
 
         `publications` holds the known publications of the round by peer; publications that this merge had to fetch are
-        added to it. `name` is the name that others give to the signed roster. `share_ready` is called with this peer's
-        share, if the merge has shares. Raises UnobtainableError.
+        added to it. `name` is the name that others give to the signed roster. `share_ready` is called with the
+        pieces of this peer's share that are averaged, each time there are more, if the merge has shares. Raises
+        UnobtainableError.
         """
-        entries: list[HeldSnapshot] = []
-        for entry in roster.entries:
+
+        async def find(entry: RoundPublication) -> None:
             held = publications.get(entry.peer)
             if held is None or held.snapshot.sha256 != entry.snapshot:
                 held = await self._find(roster, entry)
                 if entry.peer != self.identity.peer_id:
                     publications[entry.peer] = held
             _check_entry(entry, held)
-            entries.append(held)
+            found[entry.peer] = held
+
+        found: dict[str, HeldSnapshot] = {}
+        for first in range(0, len(roster.entries), _FIND_AT_ONCE):
+            await run_together(find(entry) for entry in roster.entries[first : first + _FIND_AT_ONCE])
+        entries = [found[peer] for peer in roster.peers]
         if len(entries) <= self.settings.share_above:
             return await self.average_range(roster, entries, 0, self.settings.groups.total_bytes)
         return await _MergeInShares(self, roster, name, entries, share_ready).run()
+
+    def roles_in_words(self, roster: Roster) -> str:
+        """Say who averages how much of a roster's mean, for the log."""
+        if len(roster.entries) <= self.settings.share_above:
+            return "each peer all of it"
+        if not roster.shares:
+            return "in equal shares"
+        total, owners = sum(roster.shares), sorted(zip(roster.shares, roster.peers, strict=True), reverse=True)
+        said = [f"{self._name(peer)} {share / total:.0%}" for share, peer in owners[:_NAMED] if share]
+        more = sum(share > 0 for share in roster.shares) - len(said)
+        return ", ".join([*said, *([f"{more} more"] if more else [])])
+
+    def _name(self, peer: str) -> str:
+        info = self.membership.info(peer)
+        return "this peer" if peer == self.identity.peer_id else (info.name if info else "") or short_peer(peer)
 
     async def _find(self, roster: Roster, entry: RoundPublication) -> HeldSnapshot:
         settings, downloads = self.settings, self.downloads
@@ -164,8 +211,46 @@ class Merger:
         await run_together(fetch(*each) for each in self.rotated(wanted))
         if lacking:
             raise UnobtainableError(*lacking)
+        return await self._mean(wanted, start, end)
+
+    async def average_pieces(
+        self,
+        roster: Roster,
+        entries: Sequence[HeldSnapshot],
+        ranges: Sequence[tuple[int, int]],
+        averaged: Callable[[int, bytearray], Awaitable[None]],
+    ) -> None:
+        """Average byte ranges of the gradient that follow each other, and call `averaged` with each one's number and
+        mean as soon as its bytes are here. Raises UnobtainableError."""
+        groups, lacking = self.settings.groups, list[str]()
+
+        async def fetch(entry: RoundPublication, held: HeldSnapshot) -> None:
+            try:
+                for start, end in ranges:
+                    if its := groups.pieces(held.snapshot, start, end):
+                        await self.downloads.pull(held, _chunks(its), self._sources(roster, entry.peer))
+            except UnreachableError:
+                lacking.append(entry.peer)
+
+        async def average() -> None:
+            for number, (start, end) in enumerate(ranges):
+                pieces = [groups.pieces(held.snapshot, start, end) for held in entries]
+                wanted = [each for each in zip(roster.entries, entries, pieces, strict=True) if each[2]]
+                while not all(chunk in held.have for _, held, its in wanted for chunk in _chunks(its)):
+                    if lacking:
+                        raise UnobtainableError(*lacking)
+                    await asyncio.sleep(_LOOK_S)
+                await averaged(number, await self._mean(wanted, start, end))
+
+        fetches = [fetch(*each) for each in zip(roster.entries, entries, strict=True)]
+        await run_together([average(), *self.rotated(fetches)])
+
+    async def _mean(
+        self, wanted: Sequence[tuple[RoundPublication, HeldSnapshot, Sequence[GradientPiece]]], start: int, end: int
+    ) -> bytearray:
+        """Return the weighted mean of bytes `start` to `end`, which are here."""
         mean, refused = bytearray(end - start), set[str]()
-        for first, last in groups.segments(start, end):
+        for first, last in self.settings.groups.segments(start, end):
             have = [
                 (entry, held.part(*piece.of(first, last)))
                 for entry, held, its in wanted
@@ -188,7 +273,8 @@ class Merger:
 
 
 class _MergeInShares:
-    """Merge in which each peer on the roster averages a share."""
+    """Merge in which each peer on the roster averages a share, in one piece or, if shares follow from the links, in
+    many."""
 
     def __init__(
         self,
@@ -196,93 +282,189 @@ class _MergeInShares:
         roster: Roster,
         name: str,
         entries: Sequence[HeldSnapshot],
-        share_ready: Callable[[HeldSnapshot], None],
+        share_ready: Callable[[Sequence[HeldSnapshot]], None],
     ) -> None:
         self._merger, self._roster, self._name, self._entries = merger, roster, name, entries
         self._share_ready = share_ready
-        me = merger.identity.peer_id
+        me, groups = merger.identity.peer_id, merger.settings.groups
         self._own = roster.peers.index(me) if me in roster.peers else None
-        self._total_bytes = merger.settings.groups.total_bytes
-        self._ranges = share_ranges(merger.settings.groups.num_chunks, len(entries))
+        self._mean = bytearray(groups.total_bytes)
+        ranges = share_ranges(groups.num_chunks, len(entries), roster.shares)
+        self._pieces = [share_pieces(chunks) if roster.shares else [chunks] for chunks in ranges]
         self._roster_s = swarm_time()
-        has_share = self._own is not None and bool(self._ranges[self._own])
+        has_share = self._own is not None and bool(ranges[self._own])
         self._own_share_s = math.inf if has_share else self._roster_s
         """Time at which this peer's own share was ready."""
+        self._piece_s: dict[int, float] = {}
+        """Time at which the last piece of each owner came."""
 
     async def run(self) -> bytearray:
         """Return the mean. Raises UnobtainableError."""
-        mean = bytearray(self._total_bytes)
+        await run_together(self._fill(index) for index in self._merger.rotated(list(range(len(self._pieces)))))
+        return self._mean
 
-        async def fill(index: int) -> None:
-            chunks = self._ranges[index]
-            if not chunks:
-                return
-            start, end = chunks.start * CHUNK_BYTES, min(chunks.stop * CHUNK_BYTES, len(mean))
-            part = None
-            if index != self._own:
-                part = await self._pull(index, end - start)
-            if part is None:
-                part = await self._merger.average_range(self._roster, self._entries, start, end)
-            mean[start:end] = part
-            if index == self._own:
-                await self._publish(index, part)
+    async def _fill(self, index: int) -> None:
+        pieces = [(number, chunks) for number, chunks in enumerate(self._pieces[index]) if chunks]
+        if not pieces:
+            return
+        if index == self._own:
+            await self._average_own(index)
+            return
+        for _, chunks in await self._pull_all(index, pieces):
+            start, end = self._bytes(chunks)
+            self._mean[start:end] = await self._merger.average_range(self._roster, self._entries, start, end)
 
-        await run_together(fill(index) for index in self._merger.rotated(list(range(len(self._ranges)))))
-        return mean
+    async def _average_own(self, index: int) -> None:
+        """Average this peer's own share piece by piece, and let the others pull what is ready."""
+        ranges, made = [self._bytes(chunks) for chunks in self._pieces[index]], list[HeldSnapshot]()
 
-    async def _publish(self, index: int, part: bytearray) -> None:
+        async def averaged(number: int, part: bytearray) -> None:
+            start, end = ranges[number]
+            self._mean[start:end] = part
+            made.append(await self._publish(self._part(index, self._pieces[index][number]), part))
+            if len(made) == len(ranges):
+                self._own_share_s = swarm_time()
+                took_s, num = self._own_share_s - self._roster_s, len(ranges)
+                _log.info("round %d: own share averaged in %d pieces in %.2f s", self._roster.round, num, took_s)
+            self._share_ready(made)
+
+        await self._merger.average_pieces(self._roster, self._entries, ranges, averaged)
+
+    def _bytes(self, chunks: range) -> tuple[int, int]:
+        return chunks.start * CHUNK_BYTES, min(chunks.stop * CHUNK_BYTES, len(self._mean))
+
+    def _part(self, index: int, chunks: range) -> int:
+        """Return the number that the manifest of a piece carries, so that no piece can be taken for another: its first
+        chunk, or its owner's place on a roster of equal shares."""
+        return chunks.start if self._roster.shares else index
+
+    async def _publish(self, number: int, part: bytearray) -> HeldSnapshot:
+        """Let others pull a piece, in whose manifest is this number."""
         manifest = pb.Manifest(
             run_sha256=bytes.fromhex(self._merger.settings.run_sha256),
             kind=pb.SNAPSHOT_KIND_SHARE,
             round=self._roster.round,
-            part=index,
+            part=number,
             roster_sha256=bytes.fromhex(self._roster.digest),
         )
         specs = [TensorSpec("share", (len(part) // 4,))]
         held = await asyncio.to_thread(build_snapshot, self._merger.identity, manifest, specs, Body([part]))
         self._merger.downloads.store.add(held)
-        self._own_share_s = swarm_time()
-        self._share_ready(held)
+        return held
 
-    async def _pull(self, index: int, size_bytes: int) -> bytearray | None:
-        """Pull the share of the peer number `index` on the roster. Returns None if the share is lost or overdue."""
+    # ------------------------------------------------------------- shares of others
+
+    async def _pull_all(self, index: int, pieces: Sequence[tuple[int, range]]) -> list[tuple[int, range]]:
+        """Pull an owner's pieces, a few at once; return those that are lost or overdue."""
+        merger, owner, missing = self._merger, self._roster.peers[index], list(pieces)
+        ready: asyncio.Queue[tuple[tuple[int, range], pb.Signed] | None] = asyncio.Queue()
+        is_bad = asyncio.Event()
+
+        async def ask() -> None:
+            """Ask for the first piece that is not ready yet: the answer comes once it is, with all that are by then."""
+            at = 0
+            while at < len(pieces) and not is_bad.is_set() and not self._is_lost(index):
+                manifests = await self._manifests(index, pieces[at][0])
+                for piece, signed in zip(pieces[at:], manifests, strict=False):
+                    ready.put_nowait((piece, signed))
+                at += len(manifests)
+                if not manifests:
+                    await asyncio.sleep(_ASK_AGAIN_S)
+            for _ in range(PIECES_AT_ONCE):
+                ready.put_nowait(None)
+
+        async def pull_some() -> None:
+            while (one := await ready.get()) is not None:
+                piece, signed = one
+                try:
+                    part = await self._pull(index, piece[1], signed)
+                except BadBytesError as error:
+                    merger.downloads.blame(owner, error)
+                    is_bad.set()
+                    return
+                if part is not None:
+                    start, end = self._bytes(piece[1])
+                    self._mean[start:end] = part
+                    self._piece_s[index] = swarm_time()
+                    missing.remove(piece)
+
+        await run_together([ask(), *(pull_some() for _ in range(PIECES_AT_ONCE))])
+        if not missing or not self._is_gone(owner):
+            merger.owners.judged(owner, not missing)
+        return missing
+
+    def _is_gone(self, owner: str) -> bool:
+        return self._merger.membership.state(owner) in (PeerState.LOST, PeerState.LEFT)
+
+    def _is_lost(self, index: int) -> bool:
+        return swarm_time() >= self._due_s(index) or self._is_gone(self._roster.peers[index])
+
+    def _due_s(self, index: int) -> float:
+        silence_s, should_take_s = self._merger.settings.silence_s, self._merger.owners.averaging_s(self._roster)
+        if not self._roster.shares or should_take_s <= 0:
+            return share_due_s(self._roster_s, self._own_share_s, silence_s)
+        last_s = self._piece_s.get(index, self._roster_s)
+        return piece_due_s(self._roster_s, last_s, should_take_s, silence_s)
+
+    async def _manifests(self, index: int, number: int) -> list[pb.Signed]:
+        """Ask an owner for the pieces of its share from this number on. Returns the manifests of those that are
+        ready."""
+        owner = self._roster.peers[index]
+        request = pb.RoundRequest(
+            round=self._roster.round,
+            has_publication=True,
+            has_roster_sha256=bytes.fromhex(self._name),
+            has_last_sha256=self._merger.owners.last_known(owner),
+            share_piece=number,
+            wait_s=1.0,
+        )
+        try:
+            reply = await self._merger.downloads.calls.round(owner, request)
+            first, size_bytes = self._part_and_bytes(index, self._pieces[index][number])
+            if reply.HasField("share") and self._is_of_untrusted(reply.share, first, size_bytes):
+                return [reply.share, *reply.more_shares[:MAX_PIECES]]
+        except PeerError as error:
+            self._merger.downloads.blame(owner, error)
+        return []
+
+    async def _pull(self, index: int, chunks: range, signed: pb.Signed) -> bytearray | None:
+        """Pull a piece of the share of the peer number `index` on the roster. Returns None if it is lost or overdue.
+
+        Raises BadBytesError if it is not what the owner owes.
+        """
         merger, roster, downloads = self._merger, self._roster, self._merger.downloads
-        owner = roster.peers[index]
+        owner, (part, size_bytes) = roster.peers[index], self._part_and_bytes(index, chunks)
         specs = [TensorSpec("share", (size_bytes // 4,))]
-        while swarm_time() < share_due_s(self._roster_s, self._own_share_s, merger.settings.silence_s):
-            if merger.membership.state(owner) in (PeerState.LOST, PeerState.LEFT):
-                return None
+        snapshot = manifest_untrusted(signed, merger.settings.run_sha256, pb.SNAPSHOT_KIND_SHARE, specs)
+        manifest = snapshot.manifest
+        if snapshot.author != owner or manifest.round != roster.round or manifest.part != part:
+            raise BadBytesError("a share of another peer, round or index than asked for", code="bad-round")
+        if manifest.roster_sha256.hex() != roster.digest:
+            raise BadBytesError("a piece of another share than the one before it", code="bad-round")
+        held = empty_held(snapshot)
+        while not self._is_lost(index):
             try:
-                request = pb.RoundRequest(
-                    round=roster.round,
-                    has_publication=True,
-                    has_roster_sha256=bytes.fromhex(self._name),
-                    has_last_sha256=merger.last_known(owner),
-                    wait_s=1.0,
-                )
-                reply = await downloads.calls.round(owner, request)
-                if reply.HasField("share") and self._is_of_untrusted(reply.share):
-                    kind = pb.SNAPSHOT_KIND_SHARE
-                    snapshot = manifest_untrusted(reply.share, merger.settings.run_sha256, kind, specs)
-                    manifest = snapshot.manifest
-                    if snapshot.author != owner or manifest.round != roster.round or manifest.part != index:
-                        raise BadBytesError("a share of another peer, round or index than asked for", code="bad-round")
-                    held = empty_held(snapshot)
-                    await downloads.pull(held, range(snapshot.num_chunks), [owner])
-                    # A share is used as it is, and its owner can write anything into it.
-                    await check_finite(held.part(0, size_bytes))
-                    return held.buffer
-            except BadBytesError as error:
+                await downloads.pull(held, range(snapshot.num_chunks), [owner])
+            except UnreachableError as error:
                 downloads.blame(owner, error)
-                return None
-            except PeerError as error:
-                downloads.blame(owner, error)
-            await asyncio.sleep(_ASK_AGAIN_S)
+                await asyncio.sleep(_ASK_AGAIN_S)
+                continue
+            # A share is used as it is, and its owner can write anything into it.
+            await check_finite(held.part(0, size_bytes))
+            return held.buffer
         return None
 
-    def _is_of_untrusted(self, signed: pb.Signed) -> bool:
-        """Return whether a share belongs to this roster: its owner may be merging a different one."""
+    def _part_and_bytes(self, index: int, chunks: range) -> tuple[int, int]:
+        """Return the number in the manifest of a piece, and the piece's size."""
+        start, end = self._bytes(chunks)
+        return self._part(index, chunks), end - start
+
+    def _is_of_untrusted(self, signed: pb.Signed, part: int, size_bytes: int) -> bool:
+        """Return whether a share belongs to this roster: its owner may be merging a different one, or one of the same
+        publications with other shares."""
         _, manifest = open_signed_untrusted(signed, "manifest", self._merger.settings.run_sha256, pb.Manifest)
+        if self._roster.shares and (manifest.part, manifest.total_bytes) != (part, size_bytes):
+            return False
         return manifest.roster_sha256.hex() == self._roster.digest
 
 

@@ -24,7 +24,11 @@ _MAX_CHECKED_ENTRIES = 65_536  # in all of them together
 def sign_roster(identity: Identity, run_sha256: str, roster: Roster) -> pb.Signed:
     """Return the roster as a message signed by `identity`, which must be its signer."""
     message = pb.Roster(
-        round=roster.round, attempt=roster.attempt, base=bytes.fromhex(roster.base), base_tokens=roster.base_tokens
+        round=roster.round,
+        attempt=roster.attempt,
+        base=bytes.fromhex(roster.base),
+        base_tokens=roster.base_tokens,
+        shares=roster.shares,
     )
     for entry in roster.entries:
         message.entries.add(
@@ -36,8 +40,9 @@ def sign_roster(identity: Identity, run_sha256: str, roster: Roster) -> pb.Signe
     return sign(identity, "roster", run_sha256, message)
 
 
-def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Roster:
-    """Return a verified roster. `max_tokens` is the most that one peer can train on in one round.
+def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int, num_chunks: int | None = None) -> Roster:
+    """Return a verified roster. `max_tokens` is the most that one peer can train on in one round, `num_chunks` what the
+    shares add up to; None: not checked, for one of this peer's own files.
 
     Raises BadBytesError if it is forged, unsorted, or claims more than a round can have had.
     """
@@ -68,6 +73,9 @@ def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Ros
         raise BadBytesError("a roster with a malformed hash", code="bad-hash")
     if any(not 0 < entry.tokens <= max_tokens for entry in entries):
         raise BadBytesError("a roster that counts more tokens for a peer than a round has", code="bad-tokens")
+    shares = tuple(message.shares)
+    if shares and (len(shares) != len(entries) or num_chunks not in (None, sum(shares))):
+        raise BadBytesError("a roster whose shares are not those of its peers, or not the whole mean", code="bad-size")
     return Roster(
         round=message.round,
         signer=signer,
@@ -75,6 +83,7 @@ def roster_untrusted(signed: pb.Signed, run_sha256: str, max_tokens: int) -> Ros
         attempt=message.attempt,
         base=base,
         base_tokens=message.base_tokens,
+        shares=shares,
     )
 
 
@@ -86,8 +95,9 @@ def named(roster: Roster, signed: pb.Signed) -> SignedRoster[pb.Signed]:
 class CheckedRosters:
     """Rosters received from others, each verified once. The latest are kept, up to a number of entries."""
 
-    def __init__(self, run_sha256: str, max_tokens: int) -> None:
-        self._run_sha256, self._max_tokens = run_sha256, max_tokens
+    def __init__(self, run_sha256: str, max_tokens: int, num_chunks: int | None = None) -> None:
+        """See `roster_untrusted`."""
+        self._run_sha256, self._max_tokens, self._num_chunks = run_sha256, max_tokens, num_chunks
         self._checked: dict[str, Roster] = {}
         """Rosters by hash of the signed payload, author and signature."""
 
@@ -96,7 +106,7 @@ class CheckedRosters:
         name = payload_sha256(signed)
         key = name + signed.author.hex() + signed.signature.hex()
         if (roster := self._checked.get(key)) is None:
-            roster = roster_untrusted(signed, self._run_sha256, self._max_tokens)
+            roster = roster_untrusted(signed, self._run_sha256, self._max_tokens, self._num_chunks)
             self._checked[key] = roster
             num_entries = sum(len(kept.entries) for kept in self._checked.values())
             while len(self._checked) > _MAX_CHECKED or num_entries > _MAX_CHECKED_ENTRIES:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from swarmtrain.errors import UnreachableError
+from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.rounds.answers import RoundAnswers
 from swarmtrain.network.rounds.chains import NextRosters
 from swarmtrain.network.rounds.merger import Merger, UnobtainableError
@@ -133,13 +134,17 @@ class EndedRound:
         offers = ((entry.peer, self._publications.get(entry.snapshot)) for entry in roster.entries)
         held = {peer: offer for peer, offer in offers if offer is not None}
 
-        def share_ready(share: HeldSnapshot) -> None:
-            self._answers.shared(roster.round, share)
-            self._tell(ev.ShareAveraged(roster.digest))
+        def share_ready(pieces: Sequence[HeldSnapshot]) -> None:
+            self._answers.shared(roster.round, pieces)
+            self._tell(ev.ShareAveraged(roster.digest, len(pieces)))
 
         event: _Event
+        began_s = swarm_time()
         try:
             mean = await self._merger.merge(roster, one.name, held, share_ready)
+            took_s = swarm_time() - began_s
+            how = self._merger.roles_in_words(roster)
+            _log.info("round %d: averaged %d in %.2f s, %s", roster.round, len(roster.entries), took_s, how)
             untrained = self._merger.settings.groups.untrained(each.snapshot for each in held.values())
             self._mean = RosterMean(roster=roster, mean=mean, untrained=untrained)
             event = ev.RosterMerged(roster.digest)

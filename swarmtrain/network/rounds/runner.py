@@ -23,7 +23,7 @@ from swarmtrain.network.identity import Identity
 from swarmtrain.network.rounds.answers import RoundAnswers, question_of
 from swarmtrain.network.rounds.chains import ChainStore, NextRosters
 from swarmtrain.network.rounds.downloads import Downloads
-from swarmtrain.network.rounds.merger import Average, Merger, RoundSettings
+from swarmtrain.network.rounds.merger import Average, Merger, RoundSettings, ShareOwners
 from swarmtrain.network.rounds.questions import RoundQuestions
 from swarmtrain.network.rounds.roster import CheckedRosters, named, publication_of, sign_roster
 from swarmtrain.network.rounds.round_end import EndedRound, Outcome, RosterMean
@@ -40,6 +40,7 @@ from swarmtrain.network.tasks import Awaited
 from swarmtrain.protocol.membership.membership import Membership, MembershipChange
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.engine import RoundEngine, RoundRules
+from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
@@ -69,6 +70,8 @@ class RoundRunner:
     chains: ChainStore = field(default_factory=ChainStore)
     states: InitVar[StateSource | None] = None
     """Source of other peers' states; None: the network."""
+    own_link: Callable[[], LinkRates] = LinkRates
+    """Returns this peer's own link, as it is measured by now."""
 
     def __post_init__(self, average: Average, trains: bool, states: StateSource | None) -> None:
         settings, chains, downloads, membership = self.settings, self.chains, self.downloads, self.membership
@@ -76,6 +79,8 @@ class RoundRunner:
             share_above=settings.share_above,
             round_limit_s=settings.round_limit_s,
             silence_s=settings.silence_s,
+            num_chunks=settings.groups.num_chunks,
+            body_bytes=settings.groups.total_bytes,
             max_wait_s=settings.max_wait_s,
         )
         self.engine: RoundEngine[pb.Signed, pb.ChainLink] = RoundEngine(
@@ -84,10 +89,15 @@ class RoundRunner:
         self.inner_steps_done = 0
         self._awaited: Awaited[_Event] = Awaited(self._tell)
         self.search = StateSearch(self._awaited)
-        rosters = CheckedRosters(settings.run_sha256, settings.max_tokens)
+        rosters = CheckedRosters(settings.run_sha256, settings.max_tokens, settings.groups.num_chunks)
         self._questions = RoundQuestions(downloads, settings, chains, rosters, self.engine.hearsay.last_of)
         self._answers = RoundAnswers(chains)
-        self._merger = Merger(self.identity, downloads, membership, settings, average, self._questions.last_known)
+        owners = ShareOwners(
+            last_known=self._questions.last_known,
+            averaging_s=self.engine.averaging_s,
+            judged=lambda owner, in_time: self._tell(ev.ShareJudged(owner, in_time)),
+        )
+        self._merger = Merger(self.identity, downloads, membership, settings, average, owners)
         self._states = RequestedStates(states or PeerStates(downloads, settings, rosters))
         self._next = NextRosters(chains)
         self._ended: EndedRound | None = None
@@ -315,6 +325,7 @@ class RoundRunner:
         self._answers.published(round, publication)
         self.downloads.store.add(publication)
         try:
+            self._tell(ev.LinkMeasured(self.own_link()))
             self._tell(ev.InnerStepsDone(round, publication_of(publication.snapshot), started_s))
             return await ended.outcome
         finally:

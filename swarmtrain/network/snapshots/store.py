@@ -91,6 +91,8 @@ _MOST_FILE_BYTES = 8 * 1024 * 1024
 """Size of a file on the disk that is sent as a whole: the chunk list of the largest model file. Others are pulled by
 chunks."""
 
+_OF_ROUNDS = (pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, pb.SNAPSHOT_KIND_SHARE)
+
 _ANSWER_S = 0.5
 """Seconds that a BUSY reply may take over a slow link. A longer wait for it counts as time spent busy."""
 
@@ -279,12 +281,15 @@ class SnapshotStore:
     min_bytes_per_s: float = 0.0
     clock: Callable[[], float] = time.monotonic
     num_served: NumServed = all_chunks
+    round_places: int = 1
+    """Multiple of `max_readers` that may read what a synchronous round averages."""
     arriving: HeldSnapshot | None = field(default=None, init=False)
     """State that is being pulled, so that its progress can be shown; None if none is."""
     _held: dict[str, HeldSnapshot] = field(default_factory=dict)
     _read_s: dict[str, float] = field(default_factory=dict)
     _num_reading: Counter[str] = field(default_factory=Counter)
     _readers: Readers = field(init=False)
+    _round_readers: Readers = field(init=False)
     _files: Readers = field(init=False)
     _model_files: Readers = field(init=False)
     _sending: dict[Reader, asyncio.Task[object] | None] = field(default_factory=dict)
@@ -292,6 +297,7 @@ class SnapshotStore:
 
     def __post_init__(self) -> None:
         self._readers = Readers(self.reader_stall_s, self.reader_gives_way_s)
+        self._round_readers = Readers(self.reader_stall_s, self.reader_gives_way_s)
         # Twice as long: a file that breaks off is read again from its start.
         self._files = Readers(self.reader_stall_s, 2 * self.reader_gives_way_s)
         self._model_files = Readers(self.reader_stall_s, self.reader_gives_way_s)
@@ -299,7 +305,7 @@ class SnapshotStore:
     @property
     def num_readers(self) -> int:
         """Number of pulls being served."""
-        return len(self._readers)
+        return len(self._readers) + len(self._round_readers)
 
     def has_room_for(self, peer: str = "") -> bool:
         """Return whether `peer` (empty: an unknown one) would get a slot."""
@@ -307,7 +313,10 @@ class SnapshotStore:
 
     @property
     def _most_readers(self) -> int:
-        return num_at_once(self.max_readers, self.up.bytes_per_s, self.min_bytes_per_s)
+        return self._num_at_once(self.max_readers)
+
+    def _num_at_once(self, most: int) -> int:
+        return num_at_once(most, self.up.bytes_per_s, self.min_bytes_per_s)
 
     def add(self, held: HeldSnapshot) -> None:
         """Serve `held` from now on."""
@@ -396,7 +405,11 @@ class SnapshotStore:
             yield pb.PullReply(status=pb.PullReply.STATUS_OK, manifest=held.snapshot.signed)
             yield pb.PullReply(end=True)
             return
-        reader = self._admit(self._readers, peer, self._most_readers)
+        in_round = self.round_places > 1 and held.snapshot.manifest.kind in _OF_ROUNDS
+        readers, most = self._readers, self._most_readers
+        if in_round:
+            readers, most = self._round_readers, self._num_at_once(self.round_places * self.max_readers)
+        reader = self._admit(readers, peer, most)
         if reader is None:
             self.touch(held.snapshot.sha256)  # it will ask again
             yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
@@ -406,7 +419,7 @@ class SnapshotStore:
         try:
             yield pb.PullReply(status=pb.PullReply.STATUS_OK)
             for chunk in wanted[: self.num_served(len(wanted))]:
-                if not await self._may_read(self._readers, reader, held.snapshot.chunk_size(chunk)):
+                if not await self._may_read(readers, reader, held.snapshot.chunk_size(chunk)):
                     return
                 self._read_s[name] = self.clock()
                 count_sent(held.snapshot.chunk_size(chunk))
@@ -417,7 +430,7 @@ class SnapshotStore:
                 self._read_s[name] = self.clock() - max(0.0, self.reader_stall_s - _NEXT_PULL_S)
         finally:
             self._num_reading -= Counter([name])  # a Counter's `-=` keeps only counts above zero
-            self._leaves(self._readers, reader)
+            self._leaves(readers, reader)
 
     async def _may_read(self, readers: Readers, reader: Reader, size_bytes: int) -> bool:
         """Wait for this piece's turn on the link and return True; return False if the reader has lost its slot."""

@@ -122,6 +122,8 @@ class PeerSettings:
     """True to follow the others' clock however far it is from this machine's."""
     only_announced: bool = False
     """True to announce the addresses in `announce` and no others (for a rehearsal)."""
+    checks_reach: bool = False
+    """True to ask the others whether they can dial this peer, although all are on this machine (for a rehearsal)."""
     num_served_by: Callable[[str], NumServed] = lambda name: all_chunks
     """Return, for a peer's name, how many of a pull's chunks it serves, so that pulls can fail (for a rehearsal)."""
     started: Started | None = None
@@ -178,7 +180,10 @@ def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolde
     """
     identity = load_or_create_identity(folder.key_path)
     node_settings = NodeSettings(
-        directory=folder.path, announce=settings.announce, only_announced=settings.only_announced
+        directory=folder.path,
+        announce=settings.announce,
+        only_announced=settings.only_announced,
+        checks_reach=settings.checks_reach,
     )
     if settings.listen:
         node_settings = dataclasses.replace(node_settings, listen=settings.listen)

@@ -27,7 +27,7 @@ from swarmtrain.network.links.impairments import Outage
 from swarmtrain.network.links.proxy import LinkShape, PeerLinks
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.network.node import NetworkThread
-from swarmtrain.rehearsal import LinksSection
+from swarmtrain.rehearsal import LinksSection, RehearsalFile
 
 __all__ = ["BOOTSTRAP", "LocalLinks", "LocalSwarm", "link_shape"]
 
@@ -65,15 +65,17 @@ def link_shape(links: LinksSection, volunteer: bool) -> LinkShape:
 class LocalLinks:
     """Links of a swarm on this machine, carried by a thread of this process."""
 
-    def __init__(self, given: LinksSection, seed: int = 0) -> None:
+    def __init__(self, given: RehearsalFile) -> None:
         self._given = given
         self._network = NetworkThread()
-        self._links = PeerLinks(seed)
+        self._links = PeerLinks(given.rehearsal.seed)
 
     def options(self, name: str, limited: bool) -> list[str]:
         """Open a link for a new peer; return the options that make all its traffic pass through it."""
-        link = self._network.run(self._links.open(name, link_shape(self._given, limited)), _OPEN_LIMIT_S)
-        return ["--listen", link.listen, "--announce", link.announce, "--only-announced"]
+        shape, hidden = link_shape(self._given.links_of(name), limited), self._given.is_hidden(name)
+        link = self._network.run(self._links.open(name, shape, hidden=hidden), _OPEN_LIMIT_S)
+        options = ["--listen", link.listen, "--announce", link.announce, "--only-announced"]
+        return [*options, "--check-reach"] if hidden else options
 
     def part(self, sides: list[list[str]]) -> Outage:
         """Cut these peers off from all others."""

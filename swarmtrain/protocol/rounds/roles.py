@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
+    "MAX_PIECES",
     "PIECES_AT_ONCE",
     "LinkRates",
     "Roles",
@@ -40,12 +41,13 @@ __all__ = [
 
 _LEAST_OF_EQUAL = 0.1
 """Shares of less than this part of an equal one are none: each costs a pull from everyone."""
-_PIECES, _MOST_PIECES = 16, 64
+_PIECES, MAX_PIECES = 16, 64
 """Pieces in which the owner of a share averages it: of large shares the higher number, if a piece is then still of
 `_PIECE_CHUNKS` chunks."""
 _PIECE_CHUNKS = 4
 PIECES_AT_ONCE = 2
-"""Pieces that are pulled from each owner at once: while one is asked for, the other passes the link."""
+"""Pieces that are pulled from each owner at once: while some are asked for, which takes a few round trips over a link
+that is busy sending, others come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,6 @@ def _fastest(rates: Sequence[float], may_own: Sequence[bool], num_chunks: int) -
 def share_pieces(chunks: range) -> list[range]:
     """Cut a share into the pieces in which its owner averages it: whoever waits pulls one while the next is made, so
     that the links are busy both ways."""
-    num = max(1, min(len(chunks), max(_PIECES, min(_MOST_PIECES, len(chunks) // _PIECE_CHUNKS))))
+    num = max(1, min(len(chunks), max(_PIECES, min(MAX_PIECES, len(chunks) // _PIECE_CHUNKS))))
     bounds = [chunks.start + len(chunks) * i // num for i in range(num + 1)]
     return [range(a, b) for a, b in itertools.pairwise(bounds)]

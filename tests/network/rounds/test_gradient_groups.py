@@ -19,7 +19,7 @@ from swarmtrain.network.codec import average_bytes_untrusted, body_of
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.rounds.downloads import Downloads
 from swarmtrain.network.rounds.gradient_groups import GradientGroups
-from swarmtrain.network.rounds.merger import Merger, RoundSettings
+from swarmtrain.network.rounds.merger import Merger, RoundSettings, ShareOwners
 from swarmtrain.network.rounds.roster import publication_of
 from swarmtrain.network.snapshots.store import (
     CHUNK_BYTES,
@@ -86,7 +86,14 @@ def merged(publications: Sequence[HeldSnapshot], share_above: int) -> tuple[Tens
         calls: Any = Silent()
         me, settings = PEERS[0], dataclasses.replace(SETTINGS, share_above=share_above)
         downloads = Downloads(me.peer_id, calls, SnapshotStore(), settings.pull, lambda peer, _: refused.append(peer))
-        merger = Merger(me, downloads, Membership(me.peer_id), settings, average_bytes_untrusted, lambda peer: b"")
+        merger = Merger(
+            me,
+            downloads,
+            Membership(me.peer_id),
+            settings,
+            average_bytes_untrusted,
+            ShareOwners(last_known=lambda peer: b""),
+        )
         held = {each.snapshot.author: each for each in publications}
         return await merger.merge(roster, "cd" * 32, held, lambda share: None)
 

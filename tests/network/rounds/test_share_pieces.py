@@ -1,0 +1,225 @@
+"""Shares by bandwidth over the network's code: pieces, what an owner may not send, and an owner that sends nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from codes import raises_code
+from virtual_loop import virtual_swarm
+
+from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.codec import average_bytes_untrusted
+from swarmtrain.network.identity import Identity, new_identity
+from swarmtrain.network.rounds.answers import RoundAnswers
+from swarmtrain.network.rounds.chains import ChainStore
+from swarmtrain.network.rounds.downloads import Downloads
+from swarmtrain.network.rounds.merger import Merger, RoundSettings, ShareOwners
+from swarmtrain.network.rounds.roster import publication_of, roster_untrusted, sign_roster
+from swarmtrain.network.snapshots.store import (
+    CHUNK_BYTES,
+    Body,
+    HeldSnapshot,
+    PullLimits,
+    SnapshotStore,
+    TensorSpec,
+    build_snapshot,
+    empty_held,
+)
+from swarmtrain.protocol.membership.membership import Membership, PeerInfo
+from swarmtrain.protocol.rounds import messages as ev
+from swarmtrain.protocol.rounds.rosters import Roster
+from swarmtrain.v1 import snapshot_pb2 as pb
+
+RUN, NUM_CHUNKS = "ab" * 32, 40
+SPECS = (TensorSpec("weight", (NUM_CHUNKS * CHUNK_BYTES // 4 - 100,)),)
+SETTINGS = RoundSettings(
+    run_sha256=RUN,
+    specs=SPECS,
+    state_specs=SPECS,
+    max_tokens=100,
+    share_above=2,
+    round_limit_s=60.0,
+    silence_s=5.0,
+    pull=PullLimits(),
+)
+PEERS = sorted((new_identity(bytes([i]) * 32) for i in range(4)), key=lambda identity: identity.peer_id)
+SHARES = (0, 7, 33, 0)
+
+
+class Stream:
+    """Replies of a peer's store, as a pull's stream."""
+
+    def __init__(self, replies: Any, passes: Callable[[bytes], bytes]) -> None:
+        self._replies, self._passes = replies, passes
+
+    async def __anext__(self) -> Any:
+        return await anext(self._replies)
+
+    async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
+        for chunk in chunks:
+            reply = await anext(self._replies)
+            room_of(chunk)[:] = self._passes(b"".join(bytes(view) for view in reply.views))
+            came(chunk)
+
+    async def count(self, size_bytes: int) -> None:
+        await asyncio.sleep(size_bytes / 10e6)
+
+    async def aclose(self) -> None:
+        await self._replies.aclose()
+
+
+@dataclass
+class Peer:
+    """Peer that merges a roster, and serves the others."""
+
+    identity: Identity
+    swarm: dict[str, Peer]
+    store: SnapshotStore = field(default_factory=lambda: SnapshotStore(max_readers=32))
+    answers: RoundAnswers = field(default_factory=lambda: RoundAnswers(ChainStore()))
+    pieces: int = 0
+    judged: list[tuple[str, bool]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    pull_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(8))
+    change: Callable[[pb.RoundReply], None] = lambda reply: None
+    serves_shares: bool = True
+
+    async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
+        other = self.swarm[peer]
+        await asyncio.sleep(0.05)
+        for _ in range(10):
+            if other.pieces > request.share_piece:
+                break
+            await asyncio.sleep(0.1)
+        question = ev.RoundQuestion(round=0, has_share=False, share_piece=request.share_piece)
+        told = "x" if other.pieces > request.share_piece and other.serves_shares else ""
+        answer: ev.AnswerRoundQuestion[pb.Signed] = ev.AnswerRoundQuestion(
+            1, question, 0, True, False, None, None, None, told
+        )
+        reply = other.answers.reply(answer, request, 0)
+        other.change(reply)
+        return reply
+
+    async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
+        return Stream(self.swarm[peer].store.serve(request, peer=self.identity.peer_id), bytes)
+
+    async def merge(self, roster: Roster, publications: list[HeldSnapshot]) -> bytearray:
+        me = self.identity.peer_id
+        membership = Membership(me)
+        for other in PEERS:
+            membership.saw_presence(PeerInfo(peer=other.peer_id, training=True), 1e12, 0.0)
+
+        def refuse(peer: str, error: PeerError) -> None:
+            self.refused.append(str(error))
+
+        calls: Any = self
+        downloads = Downloads(me, calls, self.store, SETTINGS.pull, refuse)
+        owners = ShareOwners(
+            last_known=lambda owner: b"",
+            averaging_s=lambda roster: 4.0,
+            judged=lambda owner, in_time: self.judged.append((owner, in_time)),
+        )
+        merger = Merger(self.identity, downloads, membership, SETTINGS, average_bytes_untrusted, owners)
+        held = {
+            each.snapshot.author: each if each.snapshot.author == me else empty_held(each.snapshot)
+            for each in publications
+        }
+
+        def ready(pieces: Any) -> None:
+            self.answers.shared(0, pieces)
+            self.pieces = len(pieces)
+
+        return await merger.merge(roster, "cd" * 32, held, ready)
+
+
+def published() -> tuple[list[HeldSnapshot], torch.Tensor]:
+    """Return a publication of each peer, and their mean weighted by tokens."""
+    torch.manual_seed(0)
+    made, vectors = [], []
+    for number, identity in enumerate(PEERS):
+        vectors.append(torch.randn(SPECS[0].shape))
+        manifest = pb.Manifest(
+            run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, tokens=10 + number, inner_steps=1
+        )
+        body = Body([memoryview(vectors[-1].numpy()).cast("B")])
+        made.append(build_snapshot(identity, manifest, SPECS, body))
+    weights = [10.0 + number for number in range(len(PEERS))]
+    mean = sum(weight * vector for weight, vector in zip(weights, vectors, strict=True)) / sum(weights)
+    assert isinstance(mean, torch.Tensor)
+    return made, mean
+
+
+def merged(shares: tuple[int, ...], prepare: Callable[[dict[str, Peer]], None] = lambda swarm: None) -> dict[str, Peer]:
+    """Let all peers merge one roster, and check each one's mean."""
+    publications, mean = published()
+    entries = tuple(publication_of(each.snapshot) for each in publications)
+    roster = Roster(round=0, signer=PEERS[0].peer_id, entries=entries, shares=shares)
+    swarm: dict[str, Peer] = {}
+
+    async def run() -> list[bytearray]:
+        for identity, publication in zip(PEERS, publications, strict=True):
+            swarm[identity.peer_id] = Peer(identity, swarm)
+            swarm[identity.peer_id].store.add(publication)
+        prepare(swarm)
+        return await asyncio.gather(*(peer.merge(roster, publications) for peer in swarm.values()))
+
+    for found in virtual_swarm(run):
+        assert torch.allclose(torch.frombuffer(found, dtype=torch.float32), mean, atol=1e-5)
+    return swarm
+
+
+def test_everyone_gets_the_mean_from_those_who_average_it() -> None:
+    swarm = merged(SHARES)
+    first, small, large, last = (swarm[identity.peer_id] for identity in PEERS)
+    assert (first.pieces, small.pieces, large.pieces, last.pieces) == (0, 7, 16, 0)
+    assert sorted(last.judged) == sorted([(small.identity.peer_id, True), (large.identity.peer_id, True)])
+    assert not any(peer.refused for peer in swarm.values())
+
+
+def test_equal_shares_are_one_piece_each_as_before() -> None:
+    assert [peer.pieces for peer in merged(()).values()] == [1, 1, 1, 1]
+
+
+def test_a_share_that_nobody_sends_is_averaged_by_whoever_misses_it() -> None:
+    owner = PEERS[2].peer_id
+
+    def is_silent(swarm: dict[str, Peer]) -> None:
+        swarm[owner].serves_shares = False
+
+    swarm = merged(SHARES, is_silent)
+    assert (owner, False) in swarm[PEERS[0].peer_id].judged
+    assert not any(peer.refused for peer in swarm.values()), "it may have been slow"
+
+
+def test_a_piece_of_another_place_is_not_taken() -> None:
+    owner = PEERS[2].peer_id
+
+    def sends_each_twice(swarm: dict[str, Peer]) -> None:
+        def change(reply: pb.RoundReply) -> None:
+            if reply.HasField("share"):
+                del reply.more_shares[:]
+                reply.more_shares.add().CopyFrom(reply.share)
+
+        swarm[owner].change = change
+
+    swarm = merged(SHARES, sends_each_twice)
+    assert any("another peer, round or index" in one or "shape" in one for one in swarm[PEERS[0].peer_id].refused)
+    assert (owner, False) in swarm[PEERS[0].peer_id].judged
+
+
+@pytest.mark.parametrize("shares", [(40,), (0, 7, 33, 1), (1, 1, 1, 1), (0, 0, 0, 0), (0, 7, 33)])
+def test_a_roster_whose_shares_are_not_the_mean_is_refused(shares: tuple[int, ...]) -> None:
+    publications, _ = published()
+    entries = tuple(publication_of(each.snapshot) for each in publications)
+    roster = Roster(round=0, signer=PEERS[0].peer_id, entries=entries, shares=shares)
+    signed = sign_roster(PEERS[0], RUN, roster)
+    with raises_code("bad-size", BadBytesError):
+        roster_untrusted(signed, RUN, 100, NUM_CHUNKS)
+    good = dataclasses.replace(roster, shares=SHARES)
+    assert roster_untrusted(sign_roster(PEERS[0], RUN, good), RUN, 100, NUM_CHUNKS) == good
+    assert good.digest == roster.digest, "shares change nothing about the weights"
