@@ -32,6 +32,8 @@ _COLOURS = ("--training", "--held-out", "--other-1", "--other-2", "--other-3", "
 _DASHES = ((), (6, 4), (2, 3))
 """Of the curves: with the colours, so many differ."""
 _KNOWN_VOLUNTEERS = 1024
+_NEARLY_EQUAL = 1.02
+"""Ratio of tokens at which losses are still said to be of equal tokens."""
 
 
 def _of(unit: str) -> Callable[[float], str]:
@@ -107,13 +109,22 @@ def _answers(found: Comparison) -> list[tuple[str, str, str]]:
     rows = sorted(found.best().values(), key=lambda row: (math.isnan(row.loss), row.loss))
     first, error = rows[0], rows[0].error("held_out_loss")
     sure = f" ± {error:.4f}" if math.isfinite(error) else ", of one seed"
-    answers = [("Which learns the most?", _name(first), f"{first.loss:.4f} nats/byte{sure}, on equal tokens")]
+    answers = [("Which learns the most?", _name(first), f"{first.loss:.4f} nats/byte{sure}, {_on_tokens(rows, first)}")]
     quickest = min(rows, key=lambda row: row.mean("virtual_time_s"))
     took = time_in_words(quickest.mean("virtual_time_s"))
     answers.append(("Which is over first?", _name(quickest), f"after {took}, with {quickest.loss:.4f} nats/byte"))
     least = min(rows, key=lambda row: row.mean("sent_bytes") / max(1, row.mean("inner_steps")))
     sent = size_in_words(least.mean("sent_bytes") / max(1, least.mean("inner_steps")))
     return [*answers, ("Which sends the least?", _name(least), f"{sent} an inner step")]
+
+
+def _on_tokens(rows: Sequence[ComparisonRow], first: ComparisonRow) -> str:
+    """Say on how many tokens the best loss was reached; in a short run the last rounds end far apart."""
+    least, most = (pick(row.mean("tokens") for row in rows) for pick in (min, max))
+    if most <= _NEARLY_EQUAL * least:
+        return "on equal tokens"
+    own = count_in_words(round(first.mean("tokens")))
+    return f"on {own} tokens; others on {count_in_words(round(least))} or more"
 
 
 # ---------------------------------------------------------------- the curves

@@ -274,6 +274,8 @@ def test_a_page_has_all_methods_with_the_figures_of_the_document(tmp_path: Path)
         assert len(result["peer_tokens"]) == 3 and all(
             f"{tokens / 1000:.3g} k, " in text for tokens in result["peer_tokens"]
         )
+    tokens = [result["tokens"] for result in results]
+    assert ("on equal tokens" in text) == (max(tokens) <= 1.02 * min(tokens))
     assert "&lt;b&gt;tiny" in text and "<b>tiny" not in text and "hangs at 0.1 s for 0.2 s" in text
     assert "<summary>scenario.toml</summary>" in text and "[model]\ncontext_tokens = 32" in text
 
