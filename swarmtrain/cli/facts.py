@@ -96,15 +96,17 @@ def sentence(view: View, *, for_strangers: bool = False, for_later: bool = False
     ago, clock = age_in_words(status.time, view), clock_in_words(status.time, view.now)
     ago, last, about, since = 4 * ("",) if for_later else (f" {ago}", f", {ago}", f" about {clock}", f" since {clock}")
     told = _REASONS.get(status.end_reason, "" if for_strangers else one_line(status.end_reason))
+    doing = "" if for_strangers and status.state in _OVER else one_line(status.doing)  # of who has ended it says why
     then = [one_line(view.note)] if view.note else []
     match view.phase:
+        case PeerPhase.RUNNING | PeerPhase.ENDING if status.state in _OVER:
+            return "ending" + (f": {told or doing}" if told or doing else "")
         case PeerPhase.RUNNING | PeerPhase.ENDING:
-            text = one_line(status.doing) or f"{_STATES.get(status.state, 'running')}, no details"
-            return f"ending: {told or text}" if status.state in _OVER else text
+            return doing or f"{_STATES.get(status.state, 'running')}, no details"
         case PeerPhase.STARTING:
             return "it is starting, and does not answer yet"
         case PeerPhase.SILENT:
-            return f"it runs but does not answer; its last status{last}: {one_line(status.doing) or 'none'}"
+            return f"it runs but does not answer; its last status{last}: {doing or _STATES.get(status.state, 'none')}"
         case PeerPhase.ENDED:
             return "; ".join([f"ended{ago}" + (f": {told}" if told else ""), *then])
         case PeerPhase.LOST:
