@@ -340,9 +340,25 @@ def _published(data: bytes) -> _PublishedFile:
     try:
         table = tomllib.loads(data.decode())
         published = table.pop("published", {})
-        return _PublishedFile(toml=tomli_w.dumps(table) if table else "", table=table, published=dict(published))
+        if not _has_types(table, published):
+            return _PublishedFile()
+        return _PublishedFile(toml=tomli_w.dumps(table) if table else "", table=table, published=published)
     except (ValueError, RecursionError):
         return _PublishedFile()
+
+
+def _has_types(table: Mapping[str, Any], published: Any) -> bool:
+    """Return whether what a report reads of a run file has the types that it has in one."""
+    data, sources = table.get("data", {}), []
+    if isinstance(data, dict):
+        sources = data.get("sources", [])
+    if not isinstance(sources, list):
+        return False
+    sections = [published, table.get("model", {}), data, *sources]
+    if not all(isinstance(section, dict) for section in sections):
+        return False
+    lists = [published.get("dataset_revisions", []), *(source.get("paths", []) for source in (data, *sources))]
+    return all(isinstance(each, list) for each in lists)
 
 
 def _file_name(status: Any) -> str:
@@ -367,7 +383,7 @@ def _run_file(run: _PublishedFile, status: Any) -> Markup:
 
 
 def _published_at(run: _PublishedFile) -> str:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError, OSError):
         return moment(datetime.datetime.fromisoformat(str(run.published.get("created", ""))).timestamp())
     return ""
 
@@ -413,7 +429,6 @@ def _needed(table: Mapping[str, Any], published: Mapping[str, Any]) -> str:
     told = [
         _source_in_words(source, revisions[place] if place < len(revisions) else "")
         for place, source in enumerate(sources)
-        if isinstance(source, dict)
     ]
     if model.get("source") == "huggingface":
         told.append(f"Its model is {one_line(str(model.get('base', '')))} of Hugging Face, or a folder of that name.")

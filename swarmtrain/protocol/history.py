@@ -208,9 +208,16 @@ class _Curve:
 
 
 def agreed_sample(told: Sequence[ToldHistory]) -> TextSample | None:
-    """Return the sample of whom this peer believes first; among as good ones that which most tell, then the newest."""
+    """Return the sample of whom this peer believes first; among as good ones that which most tell, then the newest.
+
+    A stranger's counts only if another one tells the same: one alone may have written anything.
+    """
     times = Counter(one.sample for one in told)
-    samples = [(-one.credibility, times[one.sample], one.sample.run_tokens, one.sample) for one in told if one.sample]
+    samples = [
+        (-one.credibility, times[one.sample], one.sample.run_tokens, one.sample)
+        for one in told
+        if one.sample and (one.credibility is not Credibility.STRANGER or times[one.sample] > 1)
+    ]
     return max(samples, key=lambda found: found[:3])[3] if samples else None
 
 

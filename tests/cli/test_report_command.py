@@ -16,7 +16,9 @@ import pytest
 from codes import codes_in
 from fake_peer import FakePeer, living, make_status
 
+from swarmtrain.cli.facts import sentence
 from swarmtrain.cli.main import run
+from swarmtrain.cli.peers import PeerPhase, View
 from swarmtrain.cli.report_page import KNOWN_CONTRIBUTORS, ReportSources, report_of
 from swarmtrain.peer.control.session import MAX_SHOWN_PEERS
 from swarmtrain.v1 import control_pb2 as wire
@@ -187,6 +189,21 @@ def test_what_is_the_machines_own_is_told_only_if_asked_for(tmp_path: Path) -> N
     assert "st1xxx" not in told, "the invite is nobody's to keep"
 
 
+@pytest.mark.parametrize("phase", PeerPhase)
+def test_strangers_are_not_told_why_it_failed_whatever_its_process_does(phase: PeerPhase) -> None:
+    status = make_status(
+        state=wire.PEER_STATE_FAILED, end_reason="/home/anna/secret is full", doing="ended: /home/anna/secret is full"
+    )
+    view = View(status=status, phase=phase, now=NOW)
+    assert "secret" not in sentence(view, for_strangers=True)
+    is_told = phase in (PeerPhase.RUNNING, PeerPhase.ENDING, PeerPhase.SILENT, PeerPhase.FAILED, PeerPhase.ENDED)
+    assert ("secret" in sentence(view)) == is_told
+    if phase in (PeerPhase.RUNNING, PeerPhase.ENDING):
+        assert sentence(view, for_strangers=True) == "ending"
+        status.end_reason = "asked"
+        assert sentence(view, for_strangers=True) == "ending: it was asked to leave"
+
+
 @pytest.mark.parametrize("nasty", [NASTY, '"><svg onload=alert(1)>', "</script><b>", "</title><b>", "a\x1b[2J\u202eb"])
 def test_hostile_text_stays_text(nasty: str, tmp_path: Path) -> None:
     status, history = make_status(state=wire.PEER_STATE_DONE), record()
@@ -274,6 +291,32 @@ def test_damaged_files_cost_what_was_in_them(tmp_path: Path) -> None:
     assert "bert" in words and "The run file is not known here" in words and "What happened" not in words
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "published = 3\n",
+        "data = 3\n",
+        "model = []\n",
+        "[data]\nsources = 3\n",
+        "[data]\nsources = [3]\n",
+        '[data]\nsource = "text"\npaths = 3\n',
+        '[[data.sources]]\nsource = "text"\npaths = 3\n',
+        "[published]\ndataset_revisions = 3\n",
+    ],
+)
+def test_a_run_file_with_other_types_is_one_that_is_not_known(text: str, tmp_path: Path) -> None:
+    folder = left(tmp_path / "anna")
+    (folder / "run.toml").write_text(text)
+    assert "The run file is not known here" in words_of(reported(folder))
+
+
+@pytest.mark.parametrize("created", ["3", '"yesterday"', '"0001-01-01T00:00:00"'])
+def test_a_time_that_is_none_is_left_out(created: str, tmp_path: Path) -> None:
+    folder = left(tmp_path / "anna")
+    (folder / "run.toml").write_text(f'[run]\nname = "r"\n[published]\ncreated = {created}\n')
+    assert "Save it as stdlib-gpt.toml" in words_of(reported(folder))
+
+
 def test_only_its_own_files_are_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = left(tmp_path / "anna")
     first = reported(folder)
@@ -306,8 +349,6 @@ def test_a_pipeline_has_its_stages(tmp_path: Path) -> None:
     status = make_status()
     status.stages.add(number=0, num_peers=2, tokens_per_s=1200, most_tokens_per_s=2000, mine=True)
     status.peers[0].stages.append(0)
-    from swarmtrain.cli.peers import PeerPhase, View
-
     view = View(status=status, phase=PeerPhase.RUNNING, now=NOW)
     made = report_of(ReportSources(view=view, history=None, run_toml=b""))
     assert "0 anna 1.2 k tokens/s 2 k tokens/s" in words_of(made.html)

@@ -114,6 +114,7 @@ class PeerHistory:
             self._agree(agreed_points(tuple(self._told.values()), total_tokens))
             self._events = [*before.events, *self._events]
             self._subjects = [("",)] * len(before.events) + self._subjects
+            self._trim()
 
     def add(self, point: HistoryPoint) -> None:
         """Record losses that were measured or told now."""
@@ -178,8 +179,12 @@ class PeerHistory:
                     return
             self._events.append(noted)
             self._subjects.append(subject)
-            if len(self._events) > MAX_EVENTS:
-                del self._events[_FIRST_EVENTS], self._subjects[_FIRST_EVENTS]
+            self._trim()
+
+    def _trim(self) -> None:
+        """Keep the events of the beginning and the last ones."""
+        excess = slice(_FIRST_EVENTS, _FIRST_EVENTS + max(0, len(self._events) - MAX_EVENTS))
+        del self._events[excess], self._subjects[excess]
 
     # ------------------------------------------------------------- what it tells
 

@@ -1,5 +1,15 @@
 // What a page in one file writes when it is opened: moments in the reader's time, and the lengths of bars.
-import { clock } from "./dom.js";
+
+// With its year and zone, since a file is read at another time, and by others.
+const moments = new Intl.DateTimeFormat(undefined, {
+  year: "numeric",
+  month: "short",
+  day: "numeric",
+  hour: "2-digit",
+  minute: "2-digit",
+  hourCycle: "h23",
+  timeZoneName: "short",
+});
 
 /** Return what the file has to show. */
 export function data() {
@@ -10,7 +20,7 @@ export function data() {
 export function finish() {
   for (const moment of document.querySelectorAll("time[datetime]")) {
     moment.title = moment.textContent;
-    moment.textContent = clock(Date.parse(moment.dateTime) / 1000);
+    moment.textContent = moments.format(new Date(moment.dateTime));
   }
   for (const bar of document.querySelectorAll("[data-part]")) bar.style.setProperty("--part", bar.dataset.part);
 }

@@ -91,6 +91,25 @@ def test_a_flood_leaves_the_beginning_and_the_end() -> None:
     assert told[0] == "peer peer-0 joined" and told[-1] == f"peer peer-{3 * MAX_EVENTS - 1} joined"
 
 
+def test_a_record_that_is_taken_over_after_each_restart_does_not_grow() -> None:
+    before = begun()
+    for number in range(MAX_EVENTS):
+        before.take(joined(f"peer-{number}"))
+    for life in range(3):
+        after = PeerHistory()
+        after.remember(before.message())
+        for number in range(5):
+            after.take(joined(f"life-{life}-{number}"))
+        after.begin(RUN, 1_000_000)
+        after.take(joined(f"life-{life}-last"))
+        told = words(after)
+        assert len(told) == MAX_EVENTS == len(after._subjects)
+        assert told[0] == "peer peer-0 joined" and told[-2:] == [
+            f"peer life-{life}-{end} joined" for end in (4, "last")
+        ]
+        before = after
+
+
 def test_a_word_of_a_stranger_is_one_short_line() -> None:
     history = begun()
     history.take(RefusedEvent(time=1.0, from_peer="x", rule="shape", detail="a\nb\x1b[2J" + "c" * 5000))
@@ -114,7 +133,10 @@ def test_it_goes_on_after_a_restart_and_not_with_another_run() -> None:
 
 def test_the_newest_sample_of_others_is_shown_until_its_teller_has_another() -> None:
     history, old = begun(), TextSample(prompt="", text="old", round=1, run_tokens=100, time=99.0)
-    history.fill([ToldHistory(teller="a", sample=SAMPLE), ToldHistory(teller="b", sample=old)])
+    inviter = Credibility.INVITER
+    history.fill(
+        [ToldHistory(teller=name, credibility=inviter, sample=each) for name, each in (("a", SAMPLE), ("b", old))]
+    )
     assert history.sample == SAMPLE
     history.fill([ToldHistory(teller="a", sample=None)])
     assert history.sample == old
