@@ -55,7 +55,7 @@ def typed_prompt(held_out: bytes) -> str:
     """
     try:
         is_sample = isinstance(json.loads(held_out.split(b"\n", 1)[0]), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         is_sample = False
     words = "" if is_sample else _first_words(held_out)
     return words if words.strip() and words.isprintable() else NEUTRAL_PROMPT

@@ -100,6 +100,7 @@ def test_with_a_seed_it_is_of_some_sample() -> None:
         (b'{"messages": []}\n', NEUTRAL_PROMPT),
         (b"\x1b[2J evil", NEUTRAL_PROMPT),
         (b"7\n8\n", "7"),
+        (b"[" * 200_000 + b"\n", "[" * 48),
     ],
 )
 def test_what_a_person_might_type(held_out: bytes, typed: str) -> None:

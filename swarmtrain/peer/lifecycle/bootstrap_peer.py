@@ -6,6 +6,7 @@ Methods run on the main thread and submit work to the network thread.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ from swarmtrain.protocol.membership.run_end import may_come_back
 from swarmtrain.protocol.tokens.progress import Progress
 
 __all__ = ["COUNTS_EVERY_S", "FLUSH_S", "LAST_ARCHIVE_S", "LAST_SAMPLE", "LINGER_S", "LOOK_EVERY_S", "BootstrapPeer"]
+
+_log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 _NAPS, _EARLY_LOOKS = 10, 3
@@ -185,14 +188,20 @@ class BootstrapPeer:
             self.control.board.beat()
             return time.monotonic() < until_s and not self.stop.is_set()
 
-        sample = text_sample(model, self.published, progress, goes_on)
         point = HistoryPoint(
             run_tokens=progress.run_tokens,
             time=time.time(),
             round=max(0, progress.round - 1),
             held_out_loss=loss.nats_per_byte,
         )
-        self.control.board.history.add_sample(point, sample)
+        history = self.control.board.history
+        try:
+            sample = text_sample(model, self.published, progress, goes_on)
+        except Exception:  # whatever it is, such as weights that are no numbers: the run has ended, and is saved
+            _log.exception("the final model could not write a sample")
+            history.add(point)
+        else:
+            history.add_sample(point, sample)
 
     def rest(self, leavers: Sequence[DepartureQueue]) -> None:
         """Sleep for a second, or until a volunteer asks whether it may leave, since it waits for the next look.
