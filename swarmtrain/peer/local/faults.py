@@ -24,6 +24,9 @@ class Processes(Protocol):
     def begin_again(self, name: str) -> None:
         """Start a process again in its folder."""
 
+    def end_restarts(self) -> None:
+        """Learn that no process that has ended is started again any more."""
+
     def hang(self, name: str) -> None:
         """Suspend a process and its daemon."""
 
@@ -86,6 +89,7 @@ class FaultInjection:
             if do not in ("kill", "leave"):
                 end()
         self._ends.clear()
+        self.swarm.end_restarts()
 
     def tick(self) -> None:
         """Inject the faults that are due, and end those that are over."""

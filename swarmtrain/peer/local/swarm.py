@@ -135,6 +135,8 @@ class LocalSwarm:
     """Time since when the bootstrap has been left by all volunteers."""
     _asked_to_end: int = 0
     """Signals that it was sent since."""
+    _restarts: bool = True
+    """True while a process that a rehearsal has ended may be started again."""
 
     def place(self, name: str, limited: bool) -> list[str]:
         """Return the options that say where a new child listens: behind a link, if there are links."""
@@ -223,7 +225,8 @@ class LocalSwarm:
         """
         bootstrap = self.children.get(BOOTSTRAP)
         volunteers = [child for child in self.children.values() if child is not bootstrap]
-        is_alone = bool(volunteers) and all(child.closed and not child.ended for child in volunteers)
+        has_gone = [child.closed and not (child.ended and self._restarts) for child in volunteers]
+        is_alone = bool(volunteers) and all(has_gone)
         if bootstrap is None or bootstrap.closed or bootstrap.ended or bootstrap.is_finishing or not is_alone:
             self._alone_s = None
             return
@@ -280,6 +283,10 @@ class LocalSwarm:
             child.process.kill()
         child.process.wait()
         self._start(name, child.command)
+
+    def end_restarts(self) -> None:
+        """Wait for no process any more that the rehearsal has ended."""
+        self._restarts = False
 
     def hang(self, name: str) -> None:
         """Suspend a process and its daemon."""

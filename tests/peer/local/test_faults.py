@@ -16,6 +16,7 @@ class Noted:
     now_s: float = 100.0
     done: list[tuple[float, str]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    restarts_ended_s: float | None = None
 
     def _note(self, what: str) -> None:
         self.done.append((self.now_s - 100.0, what))
@@ -25,6 +26,9 @@ class Noted:
 
     def begin_again(self, name: str) -> None:
         self._note(f"start {name}")
+
+    def end_restarts(self) -> None:
+        self.restarts_ended_s = self.now_s - 100.0
 
     def hang(self, name: str) -> None:
         self._note(f"hang {name}")
@@ -100,3 +104,4 @@ def test_at_the_end_what_hangs_goes_on_and_nothing_more_happens() -> None:
         until_s=5,
     )
     assert swarm.done == [(1.0, "hang a"), (1.0, "kill b"), (5.0, "go on a")]
+    assert swarm.restarts_ended_s == 5.0, "nobody waits for b"

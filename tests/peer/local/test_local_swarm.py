@@ -167,6 +167,22 @@ def test_a_bootstrap_that_waits_for_volunteers_that_have_all_ended_is_ended(
         swarm.stop()
 
 
+def test_a_bootstrap_does_not_wait_for_volunteers_that_a_rehearsal_does_not_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarmtrain.peer.local.swarm._ALONE_S", 0.1)
+    swarm = swarm_of(tmp_path, bootstrap=1, anna=1)
+    try:
+        swarm.end("anna", cleanly=False)
+        assert not list(swarm.events(1.0)), "anna may come back"
+        swarm.end_restarts()
+        events = list(swarm.events())
+        assert [event.code for event in events if isinstance(event, WarningEvent)] == ["bootstrap-left-alone"]
+        assert swarm.children["bootstrap"].process.returncode == 0
+    finally:
+        swarm.stop()
+
+
 def test_a_child_of_a_child_that_stays_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds the pipe open in which the events come."""
     monkeypatch.setattr("swarmtrain.peer.local.swarm._PIPE_S", 0.3)
