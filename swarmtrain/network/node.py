@@ -39,7 +39,7 @@ from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.protocol.membership.dial_budget import may_dial
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "TrafficCount"]
+__all__ = ["DAEMON_START_S", "NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "TrafficCount"]
 
 NOT_SERVED = "does not serve this run"
 """Text of the `UnreachableError` for a peer that answers, but does not know the run or the call."""
@@ -50,7 +50,7 @@ PipeHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Corout
 _MAX_KNOWN = 4096  # peers whose addresses are remembered
 _MAX_DIALLED = 8  # addresses remembered of one peer
 _MAX_OWN_BUCKETS = 512
-_DAEMON_START_S = 60.0
+DAEMON_START_S = 60.0
 """Time limit of the daemon's start, usually a tenth of a second; at a load of 20 on two cores 15 s were not enough.
 A daemon that dies is told at once."""
 _REAPED_S = 0.5  # for the status of a daemon whose sockets have closed
@@ -259,7 +259,7 @@ class Node:
                 # libp2p's relays cut every stream silently after 131,072 bytes at most starts (measured), so hidden
                 # peers use hosts of our own (decision 19).
                 use_relay=False,
-                startup_timeout=_DAEMON_START_S,
+                startup_timeout=DAEMON_START_S,
             )
         except Exception as error:  # boundary to hivemind: whatever it raises becomes one sentence
             raise _start_error(error, settings) from error

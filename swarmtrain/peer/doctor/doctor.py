@@ -35,7 +35,7 @@ from swarmtrain.machine_memory import machine_memory
 from swarmtrain.model.base import base_in_words
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, parse_invite
 from swarmtrain.network.identity import load_or_create_identity
-from swarmtrain.network.node import NOT_SERVED, NetworkThread, Node, NodeSettings
+from swarmtrain.network.node import DAEMON_START_S, NOT_SERVED, NetworkThread, Node, NodeSettings
 from swarmtrain.network.reachability.probe import DialOutcome, GreetingAnswer, ask_to_dial, knock
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.peer.control.usage import Usage
@@ -75,7 +75,10 @@ CLOCK_TOLERANCE_S = 1.0
 SLOWER_THAN_OTHERS = 3.0
 _DIAL_S = 5.0
 _FETCH_S = 10.0
-_START_S = 20.0
+_START_S = DAEMON_START_S + 10.0
+"""So long that the daemon's own error comes first."""
+_ASK_S = 20.0
+"""A peer that is asked to dial answers within 8 s, or is given up."""
 _MAX_OTHERS = 6
 _MAX_HELPERS = 3
 _NEARNESS: dict[DiskPlace | None, int] = {"public": 0, "provider": 1, "private": 2, None: 3, "loopback": 4}
@@ -350,7 +353,7 @@ class Doctor:
             self.network.submit(ask_to_dial(self._caller, run, helper.peer, identity, ports)) for helper in helpers
         ]
         asked = [
-            DialBackPeer(_who(helper), helper.address, *future.result(_START_S))
+            DialBackPeer(_who(helper), helper.address, *future.result(_ASK_S))
             for helper, future in zip(helpers, futures, strict=True)
         ]
         fixed = any(not a.endswith("/tcp/0") for a in self.settings.listen)
