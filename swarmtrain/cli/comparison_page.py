@@ -25,6 +25,7 @@ from swarmtrain.words import count_in_words, counted, one_line, shares_in_words,
 
 if TYPE_CHECKING:
     from swarmtrain.simulate.comparison import Comparison, ComparisonRow
+    from swarmtrain.simulate.scenario import Scenario
 
 __all__ = ["comparison_page"]
 
@@ -40,11 +41,20 @@ def _of(unit: str) -> Callable[[float], str]:
     return lambda value: f"{value:.4g}{unit}"
 
 
+def _loss(value: float) -> str:
+    return f"{value:.4f}"
+
+
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("held_out_loss", "Held-out, nats/byte", lambda value: f"{value:.4f}"),
-    ("stderr", "± standard error", lambda value: f"{value:.4f}"),
-    ("ratio_to_diloco", "To diloco", lambda value: f"{value:.4f}"),
-    ("ratio_to_absent", "To no attack", lambda value: f"{value:.4f}"),
+    ("held_out_loss", "Held-out, nats/byte", _loss),
+    ("stderr", "± standard error", _loss),
+    ("own_loss", "Of own weights", _loss),
+    ("ratio_to_diloco", "To diloco", _loss),
+    ("ratio_to_diloco_paced", "To diloco-paced", _loss),
+    ("ratio_to_absent", "To no attack", _loss),
+    ("ratio_to_absent_no_rule", "To no attack and no rule", _loss),
+    ("named_hostile", "Named: hostile", _of("")),
+    ("named_honest", "Named: honest", _of("")),
     ("throughput_share", "Of the ideal", lambda value: f"{value:.1%}"),
     ("assignment_share", "Stages could", lambda value: f"{value:.1%}"),
     ("virtual_time_s", "Virtual time", time_in_words),
@@ -53,10 +63,15 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("bytes_per_inner_step", "Sent an inner step", size_in_words),
     ("stall_share", "Stall", lambda value: f"{value:.1%}"),
     ("fresh_share", "Fresh", lambda value: f"{value:.1%}"),
+    ("staleness_rounds", "Rounds old", _of("")),
+    ("spread", "Apart", lambda value: f"{value:.1e}"),
+    ("received_bytes_a_round", "Received a round", size_in_words),
     ("rounds", "Rounds", count_in_words),
     ("moves", "Moves", _of("")),
 )
-"""Fields of a result, and how they are shown; a column is there if one of the results has it."""
+"""Fields of a result, and how they are shown; a column is there if one of the results has it. A ratio has its standard
+error beside it."""
+_SHOWN_VALUES = 8
 
 
 def comparison_page(found: Comparison, command: str, files: Mapping[str, str]) -> str:
@@ -65,14 +80,15 @@ def comparison_page(found: Comparison, command: str, files: Mapping[str, str]) -
     `command` made the comparison; `files` are the texts of the scenario and its run file, by name.
     """
     scenario, rows, results = found.scenario, found.rows(), document(found)["results"]
-    best, name = found.best(), one_line(scenario.scenario.name)
-    is_best = [best[row.method] is not None and best[row.method].point == row.point for row in rows]
+    best, name = found.best_under_conditions(), one_line(scenario.scenario.name)
+    is_best = [best[row.method, row.conditions].point == row.point for row in rows]
+    is_shown = [good and row.conditions == rows[0].conditions for good, row in zip(is_best, rows, strict=True)]
     seeds = counted(len(scenario.scenario.seeds), "seed")
     body = [
         top(
             name,
             element("span", "simulated", id="state", class_="pill", data_tone="good"),
-            f"{counted(len(best), 'method')}, {seeds}, in virtual time",
+            f"{counted(len({row.method for row in rows}), 'method')}, {seeds}, in virtual time",
             "Real models that learned real text; the clock is the scenario's."
             if scenario.scenario.work == "learning"
             else "Sizes and times of a swarm, without tensors.",
@@ -92,7 +108,7 @@ def comparison_page(found: Comparison, command: str, files: Mapping[str, str]) -
         ),
         element("footer", element("p", "This file asks nobody for anything."), class_="quiet"),
     ]
-    data = {"curves": _drawn(rows, is_best), "seeds": list(scenario.scenario.seeds), "results": results}
+    data = {"curves": _drawn(rows, is_shown), "seeds": list(scenario.scenario.seeds), "results": results}
     return single_file(name, body, data, script="comparison", styles=("page.css", "report.css"))
 
 
@@ -101,7 +117,11 @@ def _name(row: ComparisonRow) -> str:
 
 
 def _answers(found: Comparison) -> list[tuple[str, str, str]]:
-    """Answer what a comparison is made for: which method is best, and how sure that is."""
+    """Answer what a comparison is made for: which method is best, and how sure that is. Under several conditions none
+    is, and the answer is what they are.
+    """
+    if conditions := _varied(found.rows()):
+        return [("What differs?", key, values) for key, values in conditions.items()]
     if found.scenario.scenario.work != "learning":
         rows = sorted(found.rows(), key=lambda row: -row.mean("throughput_share"))
         first = rows[0]
@@ -116,6 +136,20 @@ def _answers(found: Comparison) -> list[tuple[str, str, str]]:
     least = min(rows, key=lambda row: row.mean("sent_bytes") / max(1, row.mean("inner_steps")))
     sent = size_in_words(least.mean("sent_bytes") / max(1, least.mean("inner_steps")))
     return [*answers, ("Which sends the least?", _name(least), f"{sent} an inner step")]
+
+
+def _varied(rows: Sequence[ComparisonRow]) -> dict[str, str]:
+    """Return the conditions of which the rows have several, and their values in words."""
+    values: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for key, value in row.conditions:
+            values.setdefault(key, {})[one_line(str(value)) or "none"] = None
+    return {
+        key: ", ".join([*each][:_SHOWN_VALUES])
+        + (f" and {len(each) - _SHOWN_VALUES} more" if len(each) > _SHOWN_VALUES else "")
+        for key, each in values.items()
+        if len(each) > 1
+    }
 
 
 def _on_tokens(rows: Sequence[ComparisonRow], first: ComparisonRow) -> str:
@@ -151,13 +185,13 @@ def _curves(found: Comparison, rows: Sequence[ComparisonRow]) -> list[Markup]:
     return [part]
 
 
-def _drawn(rows: Sequence[ComparisonRow], is_best: Sequence[bool]) -> list[dict[str, Any]]:
-    """Return the curves of each row by seed, and how they are drawn; the first ones are those of the best rows."""
-    order = sorted(range(len(rows)), key=lambda place: (not is_best[place], place))
+def _drawn(rows: Sequence[ComparisonRow], is_shown: Sequence[bool]) -> list[dict[str, Any]]:
+    """Return the curves of each row by seed, and how they are drawn, those that are shown at first first."""
+    order = sorted(range(len(rows)), key=lambda place: (not is_shown[place], place))
     return [
         {
             "name": _name(rows[row]),
-            "shown": is_best[row],
+            "shown": is_shown[row],
             "colour": _COLOURS[place % len(_COLOURS)],
             "dash": list(_DASHES[place // len(_COLOURS) % len(_DASHES)]),
             "seeds": {str(seed): _curve(one.curve) for seed, one in rows[row].outcomes.items()},
@@ -182,27 +216,38 @@ def _methods(rows: Sequence[ComparisonRow], results: Sequence[Mapping[str, Any]]
     columns = [column for column in _COLUMNS if any(result.get(column[0]) is not None for result in results)]
     lines = []
     for row, result, best in zip(rows, results, is_best, strict=True):
-        cells = [
-            element("td", "" if result.get(key) is None else words(result[key]), class_="number")
-            for key, _, words in columns
-        ]
+        cells = [element("td", _figure(result, key, words), class_="number") for key, _, words in columns]
         lines.append(element("tr", element("th", _name(row), scope="row"), *cells, class_="me" if best else ""))
     heads = [("Method", "name"), *((title, "number") for _, title, _ in columns)]
     table = titled_table("Methods and their figures", heads, lines, "figures")
-    about = "means over the seeds; each method with its best constants is bold"
+    where = " under the same conditions" if _varied(rows) else ""
+    about = f"means over the seeds; each method with its best constants{where} is bold"
     return section("comparison", "Methods", table, about=about)
 
 
+def _figure(result: Mapping[str, Any], key: str, words: Callable[[float], str]) -> str:
+    """Return a figure in words, with the standard error that a ratio has; empty if it does not exist."""
+    value, error = result.get(key), result.get(f"{key}_stderr")
+    if value is None:
+        return ""
+    return words(value) + (f" ± {words(error)}" if error is not None else "")
+
+
 def _volunteers(found: Comparison) -> list[Markup]:
-    """Return the table of the scenario's volunteers, and how much each trained with each method, at the first seed."""
-    scenario = found.scenario
+    """Return the table of the scenario's volunteers, and how much each trained with each method, at the first seed;
+    nothing if they are others in each row.
+    """
+    rows = found.rows()
+    if _varied(rows):
+        return []
+    scenario = found.scenario.at(rows[0].point)
     step_s = scenario.step_s
     best = [(row, next(iter(row.outcomes.values())).peer_tokens) for row in found.best().values()]
     counted_rows = [(row, tokens, shares_in_words(tokens)) for row, tokens in best if tokens]
     hostile = scenario.hostile.number(len(step_s))
     lines = []
     for number, each_s in enumerate(step_s[:_KNOWN_VOLUNTEERS]):
-        cells = [element("td", f"{1000 * each_s:.4g} ms", class_="number"), element("td", _fate(found, number))]
+        cells = [element("td", f"{1000 * each_s:.4g} ms", class_="number"), element("td", _fate(scenario, number))]
         for _, tokens, shares in counted_rows:
             known = number < len(tokens)
             words = f"{count_in_words(tokens[number])}, {shares[number]}" if known else ""
@@ -222,9 +267,9 @@ def _volunteers(found: Comparison) -> list[Markup]:
     return [section("contributors", "Who took part", table, about="; ".join(notes))]
 
 
-def _fate(found: Comparison, number: int) -> str:
-    hangs = [each for each in found.scenario.hangs if each.peer == number]
-    away = [each for each in found.scenario.away if each.peer == number]
+def _fate(scenario: Scenario, number: int) -> str:
+    hangs = [each for each in scenario.hangs if each.peer == number]
+    away = [each for each in scenario.away if each.peer == number]
     told = [f"hangs at {each.at_s:g} s for {each.for_s:g} s" for each in hangs[:3]]
     told += [f"is away from {each.at_s:g} s for {each.for_s:g} s" for each in away[:3]]
     more = len(hangs) + len(away) - len(told)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ __all__ = ["command", "table_lines"]
     "--jobs", type=click.IntRange(1), metavar="N", help="Number of runs at once.  [default: one for each core]"
 )
 @click.option("--fresh", is_flag=True, help="Run everything again, without results kept from earlier.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Show the methods beside each other in FILE: .html for a page with all figures and curves to choose from, .png or .svg for a picture.")  # fmt: skip
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Show the methods beside each other in FILE: .html for a page with figures and curves to choose from, .png or .svg for a picture.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the results to FILE, as one JSON document.")  # fmt: skip
 def command(
     scenario: Path,
@@ -68,8 +68,10 @@ def command(
     loaded = load_scenario(scenario, _say).with_changes(
         seeds=seeds, methods=methods, grid=grid, changes=dict(_changed(change) for change in changes), tell=_say
     )
+    files: dict[str, str] = {}
     if plot is not None:
         _check_plot(plot, loaded)
+        files = _texts(scenario, loaded.scenario.run)  # now, since a person may change them while it computes
     if json_file is not None and not json_file.parent.is_dir():
         raise OptionsError(
             f"--json {json_file}: there is no folder {json_file.parent}; create it first", code="no-such-folder"
@@ -89,7 +91,8 @@ def command(
 
         write_atomically(json_file, (json.dumps(document(found), indent=1, allow_nan=False) + "\n").encode())
     if plot is not None:
-        _draw(found, plot, scenario)
+        given = {"--seed": seeds, "--method": methods, "--sweep": sweeps, "--set": changes}
+        _draw(found, plot, _command(scenario, given), files)
 
 
 def _say(line: str) -> None:
@@ -141,23 +144,37 @@ def _check_plot(path: Path, scenario: Scenario) -> None:
         raise OptionsError(f"--plot needs matplotlib: {install_in_words('plot')}", code="package-missing")
 
 
-def _draw(found: Comparison, path: Path, scenario: Path) -> None:
-    """Write the page or the picture of a comparison."""
+def _texts(scenario: Path, run: str) -> dict[str, str]:
+    """Return the texts of the scenario and its run file, by their names without folders, unless those are the same."""
+    files = {}
+    run_name = Path(run).name
+    for name, source in (
+        (scenario.name, scenario),
+        (run if run_name == scenario.name else run_name, scenario.parent / run),
+    ):
+        with suppress(OSError, UnicodeDecodeError):
+            files[name] = source.read_text(encoding="utf-8")
+    return files
+
+
+def _command(scenario: Path, given: Mapping[str, Sequence[object]]) -> str:
+    """Return the command that computes the same where the scenario lies, with the values `given` of each option."""
+    import shlex
+
+    options = [word for option, values in given.items() for value in values for word in (option, str(value))]
+    return shlex.join(["swarmtrain", "simulate", scenario.name, *options])
+
+
+def _draw(found: Comparison, path: Path, command: str, files: Mapping[str, str]) -> None:
+    """Write the page or the picture of a comparison. `command` and `files` are those of `comparison_page`."""
     if path.suffix != ".html":
         from swarmtrain.cli.figure import draw
 
         draw(found, path)
         return
-    import shlex
-    import sys
-
     from swarmtrain.cli.comparison_page import comparison_page
 
-    files = {}
-    for source in (scenario, scenario.parent / found.scenario.scenario.run):
-        with suppress(OSError, UnicodeDecodeError):
-            files[source.name] = source.read_text(encoding="utf-8")
-    write_page(path, comparison_page(found, shlex.join(["swarmtrain", *sys.argv[1:]]), files))
+    write_page(path, comparison_page(found, command, files))
     _say(f"wrote the comparison to {path}; open it in a browser")
 
 

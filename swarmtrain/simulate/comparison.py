@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,10 +34,13 @@ from swarmtrain.simulate.learning.learner import Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS, scenario_method
 from swarmtrain.simulate.learning.setting import RunOutcome, setting_of
 from swarmtrain.simulate.pipeline import play as pipeline_play
-from swarmtrain.simulate.scenario import GridPoint, Scenario
+from swarmtrain.simulate.scenario import GridPoint, Scenario, conditions_of
 from swarmtrain.simulate.systems.play import play_scenario
 
 __all__ = ["Comparison", "ComparisonRow", "Play", "compare", "document", "num_plays", "plays_of"]
+
+
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class ComparisonRow:
     method: str
     point: GridPoint
     outcomes: Mapping[int, RunOutcome]
+
+    @property
+    def conditions(self) -> GridPoint:
+        """Part of `point` under which the method is tried: volunteers, links, attacks. The rest are its constants."""
+        return conditions_of(self.point)
 
     @property
     def loss(self) -> float:
@@ -113,11 +121,18 @@ class Comparison:
         return [ComparisonRow(method=key[0], point=key[1], outcomes=dict(sorted(found[key].items()))) for key in keys]
 
     def best(self) -> dict[str, ComparisonRow]:
-        """Return the row with the least loss of each method."""
-        found: dict[str, ComparisonRow] = {}
+        """Return the row with the least loss of each method; without tensors that with the most work."""
+        return self._best(lambda row: row.method)
+
+    def best_under_conditions(self) -> dict[tuple[str, GridPoint], ComparisonRow]:
+        """Return the same under each of the scenario's conditions: by method and `ComparisonRow.conditions`."""
+        return self._best(lambda row: (row.method, row.conditions))
+
+    def _best(self, key: Callable[[ComparisonRow], _Key]) -> dict[_Key, ComparisonRow]:
+        found: dict[_Key, ComparisonRow] = {}
         for row in self.rows():
-            if row.method not in found or _by_loss(row) < _by_loss(found[row.method]):
-                found[row.method] = row
+            if key(row) not in found or _best_first(row) < _best_first(found[key(row)]):
+                found[key(row)] = row
         return found
 
     def without_attack(self, row: ComparisonRow, rule: str | None = None) -> ComparisonRow | None:
@@ -127,9 +142,10 @@ class Comparison:
         return next((one for one in self.rows() if (one.method, one.point) == (row.method, point)), None)
 
 
-def _by_loss(row: ComparisonRow) -> tuple[bool, float]:
-    """Return a sort key by loss; NaN is the worst."""
-    return math.isnan(row.loss), row.loss
+def _best_first(row: ComparisonRow) -> tuple[bool, float, float]:
+    """Return a sort key: by loss, and where nothing learns by the share of the possible work; NaN is the worst."""
+    loss, share = row.loss, row.mean("throughput_share")
+    return math.isnan(loss), 0.0 if math.isnan(loss) else loss, 0.0 if math.isnan(share) else -share
 
 
 def plays_of(scenario: Scenario, chosen: Mapping[str, GridPoint] | None) -> list[Play]:
@@ -191,7 +207,7 @@ def compare(
     if tuning:
         for method in section.methods:
             rows = [row for row in found.rows(tuning=True) if row.method == method]
-            chosen[method] = min(rows, key=_by_loss).point
+            chosen[method] = min(rows, key=_best_first).point
     for play, outcome in _played(scenario, plays_of(scenario, chosen), jobs, kept, fresh):
         found.outcomes[play] = outcome
         told(play, outcome, len(found.outcomes), total)

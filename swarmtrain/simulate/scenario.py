@@ -36,6 +36,7 @@ __all__ = [
     "Scenario",
     "ScenarioChurn",
     "ScenarioLinks",
+    "conditions_of",
     "load_scenario",
 ]
 
@@ -424,6 +425,13 @@ class Scenario:
         table = _changed(self.table, told)
         run = parse_run(tomli_w.dumps(table), f"the run of scenario {self.scenario.name}", has_lines=False)
         return resolved_run(run, self.base)
+
+
+def conditions_of(point: GridPoint) -> GridPoint:
+    """Return the part of a point that is of the scenario's sections: other volunteers, links or attacks. The rest are
+    constants of the run file.
+    """
+    return tuple(_apart(dict(point))[0].items())
 
 
 def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -> Scenario:

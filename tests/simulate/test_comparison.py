@@ -17,8 +17,9 @@ from codes import codes_in, raises_code
 from learnt import tiny, write_scenario
 from patience import PATIENCE_S
 
+from swarmtrain.cli.comparison_page import comparison_page
 from swarmtrain.cli.main import cli, run
-from swarmtrain.cli.simulate import table_lines
+from swarmtrain.cli.simulate import _command, _texts, table_lines
 from swarmtrain.errors import UserError
 from swarmtrain.simulate import comparison
 from swarmtrain.simulate.comparison import Comparison, Play, compare, document
@@ -278,6 +279,64 @@ def test_a_page_has_all_methods_with_the_figures_of_the_document(tmp_path: Path)
     assert ("on equal tokens" in text) == (max(tokens) <= 1.02 * min(tokens))
     assert "&lt;b&gt;tiny" in text and "<b>tiny" not in text and "hangs at 0.1 s for 0.2 s" in text
     assert "<summary>scenario.toml</summary>" in text and "[model]\ncontext_tokens = 32" in text
+    assert "<code>swarmtrain simulate scenario.toml</code>" in text and str(tmp_path) not in text
+
+
+def page_of(found: Comparison) -> tuple[str, dict[str, Any]]:
+    """The page of a comparison, and its data."""
+    text = comparison_page(found, "swarmtrain simulate x.toml", {})
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
+    return text, json.loads(data)
+
+
+def bold(text: str) -> list[str]:
+    """The rows of the methods' table that are bold."""
+    return re.findall(r'<tr class="me"><th scope="row">(.*?)</th>', text)
+
+
+def test_a_page_names_no_winner_where_volunteers_or_attacks_differ(tmp_path: Path, played: list[Play]) -> None:
+    """Fewer volunteers or no attack are no better method."""
+    grid = {"peers.number": [2, 4], "merge.outer_momentum": [0.1, 0.5]}
+    text, data = page_of(compare(tiny(tmp_path, grid=grid), jobs=1, kept=None))
+    assert "Which learns the most?" not in text and 'id="contributors"' not in text
+    assert "<dt>What differs?</dt><dd>peers.number</dd>" in text and ">2, 4</dd>" in text
+    assert bold(text) == ["gossip outer_momentum=0.5 number=2", "gossip outer_momentum=0.5 number=4"]
+    assert [curve["name"] for curve in data["curves"] if curve["shown"]] == bold(text)[:1]
+    text, _ = page_of(compare(tiny(tmp_path, grid=GRID), jobs=1, kept=None))
+    assert "Which learns the most?" in text and 'id="contributors"' in text
+    assert bold(text) == ["gossip outer_momentum=0.5"]
+
+
+def test_without_tensors_the_best_did_the_most_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(scenario: Any, one: Play) -> RunOutcome:
+        return outcome(math.nan, throughput_share=dict(one.point)["merge.outer_momentum"], spread=0.02, rounds=7)
+
+    monkeypatch.setattr(comparison, "_play", play)
+    changes = {"work": "systems", "rounds": 3, "seeds": [0]}
+    found = compare(tiny(tmp_path, scenario=changes, grid=GRID), jobs=1, kept=None)
+    assert dict(found.best()["gossip"].point) == {"merge.outer_momentum": 0.9}
+    text, _ = page_of(found)
+    assert bold(text) == ["gossip outer_momentum=0.9"] and '<td class="number">2.0e-02</td>' in text
+
+
+def test_a_page_has_the_errors_of_its_ratios(tmp_path: Path, played: list[Play]) -> None:
+    found = compare(tiny(tmp_path, scenario={"methods": ["gossip", "diloco"], "seeds": [0, 1]}), jobs=1, kept=None)
+    (gossip, _) = document(found)["results"]
+    expected = f"{gossip['ratio_to_diloco']:.4f} ± {gossip['ratio_to_diloco_stderr']:.4f}"
+    assert f'<td class="number">{expected}</td>' in page_of(found)[0]
+
+
+def test_a_page_says_the_options_that_change_the_figures_and_has_both_texts(tmp_path: Path) -> None:
+    given = {"--seed": (5, 6), "--method": ("gossip",), "--sweep": (), "--set": ("peers.slowdowns=[1, 2]",)}
+    command = _command(tmp_path / "a b.toml", given)
+    assert command == "swarmtrain simulate 'a b.toml' --seed 5 --seed 6 --method gossip --set 'peers.slowdowns=[1, 2]'"
+    (tmp_path / "sub").mkdir()
+    for folder, text in ((tmp_path, "the run"), (tmp_path / "sub", "the scenario")):
+        (folder / "tiny.toml").write_text(text)
+    scenario = tmp_path / "sub" / "tiny.toml"
+    assert _texts(scenario, "../tiny.toml") == {"tiny.toml": "the scenario", "../tiny.toml": "the run"}
+    (tmp_path / "run.toml").write_text("another run")
+    assert _texts(scenario, "../run.toml") == {"tiny.toml": "the scenario", "run.toml": "another run"}
 
 
 def test_a_page_of_work_without_tensors_has_no_curves(tmp_path: Path) -> None:
