@@ -128,7 +128,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.page:
         serve_page(given.page)
-    elif given.flood and given.browsers:
+        return
+    if given.flood and given.browsers:
         obey_with_browsers(given.flood, given.browsers, elsewhere=given.elsewhere)
         return
     if given.flood:
