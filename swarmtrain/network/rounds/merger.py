@@ -211,7 +211,7 @@ class Merger:
         await run_together(fetch(*each) for each in self.rotated(wanted))
         if lacking:
             raise UnobtainableError(*lacking)
-        return await self._mean(wanted, start, end)
+        return await self._mean(roster, wanted, start, end)
 
     async def average_pieces(
         self,
@@ -240,19 +240,28 @@ class Merger:
                     if lacking:
                         raise UnobtainableError(*lacking)
                     await asyncio.sleep(_LOOK_S)
-                await averaged(number, await self._mean(wanted, start, end))
+                await averaged(number, await self._mean(roster, wanted, start, end))
 
         fetches = [fetch(*each) for each in zip(roster.entries, entries, strict=True)]
         await run_together([average(), *self.rotated(fetches)])
 
     async def _mean(
-        self, wanted: Sequence[tuple[RoundPublication, HeldSnapshot, Sequence[GradientPiece]]], start: int, end: int
+        self,
+        roster: Roster,
+        wanted: Sequence[tuple[RoundPublication, HeldSnapshot, Sequence[GradientPiece]]],
+        start: int,
+        end: int,
     ) -> bytearray:
-        """Return the weighted mean of bytes `start` to `end`, which are here."""
-        mean, refused = bytearray(end - start), set[str]()
-        for first, last in self.settings.groups.segments(start, end):
+        """Return the weighted mean of bytes `start` to `end`, which are here.
+
+        In shares a publication with numbers that are not finite is left out of the chunks that have them: what is left
+        out then does not depend on who averages which chunks.
+        """
+        groups, mean, refused = self.settings.groups, bytearray(end - start), set[str]()
+        in_shares = len(roster.entries) > self.settings.share_above
+        for first, last in groups.segments(start, end, by_chunk=in_shares):
             have = [
-                (entry, held.part(*piece.of(first, last)))
+                (entry, held.part(*groups.in_body(piece, first, last)))
                 for entry, held, its in wanted
                 for piece in its
                 if piece.start <= first and last <= piece.end

@@ -239,12 +239,13 @@ Decision = WaitDecision | SignDecision | ApplyDecision | CatchUpDecision
 """Next action of a peer that has done its inner steps of a round."""
 
 
-def _rank(roster: Roster) -> tuple[str, int, str]:
+def _rank(roster: Roster) -> tuple[str, int, str, tuple[int, ...]]:
     """Return a sort key that puts the roster that holds first.
 
-    The digest makes the order total even for a signer that has lost its memory and signed the same attempt twice.
+    The digest and the shares make the order total even for a signer that has lost its memory and signed the same
+    attempt twice.
     """
-    return (roster.signer, -roster.attempt, roster.digest)
+    return (roster.signer, -roster.attempt, roster.digest, roster.shares)
 
 
 def better_roster(rosters: Sequence[Roster]) -> Roster | None:
