@@ -50,12 +50,15 @@ class LinkClaims:
     def shares(self, peers: Sequence[str], num_chunks: int, body_bytes: int) -> tuple[int, ...]:
         """Return the chunks that each of these peers is to average; empty for equal shares.
 
-        Shares are equal if a peer tells no link, because its version would not know of others; and if no link is
-        measured and everyone can be dialled, or all links are alike.
+        Shares are equal if a peer tells no link, because its version would not know of others, whether it is one of
+        these or a volunteer that only merges their mean; and if no link is measured and everyone can be dialled, or all
+        links are alike.
         """
         told = [self.own if peer == self.membership.me else self._claim(peer) for peer in peers]
         links = [self._believed(peer, link) for peer, link in zip(peers, told, strict=True) if link is not None]
         if num_chunks <= 0 or len(links) < len(peers):
+            return ()
+        if any(info.link is None for info in self.membership.volunteers()):
             return ()
         shares = divide(links, num_chunks, body_bytes).shares
         return shares if shares != equal_shares(num_chunks, [True] * len(peers)) else ()

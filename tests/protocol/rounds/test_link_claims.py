@@ -39,6 +39,15 @@ def test_shares_are_equal_if_a_peer_is_older_or_unknown_or_nothing_is_measured()
     assert claims(link(10), b=link(100)).shares(["a", "b"], 0, BODY) == ()
 
 
+def test_shares_are_equal_while_a_volunteer_that_is_not_on_the_roster_is_older() -> None:
+    told = {"b": link(100), "c": link(100), "d": link(20)}
+    assert shares(claims(link(10), **told, e=link(20))) == (0, 48, 48, 0)
+    some = claims(link(10), **told, e=None)
+    assert shares(some) == (), "it would ask for equal shares, and take no other"
+    some.membership.left("e", 1.0)
+    assert shares(some) == (0, 48, 48, 0)
+
+
 def test_a_late_share_makes_a_claim_a_quarter_and_shares_in_time_or_rounds_restore_it() -> None:
     some = claims(link(80), b=link(200), c=link(80), d=link(80))
     believed = shares(some)
