@@ -94,7 +94,7 @@ class RoundRunner:
         self._answers = RoundAnswers(chains)
         owners = ShareOwners(
             last_known=self._questions.last_known,
-            averaging_s=self.engine.averaging_s,
+            averaging_times=self.engine.averaging_times,
             judged=lambda owner, in_time: self._tell(ev.ShareJudged(owner, in_time)),
         )
         self._merger = Merger(self.identity, downloads, membership, settings, average, owners)

@@ -26,7 +26,7 @@ from swarmtrain.protocol.membership.membership import Membership
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds import rosters
 from swarmtrain.protocol.rounds.chains import Chains, Flaw, Link
-from swarmtrain.protocol.rounds.link_claims import LinkClaims
+from swarmtrain.protocol.rounds.link_claims import AveragingTimes, LinkClaims
 from swarmtrain.protocol.rounds.messages import Command, Envelope, Event, PeerReply, RoundQuestion, SignedRoster
 from swarmtrain.protocol.rounds.rosters import (
     ApplyDecision,
@@ -390,9 +390,10 @@ class RoundEngine(Generic[Envelope, Link]):
             return ()
         return self.claims.shares([entry.peer for entry in decision.entries], rules.num_chunks, rules.body_bytes)
 
-    def averaging_s(self, roster: Roster) -> float:
-        """Return how long averaging with a roster's shares takes, by the links that the peers tell; 0: unknown."""
-        return self.claims.averaging_s(roster.peers, roster.shares, self.rules.body_bytes)
+    def averaging_times(self, roster: Roster) -> AveragingTimes | None:
+        """Return how long averaging with a roster's shares takes, by the links that the peers tell; None: unknown."""
+        rules = self.rules
+        return self.claims.averaging_times(roster.peers, roster.shares, rules.body_bytes, rules.round_limit_s)
 
     def _caught_up(self, commands: _Commands[Envelope], now: float) -> _Commands[Envelope]:
         """Pass on the commands of a search. If catching up has ended, adopt the state, or decide anew if there
