@@ -77,6 +77,8 @@ class RoundSettings:
     silence_s: float
     pull: PullLimits
     max_wait_s: float = math.inf
+    target_tokens: int = 0
+    """Tokens of the batch that all make together; 0: a round has no such number."""
     dtype: str = "float32"
     """Type of the numbers of publications; what they are averaged to is fp32."""
 

@@ -91,16 +91,18 @@ class BatchExchange(RosterExchange):
         # Steps that are taken while the last batch is merged are of this one.
         goes_on = self.run.merge.delay_steps and self._ended_s and not self._fresh
         own_rate = (steps_per_s or self.expected_steps_per_s) * self.run.tokens_per_step
-        self._end.begin(round, own_rate, self._ended_s if goes_on else swarm_time())
         others = self.swarm.membership.volunteers()
         has_waited = round == 0 and section.min_peers > 1
         is_late = self._fresh and any(
             info.round > round or (info.round == round and info.inner_steps_done > 0 and not has_waited)
             for info in others
         )
+        self._end.begin(round, own_rate, self._ended_s if goes_on else swarm_time(), is_late=is_late)
         there, target = self._share(0), self.run.target_tokens / context
         others_per_s = (there.tokens_per_s - there.own_per_s) / context
-        sequences = planned_sequences(there.own_per_s / context, others_per_s, batch, target)
+        sequences = planned_sequences(
+            there.own_per_s / context, others_per_s, batch, target, max_wait_s=section.max_wait_s
+        )
         self.step_share = sequences / batch
         if sequences == batch:
             return section.inner_steps, 0, is_late
@@ -143,20 +145,25 @@ class BatchExchange(RosterExchange):
     def _mean(self, outcome: RosterMean) -> Averaged:
         """Return the update of a batch that ended with a roster."""
         roster, mean = outcome.roster, super()._mean(outcome)
-        own_tokens = 0 if self._published is None else self._published.tokens
-        self._end.counted({entry.peer: entry.tokens for entry in roster.entries}, own_tokens, self._ended_s)
+        own, read, times = self._published, 0, 1.0
+        if own is not None:
+            read = own.tokens
+            if self.run.batch_rows > 1 and own.tokens:  # rosters count targets, and steps cost what they read
+                read = round(own.inner_steps * self.step_share * self.run.tokens_per_step)
+                times = read / own.tokens
+        self._end.counted({entry.peer: round(times * entry.tokens) for entry in roster.entries}, read, self._ended_s)
         at = CommonStep(roster.round + 1, roster.base_tokens / self.run.run.total_tokens)
         fields = {each.name: getattr(mean, each.name) for each in dataclasses.fields(mean)}
         return BatchMean(**fields, optimizer=self._optimizer, at=at)
 
     def _is_over(self, tokens: int) -> bool:
-        """Return whether the batch ends with the `tokens` that this peer has computed."""
+        """Return whether the batch ends with the `tokens` that this peer has read for it."""
         there, rounds = self._share(tokens), self.swarm.rounds
         if self._end.asks_others(there):
             peers = [info.peer for info in self.swarm.membership.volunteers()]
             self._asking = self.network.submit(rounds.search.ask_now(random.sample(peers, min(_SAMPLE, len(peers)))))
         is_asking = self._asking is not None and not self._asking.done()
-        over = self._end.is_complete(there, is_wanted=rounds.wanted, is_asking=is_asking, now=swarm_time())
+        over = self._end.is_complete(there, wanted_by=rounds.wanted_by, is_asking=is_asking, now=swarm_time())
         if over:
             self._asking = None
             _log.info("round %d: %d tokens here, %.0f elsewhere", self._end.round, tokens, there.others_tokens)

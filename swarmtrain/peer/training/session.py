@@ -75,7 +75,7 @@ class Start:
     batch_sequences: int = 0
     """Sequences of each inner step where this peer is too slow for the run's batch; 0: as the run file says."""
     is_over: Callable[[int], bool] = lambda tokens: False
-    """Return whether the round ends with the steps taken so far, which have so many `tokens`; asked after each step."""
+    """Return whether the round ends with the steps taken so far, which have read so many `tokens`; asked after each."""
 
     @cached_property
     def publish_after(self) -> Sequence[int]:
@@ -575,7 +575,7 @@ class Session:
         """Publish, merge or end the round if its last step has made that due."""
         start, num_steps, part = round.start, self._full_steps(round), 0
         is_full = round.steps.read_tokens >= start.inner_steps * self._step_tokens(start)
-        is_full = is_full or (round.steps.tokens > 0 and start.is_over(round.steps.tokens))
+        is_full = is_full or (round.steps.tokens > 0 and start.is_over(round.steps.read_tokens))
         if self._merging is not None:
             # Nothing is published meanwhile: of a fragment that is being merged it would be counted in two rounds.
             next_fragment = len(round.updates) + len(self._merging.fragments)

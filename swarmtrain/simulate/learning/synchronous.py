@@ -200,7 +200,9 @@ def batch(setting: Setting) -> RunOutcome:
     optimizer = CommonOptimizer(parameters.shapes, inner_constants(run), run.merge.optimizer)
     speeds, target = setting.speeds, run.target_tokens / run.model.context_tokens
     sequences = {
-        number: planned_sequences(full * speed, full * (sum(speeds) - speed), full, target)
+        number: planned_sequences(
+            full * speed, full * (sum(speeds) - speed), full, target, max_wait_s=run.merge.max_wait_s
+        )
         for number, speed in enumerate(speeds)
     }
     theta = everyone[0].reached

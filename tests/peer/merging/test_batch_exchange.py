@@ -102,20 +102,51 @@ def test_the_batch_ends_once_the_others_have_answered(
     assert start.is_over(11 * STEP)
 
 
+@pytest.mark.parametrize(("done", "speed"), [(0, 256.0), (2, 512.0)], ids=["in time", "late"])
+def test_rates_are_learnt_from_batches_that_this_peer_saw_from_their_start(
+    exchange_for: Callable[..., tuple[BatchExchange, list[Event]]],
+    monkeypatch: pytest.MonkeyPatch,
+    done: int,
+    speed: float,
+) -> None:
+    """Ben says two steps a second, and the roster has one step of his in a second."""
+    exchange, _ = exchange_for(round=3, inner_steps_done=done)
+    exchange.start_round(Progress(round=3, run_tokens=100), 2.0)
+    publish(exchange, monkeypatch, mean(*sorted([ME.peer_id, BEN.peer_id])))
+    exchange._ended_s = exchange._end.started_s + 1.0
+    exchange.collect()
+    there = exchange._share(0)
+    assert there.tokens_per_s - there.own_per_s == pytest.approx(speed)
+
+
+def test_what_rosters_count_is_read_as_what_steps_read(
+    exchange_for: Callable[..., tuple[BatchExchange, list[Event]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the tokens that this peer read a quarter was learnt."""
+    exchange, _ = exchange_for(round=3)
+    exchange.start_round(Progress(round=3, run_tokens=100), 2.0)
+    monkeypatch.setattr(RunFile, "batch_rows", 2)
+    publish(exchange, monkeypatch, mean(*sorted([ME.peer_id, BEN.peer_id])), tokens=STEP // 4)
+    exchange._ended_s = exchange._end.started_s + 1.0
+    exchange.collect()
+    there = exchange._share(0)
+    assert there.own_per_s == pytest.approx(STEP) and there.tokens_per_s == pytest.approx(STEP + 4 * STEP)
+
+
 def mean(*peers: str) -> RosterMean:
     entries = tuple(RoundPublication(peer=peer, snapshot="cd" * 32, tokens=STEP, inner_steps=1) for peer in peers)
     roster = Roster(round=3, signer=BEN.peer_id, entries=entries, base="ab" * 32, base_tokens=TARGET)
     return RosterMean(roster=roster, mean=bytearray(torch.full((6,), 0.25).numpy().tobytes()))
 
 
-def publish(exchange: BatchExchange, monkeypatch: pytest.MonkeyPatch, outcome: RosterMean) -> None:
+def publish(exchange: BatchExchange, monkeypatch: pytest.MonkeyPatch, outcome: RosterMean, tokens: int = STEP) -> None:
     monkeypatch.setattr(
         exchange.network,
         "submit",
         lambda work: (work.close(), Future[Any](), None)[1],  # nobody is asked
     )
     own = LocalUpdate(
-        round=3, part=1, thetas=(), fragment_rounds=(), reached=None, tokens=STEP, inner_steps=1, own_tokens=STEP,
+        round=3, part=1, thetas=(), fragment_rounds=(), reached=None, tokens=tokens, inner_steps=1, own_tokens=STEP,
         base="ab" * 32, mean_gradient=torch.ones(6),
     )  # fmt: skip
     exchange.publish(own)

@@ -747,6 +747,18 @@ def test_a_large_batch_ends_when_all_have_it_and_its_gradients_are_of_the_same_w
     assert session.next_step() is not None and loop.added == 0, "what was added up before a pause is dropped"
 
 
+def test_of_samples_a_batch_is_measured_in_what_was_read_of_them() -> None:
+    run = run_file(9, stages=1)
+    run = run.model_copy(update={"merge": run.merge.model_copy(update={"method": "batch", "fragments": 1})})
+    exchange, reports, loop = Together(9, 1, ends_at=[2 * STEP]), list[RoundReport](), NoLoop()
+    session = Session(run=run, parameters=parameters(), loop=loop, exchange=exchange, report=reports.append)
+    for _ in range(2):
+        assert session.next_step() is not None and not reports
+        loop.added += 1
+        session.step(STEP // 4, 2.0, read_tokens=STEP)
+    assert reports[0].contribution.tokens == STEP // 2, "targets are what it counts for"
+
+
 @dataclass
 class ByHand:
     """Worker whose merge is done when the test says so."""
