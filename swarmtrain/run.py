@@ -253,7 +253,7 @@ class MergeSection(Section):
             'With "batch": the step that all volunteers take, with the constants of [inner].',
             {
                 "adamw": "AdamW.",
-                "lamb": "LAMB, whose step in each tensor is as long as the tensor's weights; for very large batches.",
+                "lamb": "LAMB, whose step in each tensor is as long as the tensor's weights; for very large batches, and not for an adapter.",
             },
         ),
     )
@@ -627,6 +627,11 @@ class RunFile(Section):
             raise ValueError(
                 f'merge.gradient_format: "{merge.gradient_format}" with an adapter, of which volunteers publish groups; '
                 'allowed: "fp32"'
+            )
+        if merge.kind.common_step and merge.optimizer == "lamb":
+            raise ValueError(
+                'merge.optimizer: "lamb" with an adapter, whose B begins with zeros and would stay as short as its first '
+                'step; allowed: "adamw"'
             )
         if merge.init != "common":
             raise ValueError(

@@ -49,6 +49,10 @@ class BatchExchange(RosterExchange):
     _published: LocalUpdate | None = field(default=None, init=False)
     _ended_s: float = field(default=0.0, init=False)
     """Swarm time at which this peer ended its part of the batch."""
+    _counted_tokens: int = field(default=0, init=False)
+    """Tokens of this peer that were counted when the round began."""
+    _ahead_tokens: int = field(default=0, init=False)
+    """Tokens of the steps taken while the last batch is merged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +84,14 @@ class BatchExchange(RosterExchange):
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """Return the plan of the next round. See `Exchange`."""
+        if self._fresh and self._ahead_tokens:
+            message = (
+                f"about {self._ahead_tokens:,} tokens that this volunteer computed ahead of round {progress.round} do "
+                "not count, since it took others' weights or paused; its next gradients are of the new weights"
+            )
+            self.swarm.emit(WarningEvent(message=message, code="gradient-not-counted"))
+        self._ahead_tokens = 0
+        self._counted_tokens = progress.peer_tokens.get(self.swarm.identity.peer_id, 0)
         start = super().start_round(progress, steps_per_s)
         return dataclasses.replace(start, is_over=self._is_over)
 
@@ -110,10 +122,12 @@ class BatchExchange(RosterExchange):
 
     def step_done(self, inner_steps_done: int) -> None:
         """Note that an inner step is done. One taken while a batch is merged is of the next one. See `Exchange`."""
-        if self.is_training:
+        num_ahead = inner_steps_done - self.round_steps
+        if num_ahead <= 0:
             super().step_done(inner_steps_done)
         else:
             self.num_steps += self.step_share
+            self._ahead_tokens = math.floor(num_ahead * self.step_share * self.run.tokens_per_step)
 
     def publish(self, contribution: LocalUpdate) -> None:
         """Hand over the mean gradient of this peer's part of the batch. See `Exchange`."""
@@ -131,8 +145,7 @@ class BatchExchange(RosterExchange):
         """Return the mean gradient of the batch, once a roster says whose are in it. See `Exchange`."""
         own, arrived = self._published, super().collect(fragment)
         assert own is not None
-        is_counted = not isinstance(arrived, Replaced) and self.swarm.identity.peer_id in arrived.partners
-        if is_counted:
+        if self._is_in(arrived, own):
             self._has_counted()
         else:
             message = (
@@ -141,6 +154,15 @@ class BatchExchange(RosterExchange):
             )
             self.swarm.emit(WarningEvent(message=message, code="gradient-not-counted"))
         return arrived
+
+    def _is_in(self, arrived: Averaged | Replaced, own: LocalUpdate) -> bool:
+        """Return whether this peer's gradient is in what arrived. A state that it took because it could not get the
+        mean may be of a roster that lists it, or of later ones, of which the state has only the sums.
+        """
+        me = self.swarm.identity.peer_id
+        if isinstance(arrived, Replaced) and arrived.progress.round != own.round + 1:
+            return arrived.progress.peer_tokens.get(me, 0) >= self._counted_tokens + own.tokens
+        return me in arrived.partners
 
     def _mean(self, outcome: RosterMean) -> Averaged:
         """Return the update of a batch that ended with a roster."""

@@ -221,9 +221,10 @@ class LoopState(Protocol):
     def begin_round(self) -> None:
         """Note that a round begins without a step: what was added up in one that was given up is dropped."""
 
-    def mean_gradient(self) -> Tensor:
-        """Return the mean gradient (P,) fp32 of the steps since the last call, in main memory. Only of a loop whose
-        steps leave the weights as they are (`MergeMethod.common_step`)."""
+    def mean_gradient(self) -> tuple[Tensor, int]:
+        """Return the mean gradient (P,) fp32 of the steps since the last call, in main memory, and its targets, at
+        least 1: those of steps whose gradients were not finite do not count. Only of a loop whose steps leave the
+        weights as they are (`MergeMethod.common_step`)."""
         ...
 
     def end(self) -> None:
@@ -600,12 +601,12 @@ class Session:
         If the weights of the update are not lent, a worker waits for them: then that function publishes.
         """
         steps, replica, kind = round.steps, self.replica, self.run.merge.kind
-        gradient = self.loop.mean_gradient() if kind.common_step else None
+        gradient, tokens = self.loop.mean_gradient() if kind.common_step else (None, steps.tokens)
         if self.worker is None or kind.lends_weights:
-            own = replica.contribution(part, steps.number, steps.tokens, gradient)
+            own = replica.contribution(part, steps.number, tokens, gradient)
             self.exchange.publish(own)
             return lambda: own
-        wait = replica.contribution_soon(part, steps.number, steps.tokens, gradient)
+        wait = replica.contribution_soon(part, steps.number, tokens, gradient)
 
         @cache
         def publish() -> LocalUpdate:
