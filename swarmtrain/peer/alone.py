@@ -44,8 +44,8 @@ class _Nobody:
     """Exchange of a peer that trains alone: the mean is its own round."""
 
     run: RunFile
-    optimizer: CommonOptimizer
-    """Takes the step of each round, with a method whose peers take one together."""
+    optimizer: CommonOptimizer | None = None
+    """Takes the step of each round, with a method whose peers take one together; else None."""
     _own: LocalUpdate | None = None
     _progress: Progress = field(default_factory=Progress)
 
@@ -70,7 +70,7 @@ class _Nobody:
     def collect(self, fragment: int = 0) -> Averaged | Replaced:
         assert self._own is not None
         gradient, weights, before = self._own.gradient, (self._own.tokens,), self._progress
-        if not self.run.merge.kind.common_step:
+        if self.optimizer is None:
             return Averaged(gradient=gradient, partners=(ALONE,), weights=weights, signer=ALONE, roster_sha256="")
         at = CommonStep(before.round + 1, before.run_tokens / self.run.run.total_tokens)
         return BatchMean(
@@ -118,7 +118,8 @@ def train_alone(
         advance(finished.contribution.tokens)
 
     loop = loop_class(compute)(run, model, batches, compute=compute, told_smaller=told.smaller)
-    optimizer = CommonOptimizer(loop.parameters.shapes, inner_constants(run), run.merge.optimizer)
+    is_common, shapes = run.merge.kind.common_step, loop.parameters.shapes
+    optimizer = CommonOptimizer(shapes, inner_constants(run), run.merge.optimizer) if is_common else None
     session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=_Nobody(run, optimizer), report=report)
     try:
         loop.train(session)
