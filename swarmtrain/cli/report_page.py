@@ -349,9 +349,8 @@ def _published(data: bytes) -> _PublishedFile:
 
 def _has_types(table: Mapping[str, Any], published: Any) -> bool:
     """Return whether what a report reads of a run file has the types that it has in one."""
-    data, sources = table.get("data", {}), []
-    if isinstance(data, dict):
-        sources = data.get("sources", [])
+    data = table.get("data", {})
+    sources: Any = data.get("sources", []) if isinstance(data, dict) else []
     if not isinstance(sources, list):
         return False
     sections = [published, table.get("model", {}), data, *sources]
