@@ -244,7 +244,7 @@ class MergeSection(Section):
     max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='With "gossip": a publication that is further behind the median round is not merged, and a peer that is further behind takes the others\' weights. With "server": a pseudo-gradient that began from weights further behind is not taken in.')  # fmt: skip
     buffer_arrivals: int = Field(0, ge=0, le=10_000, description='With "server": number of arrivals after which the outer momentum is refreshed (N); 0: as many as there are volunteers.')  # fmt: skip
     momentum_share: float = Field(0.0, ge=0, le=1, description='With "server": share of the momentum that each arrival applies (c), at most 1 / N; 0: the momentum is applied only when it is refreshed.')  # fmt: skip
-    target_tokens: int = Field(0, ge=0, le=10**12, description='With "batch": tokens of the large batch; the step is taken once all volunteers together have about so many. 0: what merge.inner_steps inner steps read.')  # fmt: skip
+    target_tokens: int = Field(0, ge=0, le=10**12, description='With "batch": tokens of the large batch; the step is taken once all volunteers together have read about so many, learnt or not. 0: what merge.inner_steps inner steps read.')  # fmt: skip
     max_wait_s: float = Field(10.0, gt=0, le=3600, description='With "batch": once the batch is there, how long the step waits for volunteers that have not delivered their gradient, in seconds; then it is taken without them, and what they computed for it does not count.')  # fmt: skip
     delay_steps: int = Field(0, ge=0, le=1, description='With "batch": 1 has volunteers compute gradients for the next batch, at the old weights, while the mean of this one is made and travels.')  # fmt: skip
     optimizer: Literal["adamw", "lamb"] = Field(
@@ -253,7 +253,7 @@ class MergeSection(Section):
             'With "batch": the step that all volunteers take, with the constants of [inner].',
             {
                 "adamw": "AdamW.",
-                "lamb": "LAMB, whose step in each tensor is as long as the tensor's weights; for very large batches.",
+                "lamb": "LAMB, whose step in each tensor is as long as the tensor's weights; for very large batches, and not for an adapter.",
             },
         ),
     )
@@ -445,10 +445,11 @@ class RunFile(Section):
     @property
     def max_round_tokens(self) -> int:
         """Most tokens that one peer's round counts. With gossip a round may be longer, to end when the others' rounds do.
-        A stage's steps differ in size (`protocol/pipeline/ledger.py`), and a round ends after the step that fills it."""
+        A stage's steps differ in size (`protocol/pipeline/ledger.py`), and so do those for one large batch
+        (`protocol/rounds/batch_end.py`); a round ends after the step that fills it."""
         in_step = self.merge.kind.in_step and self.merge.pacing
         steps = math.ceil((_MOST_IN_STEP if in_step else 1.0) * self.merge.inner_steps)
-        more_steps = 0 if self.pipeline.stages == 1 else _MOST_STEP_BATCHES
+        more_steps = int(self.merge.kind.common_step) if self.pipeline.stages == 1 else _MOST_STEP_BATCHES
         return (steps + more_steps) * self.tokens_per_step
 
     @property
@@ -626,6 +627,11 @@ class RunFile(Section):
             raise ValueError(
                 f'merge.gradient_format: "{merge.gradient_format}" with an adapter, of which volunteers publish groups; '
                 'allowed: "fp32"'
+            )
+        if merge.kind.common_step and merge.optimizer == "lamb":
+            raise ValueError(
+                'merge.optimizer: "lamb" with an adapter, whose B begins with zeros and would stay as short as its first '
+                'step; allowed: "adamw"'
             )
         if merge.init != "common":
             raise ValueError(

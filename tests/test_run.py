@@ -397,11 +397,10 @@ def test_so_many_sequences_are_computed_at_once(batch: int, microbatch: int, sta
         (2, "pacing = false", 29),
         (6, "pacing = false", 29),
         (2, "", most_inner_steps(25) + 4),
+        (1, 'method = "batch"', 26),
     ],
 )
-def test_a_round_may_end_when_those_of_others_do_and_that_of_a_stage_with_a_large_step(
-    stages: int, merge: str, steps: int
-) -> None:
+def test_a_round_may_end_when_those_of_others_do_and_after_a_large_step(stages: int, merge: str, steps: int) -> None:
     run = parse_run(f"{MINIMAL}[merge]\n{merge}\n[pipeline]\nstages = {stages}\n", "r")
     assert run.max_round_tokens == steps * run.tokens_per_step
 

@@ -22,41 +22,48 @@ class GradientSum(InnerOptimizer):
     """Targets of the batch whose mean gradient is in `.grad`; set before each step."""
     _sums: list[Tensor] | None = None
     """Sum of the gradients of all targets so far, as one tensor for each parameter; None without any."""
-    _num_targets = 0
+    _num_targets: Tensor | None = None
+    """Number of these targets () int64, on the parameters' device."""
 
     @torch.no_grad()
     def step(self, progress: float, scale: float = 1.0) -> Tensor:
         """Add the gradients in `.grad`, drop them, and return their norm ().
 
-        A gradient that is not finite adds zeros. `progress` and `scale` have no meaning here. Nothing waits for the
-        parameters' device.
+        A gradient that is not finite adds nothing, and its targets do not count. `progress` and `scale` have no meaning
+        here. Nothing waits for the parameters' device.
         """
         gradients = self.gradients()
         if self.loss_scale is not None:
             self.loss_scale.unscale(gradients)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         is_bad = norm.isfinite().logical_not_()
-        if self._sums is None:
+        if self._sums is None or self._num_targets is None:
             self._sums = [torch.zeros_like(gradient) for gradient in gradients]
+            self._num_targets = torch.zeros((), dtype=torch.int64, device=norm.device)
         for total, gradient in zip(self._sums, gradients, strict=True):
             total.add_(gradient.masked_fill_(is_bad, 0.0), alpha=self.targets)
-        self._num_targets += self.targets
+        self._num_targets.add_(is_bad.logical_not(), alpha=self.targets)
         if self.loss_scale is not None:
             self.loss_scale.update(is_bad.to(torch.float32))
         self.drop_gradients()
         return norm
 
     @torch.no_grad()
-    def take_mean(self) -> Tensor:
-        """Return the mean gradient (P,) of all targets since the last call, in main memory; zeros without any."""
+    def take_mean(self) -> tuple[Tensor, int]:
+        """Return the mean gradient (P,), in main memory, of all targets that counted since the last call, and their
+        number.
+
+        Without any it is zeros, of one target: peers accept no gradient of none.
+        """
         sums = self._sums or [torch.zeros_like(parameter) for parameter in self._parameters.values()]
-        mean = flatten(sums).cpu().div_(max(1, self._num_targets))
+        num_targets = 1 if self._num_targets is None else max(1, int(self._num_targets))
+        mean = flatten(sums).cpu().div_(num_targets)
         self.forget()
-        return mean
+        return mean, num_targets
 
     def forget(self) -> None:
         """Drop the sum."""
-        self._sums, self._num_targets = None, 0
+        self._sums = self._num_targets = None
 
     def end(self) -> None:
         """Drop everything, because no step follows."""

@@ -349,7 +349,7 @@ def _published(data: bytes) -> _PublishedFile:
 
 def _has_types(table: Mapping[str, Any], published: Any) -> bool:
     """Return whether what a report reads of a run file has the types that it has in one."""
-    data: Any = table.get("data", {})
+    data = table.get("data", {})
     sources: Any = data.get("sources", []) if isinstance(data, dict) else []
     if not isinstance(sources, list):
         return False

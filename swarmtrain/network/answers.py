@@ -105,7 +105,7 @@ class SwarmAnswers:
     async def round(self, request: pb.RoundRequest, caller: str) -> pb.RoundReply:
         """Answer what this peer knows of a round, and greet the caller if it is unknown."""
         self.greeter.meet([caller])
-        return await self.rounds.answer(request)
+        return await self.rounds.answer(request, caller)
 
     async def publication(self, request: pb.PublicationRequest, caller: str) -> pb.PublicationReply:
         """Return this peer's newest publication, or that of a guest, and record the caller's presence. The publication

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.events import Event
@@ -16,9 +17,9 @@ from swarmtrain.peer.devices.choice import choose_compute
 from swarmtrain.peer.devices.report import ComputeReport
 from swarmtrain.peer.lifecycle.node import PeerSettings, held_out_loss, use_threads
 from swarmtrain.peer.lifecycle.preparation import data_base
-from swarmtrain.peer.merging.updates import Averaged, LocalUpdate, Replaced
+from swarmtrain.peer.merging.updates import Averaged, BatchMean, LocalUpdate, Replaced
 from swarmtrain.peer.model_files.base_files import kept_model_folder
-from swarmtrain.peer.training.loop import loop_class
+from swarmtrain.peer.training.loop import inner_constants, loop_class
 from swarmtrain.peer.training.session import RoundReport, Session, Start
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
@@ -43,7 +44,10 @@ class _Nobody:
     """Exchange of a peer that trains alone: the mean is its own round."""
 
     run: RunFile
+    optimizer: CommonOptimizer | None = None
+    """Takes the step of each round, with a method whose peers take one together; else None."""
     _own: LocalUpdate | None = None
+    _progress: Progress = field(default_factory=Progress)
 
     def hold(self, states: Sequence[OuterState]) -> None:
         pass
@@ -52,6 +56,7 @@ class _Nobody:
         pass
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
+        self._progress = progress
         # A step has at most so many targets. Where it has fewer, more rounds follow.
         left = math.ceil((self.run.run.total_tokens - progress.run_tokens) / self.run.tokens_per_step)
         return Start(inner_steps=max(1, min(self.run.merge.inner_steps, left)), num_peers=1)
@@ -64,8 +69,18 @@ class _Nobody:
 
     def collect(self, fragment: int = 0) -> Averaged | Replaced:
         assert self._own is not None
-        return Averaged(
-            gradient=self._own.gradient, partners=(ALONE,), weights=(self._own.tokens,), signer=ALONE, roster_sha256=""
+        gradient, weights, before = self._own.gradient, (self._own.tokens,), self._progress
+        if self.optimizer is None:
+            return Averaged(gradient=gradient, partners=(ALONE,), weights=weights, signer=ALONE, roster_sha256="")
+        at = CommonStep(before.round + 1, before.run_tokens / self.run.run.total_tokens)
+        return BatchMean(
+            gradient=gradient,
+            partners=(ALONE,),
+            weights=weights,
+            signer=ALONE,
+            roster_sha256="",
+            optimizer=self.optimizer,
+            at=at,
         )
 
 
@@ -80,7 +95,8 @@ def train_alone(
 
     It chooses its device and precision as a volunteer with these settings does, and tells `emit` what it trains on. Its
     schedule runs over exactly those tokens, and it merges with nobody: an outer rate of 1 without momentum leaves plain
-    AdamW. `advance` is called after each round with the number of its tokens.
+    AdamW. Where peers make a large batch together, it makes batches as large by itself, and takes the same step with
+    each. `advance` is called after each round with the number of its tokens.
     """
     use_threads(settings.limits.threads)
     run = _lone_run(published.run, tokens)
@@ -102,7 +118,9 @@ def train_alone(
         advance(finished.contribution.tokens)
 
     loop = loop_class(compute)(run, model, batches, compute=compute, told_smaller=told.smaller)
-    session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=_Nobody(run), report=report)
+    is_common, shapes = run.merge.kind.common_step, loop.parameters.shapes
+    optimizer = CommonOptimizer(shapes, inner_constants(run), run.merge.optimizer) if is_common else None
+    session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=_Nobody(run, optimizer), report=report)
     try:
         loop.train(session)
     finally:
@@ -118,8 +136,6 @@ def _lone_run(run: RunFile, tokens: int) -> RunFile:
         "momentum_ramp_rounds": 0,
         "pacing": False,
     }
-    if run.merge.kind.common_step:  # alone each batch is a step
-        alone["method"] = "diloco"
     merge = run.merge.model_copy(update={**alone, "fragments": 1})
     total = run.run.model_copy(update={"total_tokens": tokens})
     return run.model_copy(update={"merge": merge, "run": total})

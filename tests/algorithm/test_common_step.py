@@ -133,10 +133,13 @@ def test_gradients_are_added_up_beside_unchanged_weights() -> None:
         assert all(each.grad is None for each in model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, math.nan)
-    summed.targets = 0
+    summed.targets = 5
     assert not summed.step(0.5).isfinite()
     weighted = [size * gradient for size, gradient in zip(sizes, gradients, strict=True)]
     wanted = torch.stack(weighted).sum(dim=0) / sum(sizes)
-    assert torch.allclose(summed.take_mean(), wanted, rtol=1e-5) and torch.equal(flatten(model.parameters()), before)
-    assert not summed.take_mean().count_nonzero(), "each gradient is taken once"
+    mean, num_targets = summed.take_mean()
+    assert torch.allclose(mean, wanted, rtol=1e-5) and torch.equal(flatten(model.parameters()), before)
+    assert num_targets == sum(sizes), "without those of the gradient that was not finite"
+    again, num_targets = summed.take_mean()
+    assert not again.count_nonzero() and num_targets == 1, "each gradient is taken once"
     unflatten_into(before, model.parameters())

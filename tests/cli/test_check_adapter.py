@@ -76,6 +76,7 @@ def test_its_groups_are_the_fragments_and_older_peers_are_told_to_update() -> No
         ('HF[adapter]\nmethod = "lora"\n[merge]\nmethod = "server"', 'allowed: with "gossip" or "diloco"'),
         ('HF[adapter]\nmethod = "lora"\n[pipeline]\nstages = 2', "allowed: with 1"),
         ('HF[adapter]\nmethod = "lora"\n[merge]\ninit = "own"', 'allowed: "common"'),
+        ('HF[adapter]\nmethod = "lora"\n[merge]\nmethod = "batch"\noptimizer = "lamb"', 'allowed: "adamw"'),
         ('HF[adapter]\nmethod = "lora"\n[merge]\nfragments = 3', "allowed: 4"),
         ('HF[adapter]\nmethod = "lora"\nrank = 8\ngroup_rank = 3', "allowed: 0, or what divides"),
         ('HF[adapter]\nmethod = "lora"\nrank = 32\ngroup_rank = 1', "at most 16 groups"),

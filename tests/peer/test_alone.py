@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from codes import raises_code
+from torch import Tensor
 
+from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
+from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import UserError
 from swarmtrain.events import DeviceEvent, Event
 from swarmtrain.network.swarm import PublishedRun
@@ -80,6 +83,30 @@ def test_it_computes_in_the_precision_asked_for_and_says_so(
         losses.append(found.loss)
     full, lower, again = losses
     assert full == again != lower and lower == pytest.approx(full, rel=0.01) and full < 5.5
+
+
+def test_of_a_large_batch_it_makes_the_same_steps_with_batches_as_large(
+    published: PublishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[str, CommonStep]] = []
+    step = CommonOptimizer.step
+
+    def recorded(self: CommonOptimizer, state: OuterState, gradient: Tensor, at: CommonStep) -> OuterState:
+        taken.append((self.name, at))
+        return step(self, state, gradient, at)
+
+    monkeypatch.setattr(CommonOptimizer, "step", recorded)
+    losses = []
+    for optimizer in ("adamw", "lamb"):
+        update = {"method": "batch", "optimizer": optimizer}
+        merge = published.run.merge.model_copy(update=update)
+        run = published.run.model_copy(update={"merge": merge})
+        found, _, rounds = alone(PublishedRun(b"", "ab" * 32, run, HELD_OUT, b""), tmp_path, "fp32")
+        assert rounds == [run.target_tokens] * 3 == [256] * 3 and (found.tokens, found.inner_steps) == (TOKENS, 12)
+        assert taken == [(optimizer, CommonStep(number + 1, number / 3)) for number in range(3)]
+        losses.append(found.loss)
+        taken.clear()
+    assert losses[0] != losses[1] and max(losses) < 5.6
 
 
 def test_a_precision_that_the_run_does_not_allow_is_refused(published: PublishedRun, tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ class Record:
 def plain(value: Any) -> Any:
     """Convert a value to what JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        members = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        return {name: member for name, member in members.items() if not callable(member)}
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
 

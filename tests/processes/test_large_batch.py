@@ -87,7 +87,7 @@ def replayed(
                 model.loss(batch).backward()  # type: ignore[no-untyped-call]
                 summed.targets = event.tokens // event.inner_steps
                 summed.step(0.0)
-            means[peer] = summed.take_mean()
+            means[peer], _ = summed.take_mean()
             if run.merge.roster_format != "fp32":
                 pieces, has_counted = encoders[peer].encode(means[peer], event.tokens)
                 means[peer] = torch.cat([decode_pieces(piece, run.merge.roster_format) for piece in pieces])

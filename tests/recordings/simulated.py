@@ -299,7 +299,7 @@ class _Learning(_Lines):
             )
 
         def starts_with(peer: LearningPeer, found: Start) -> None:
-            told = dataclasses.asdict(found)
+            told = {name: value for name, value in dataclasses.asdict(found).items() if not callable(value)}
             # Older recordings do not know smaller batches, and a peer that takes none is as it was.
             if not told["batch_sequences"]:
                 del told["batch_sequences"]

@@ -85,7 +85,7 @@ _MAX_ADDRESSES = 16
 _MAX_PRESENCE_BYTES = 2048
 MAX_KEPT = 16  # stages of which a peer advertises checkpoints
 _MAX_STAGES = 512
-_MAX_BYTES_PER_S = 1e12  # of a link
+_MIN_BYTES_PER_S, _MAX_BYTES_PER_S = 1.0, 1e12  # of a link that is known
 _ADDRESS = re.compile(r"/[!-~]{1,254}")
 _PURPOSE = b"swarmtrain record v1\0"
 
@@ -128,7 +128,12 @@ def presence_to_proto(info: PeerInfo) -> pb.Presence:
 
 
 def _rates(link: LinkRates) -> dict[str, float]:
-    return {"up_bytes_per_s": link.up_bytes_per_s, "down_bytes_per_s": link.down_bytes_per_s}
+    """Return the rates that are told: a slower one than others accept is the slowest, a faster one the fastest."""
+    up, down = (
+        min(max(rate, _MIN_BYTES_PER_S), _MAX_BYTES_PER_S) if rate > 0 else 0.0
+        for rate in (link.up_bytes_per_s, link.down_bytes_per_s)
+    )
+    return {"up_bytes_per_s": up, "down_bytes_per_s": down}
 
 
 def place_to_proto(place: StagePeer) -> pb.Place:
@@ -210,7 +215,8 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
     link = None
     if message.HasField("link"):
         link = LinkRates(message.link.up_bytes_per_s, message.link.down_bytes_per_s, not message.hidden)
-        if not all(0 <= rate <= _MAX_BYTES_PER_S for rate in _rates(link).values()):  # false for NaN too
+        told = (message.link.up_bytes_per_s, message.link.down_bytes_per_s)
+        if not all(rate == 0 or _MIN_BYTES_PER_S <= rate <= _MAX_BYTES_PER_S for rate in told):  # false for NaN too
             raise BadBytesError("a presence with the rate of a link out of range", code="bad-presence")
     return PeerInfo(
         peer=peer,

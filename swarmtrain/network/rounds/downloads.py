@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable, Sequence
 
 from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.network.finite import none_negative
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots.store import HeldSnapshot, PullLimits, SnapshotStore, all_finite, pull_chunks
 
-__all__ = ["Downloads", "check_finite"]
+__all__ = ["Downloads", "check_finite", "check_not_negative"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,3 +50,9 @@ async def check_finite(part: memoryview) -> None:
     """Raise BadBytesError if any of these fp32 numbers is not finite."""
     if not await asyncio.to_thread(all_finite, part):
         raise BadBytesError("numbers that are not finite", code="not-finite")
+
+
+async def check_not_negative(part: memoryview) -> None:
+    """Raise BadBytesError if any of these fp32 numbers is below 0."""
+    if not await asyncio.to_thread(none_negative, part):
+        raise BadBytesError("means of squares below 0", code="bad-number")

@@ -31,16 +31,6 @@ class GradientPiece:
     at: int
     ends_at: int
 
-    def of(self, start: int, end: int) -> tuple[int, int]:
-        """Return where bytes `start` to `end` of the whole gradient, which are in this piece, are in the body.
-
-        Of a publication in fewer bytes a piece is taken whole.
-        """
-        if (start, end) == (self.start, self.end):
-            return self.at, self.ends_at
-        assert self.ends_at - self.at == self.end - self.start, "of fp32"
-        return self.at + start - self.start, self.at + end - self.start
-
 
 class GradientGroups:
     """Tensor tables of a run's pseudo-gradients, and where each group is in the whole gradient."""
@@ -123,7 +113,17 @@ class GradientGroups:
             at += ends - begins
         return found
 
-    def segments(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Cut bytes `start` to `end` of the whole gradient where groups end."""
-        both = ((max(start, begins), min(end, ends)) for begins, ends in self._places.values())
+    def in_body(self, piece: GradientPiece, start: int, end: int) -> tuple[int, int]:
+        """Return where bytes `start` to `end` of the whole gradient, which are in this piece, are in the body."""
+        if self._dtype != "float32":
+            return self._encoded(start).size_bytes, self._encoded(end).size_bytes
+        return piece.at + start - piece.start, piece.at + end - piece.start
+
+    def segments(self, start: int, end: int, *, by_chunk: bool = False) -> list[tuple[int, int]]:
+        """Cut bytes `start` to `end` of the whole gradient where groups end, with `by_chunk` also where chunks do."""
+        both = [(max(start, begins), min(end, ends)) for begins, ends in self._places.values()]
+        if by_chunk:
+            inner = (range(first - first % CHUNK_BYTES, last, CHUNK_BYTES) for first, last in both)
+            cuts = [[first, *chunks[1:], last] for (first, last), chunks in zip(both, inner, strict=True)]
+            both = [pair for some in cuts for pair in itertools.pairwise(some)]
         return [(first, last) for first, last in both if first < last]

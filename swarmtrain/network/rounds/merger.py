@@ -37,6 +37,7 @@ from swarmtrain.network.snapshots.store import (
 )
 from swarmtrain.network.tasks import run_together
 from swarmtrain.protocol.membership.membership import Membership, PeerState
+from swarmtrain.protocol.rounds.link_claims import AveragingTimes
 from swarmtrain.protocol.rounds.roles import MAX_PIECES, PIECES_AT_ONCE, share_pieces
 from swarmtrain.protocol.rounds.rosters import (
     Roster,
@@ -76,6 +77,8 @@ class RoundSettings:
     silence_s: float
     pull: PullLimits
     max_wait_s: float = math.inf
+    target_tokens: int = 0
+    """Tokens of the batch that all make together; 0: a round has no such number."""
     dtype: str = "float32"
     """Type of the numbers of publications; what they are averaged to is fp32."""
 
@@ -90,12 +93,12 @@ class ShareOwners:
     """What is known of the peers that average shares.
 
     A request for a share carries the hash of the roster that the owner applied last, `last_known(owner)`: the owner
-    then need not repeat that roster in its reply. `averaging_s` returns the seconds that averaging a roster should
-    take, 0 if that is unknown; `judged` is called with an owner and whether its share came in time.
+    then need not repeat that roster in its reply. `averaging_times` returns how long averaging a roster should take,
+    None if that is unknown; `judged` is called with an owner and whether its share came in time.
     """
 
     last_known: Callable[[str], bytes]
-    averaging_s: Callable[[Roster], float] = lambda roster: 0.0
+    averaging_times: Callable[[Roster], AveragingTimes | None] = lambda roster: None
     judged: Callable[[str, bool], None] = lambda owner, in_time: None
 
 
@@ -211,7 +214,7 @@ class Merger:
         await run_together(fetch(*each) for each in self.rotated(wanted))
         if lacking:
             raise UnobtainableError(*lacking)
-        return await self._mean(wanted, start, end)
+        return await self._mean(roster, wanted, start, end)
 
     async def average_pieces(
         self,
@@ -240,19 +243,28 @@ class Merger:
                     if lacking:
                         raise UnobtainableError(*lacking)
                     await asyncio.sleep(_LOOK_S)
-                await averaged(number, await self._mean(wanted, start, end))
+                await averaged(number, await self._mean(roster, wanted, start, end))
 
         fetches = [fetch(*each) for each in zip(roster.entries, entries, strict=True)]
         await run_together([average(), *self.rotated(fetches)])
 
     async def _mean(
-        self, wanted: Sequence[tuple[RoundPublication, HeldSnapshot, Sequence[GradientPiece]]], start: int, end: int
+        self,
+        roster: Roster,
+        wanted: Sequence[tuple[RoundPublication, HeldSnapshot, Sequence[GradientPiece]]],
+        start: int,
+        end: int,
     ) -> bytearray:
-        """Return the weighted mean of bytes `start` to `end`, which are here."""
-        mean, refused = bytearray(end - start), set[str]()
-        for first, last in self.settings.groups.segments(start, end):
+        """Return the weighted mean of bytes `start` to `end`, which are here.
+
+        In shares a publication with numbers that are not finite is left out of the chunks that have them: what is left
+        out then does not depend on who averages which chunks.
+        """
+        groups, mean, refused = self.settings.groups, bytearray(end - start), set[str]()
+        in_shares = len(roster.entries) > self.settings.share_above
+        for first, last in groups.segments(start, end, by_chunk=in_shares):
             have = [
-                (entry, held.part(*piece.of(first, last)))
+                (entry, held.part(*groups.in_body(piece, first, last)))
                 for entry, held, its in wanted
                 for piece in its
                 if piece.start <= first and last <= piece.end
@@ -291,7 +303,7 @@ class _MergeInShares:
         self._mean = bytearray(groups.total_bytes)
         ranges = share_ranges(groups.num_chunks, len(entries), roster.shares)
         self._pieces = [share_pieces(chunks) if roster.shares else [chunks] for chunks in ranges]
-        self._roster_s = swarm_time()
+        self._roster_s, self._times = swarm_time(), merger.owners.averaging_times(roster)
         has_share = self._own is not None and bool(ranges[self._own])
         self._own_share_s = math.inf if has_share else self._roster_s
         """Time at which this peer's own share was ready."""
@@ -400,11 +412,11 @@ class _MergeInShares:
         return swarm_time() >= self._due_s(index) or self._is_gone(self._roster.peers[index])
 
     def _due_s(self, index: int) -> float:
-        silence_s, should_take_s = self._merger.settings.silence_s, self._merger.owners.averaging_s(self._roster)
-        if not self._roster.shares or should_take_s <= 0:
+        silence_s, times = self._merger.settings.silence_s, self._times
+        if not self._roster.shares or times is None:
             return share_due_s(self._roster_s, self._own_share_s, silence_s)
         last_s = self._piece_s.get(index, self._roster_s)
-        return piece_due_s(self._roster_s, last_s, should_take_s, silence_s)
+        return piece_due_s(self._roster_s, last_s, times.pairs_s[index], times.everyone_s, silence_s)
 
     async def _manifests(self, index: int, number: int) -> list[pb.Signed]:
         """Ask an owner for the pieces of its share from this number on. Returns the manifests of those that are

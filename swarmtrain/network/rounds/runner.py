@@ -82,6 +82,7 @@ class RoundRunner:
             num_chunks=settings.groups.num_chunks,
             body_bytes=settings.groups.total_bytes,
             max_wait_s=settings.max_wait_s,
+            target_tokens=settings.target_tokens,
         )
         self.engine: RoundEngine[pb.Signed, pb.ChainLink] = RoundEngine(
             membership, chains, rules, random.Random(), trains=trains
@@ -94,7 +95,7 @@ class RoundRunner:
         self._answers = RoundAnswers(chains)
         owners = ShareOwners(
             last_known=self._questions.last_known,
-            averaging_s=self.engine.averaging_s,
+            averaging_times=self.engine.averaging_times,
             judged=lambda owner, in_time: self._tell(ev.ShareJudged(owner, in_time)),
         )
         self._merger = Merger(self.identity, downloads, membership, settings, average, owners)
@@ -131,6 +132,11 @@ class RoundRunner:
     def wanted(self) -> bool:
         """True if another peer has ended this peer's present round and asked for its publication. See `RoundEngine`."""
         return self.engine.wanted
+
+    @property
+    def wanted_by(self) -> frozenset[str]:
+        """Volunteers that have ended this peer's present round and asked for its publication. See `RoundEngine`."""
+        return frozenset(self.engine.wanted_by)
 
     @property
     def waiting_for(self) -> str:
@@ -270,13 +276,13 @@ class RoundRunner:
 
     # ------------------------------------------------------------- others' questions
 
-    async def answer(self, request: pb.RoundRequest) -> pb.RoundReply:
-        """Answer a question about a round; hold the answer for up to `request.wait_s` seconds until it has something
-        new for the caller."""
+    async def answer(self, request: pb.RoundRequest, caller: str = "") -> pb.RoundReply:
+        """Answer a question of peer `caller` about a round; hold the answer for up to `request.wait_s` seconds
+        until it has something new for the caller."""
         call = self._awaited.next_number()
         self._requests[call] = request
         try:
-            asked = ev.QuestionReceived(call, question_of(request))
+            asked = ev.QuestionReceived(call, question_of(request), caller)
             reply: pb.RoundReply = await self._awaited.result(call, asked, ev.QuestionDropped(call))
             return reply
         finally:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from swarmtrain.errors import BadBytesError, PeerError
-from swarmtrain.network.rounds.downloads import Downloads, check_finite
+from swarmtrain.network.rounds.downloads import Downloads, check_finite, check_not_negative
 from swarmtrain.network.rounds.merger import RoundSettings
 from swarmtrain.network.rounds.roster import CheckedRosters, named
+from swarmtrain.network.snapshots.state_provider import SECOND_MOMENT
 from swarmtrain.network.snapshots.store import HeldSnapshot, empty_held, manifest_untrusted
 from swarmtrain.network.tasks import Awaited
 from swarmtrain.network.token_rows import check_token_rows_untrusted
@@ -64,6 +65,11 @@ class PeerStates:
 
     def __init__(self, downloads: Downloads, settings: RoundSettings, rosters: CheckedRosters) -> None:
         self._downloads, self._settings, self._rosters = downloads, settings, rosters
+        sizes = [(spec.name.startswith(f"{SECOND_MOMENT}/"), spec.size_bytes) for spec in settings.state_specs]
+        total_bytes = sum(size_bytes for _, size_bytes in sizes)
+        second_bytes = sum(size_bytes for is_second, size_bytes in sizes if is_second)
+        self._second_moments = (total_bytes - second_bytes, total_bytes)
+        """Where a state's second moments begin and end, in bytes: they are its last tensors, if it has any."""
 
     async def offered_untrusted(self, source: str, min_round: int) -> NewState | None:
         """Ask a peer for its state; pull none of its bytes yet. See `StateSource`."""
@@ -88,6 +94,7 @@ class PeerStates:
         with self._downloads.store.showing(state.held):
             await self._downloads.pull(state.held, range(snapshot.num_chunks), [state.from_peer])
             await check_finite(state.held.part(0, snapshot.manifest.total_bytes))
+            await check_not_negative(state.held.part(*self._second_moments))
 
     def blame(self, peer: str, error: PeerError) -> None:
         """Blame this peer for a state that did not come. See `StateSource`."""

@@ -92,10 +92,14 @@ class RankGroup:
         """Set `.grad` on every rank to the gradient of the mean loss of `batch`, and return that loss ().
 
         Each rank computes the part of the sequences that is its own; with fewer sequences than ranks some have none.
+        All multiply their losses by rank 0's loss scale: where all peers take the optimizer's step together, the other
+        ranks take none that would adapt their own.
         Returns None, without gradients, if memory ran out on any rank. Raises StopTraining, without gradients, if
         `should_stop` returned True on any rank.
         """
         inner.drop_gradients()
+        if inner.loss_scale is not None:
+            self.broadcast([inner.loss_scale.factor])
         part, outcome, loss = torch.tensor_split(batch, self.num_ranks)[self.rank], _Outcome.COMPUTED, None
         try:
             loss = add_gradient(loss_of, part, num_targets(batch), compute, inner.loss_scale, should_stop)

@@ -49,6 +49,10 @@ class BatchExchange(RosterExchange):
     _published: LocalUpdate | None = field(default=None, init=False)
     _ended_s: float = field(default=0.0, init=False)
     """Swarm time at which this peer ended its part of the batch."""
+    _counted_tokens: int = field(default=0, init=False)
+    """Tokens of this peer that were counted when the round began."""
+    _ahead_tokens: int = field(default=0, init=False)
+    """Tokens of the steps taken while the last batch is merged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +84,14 @@ class BatchExchange(RosterExchange):
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """Return the plan of the next round. See `Exchange`."""
+        if self._fresh and self._ahead_tokens:
+            message = (
+                f"about {self._ahead_tokens:,} tokens that this volunteer computed ahead of round {progress.round} do "
+                "not count, since it took others' weights or paused; its next gradients are of the new weights"
+            )
+            self.swarm.emit(WarningEvent(message=message, code="gradient-not-counted"))
+        self._ahead_tokens = 0
+        self._counted_tokens = progress.peer_tokens.get(self.swarm.identity.peer_id, 0)
         start = super().start_round(progress, steps_per_s)
         return dataclasses.replace(start, is_over=self._is_over)
 
@@ -91,16 +103,18 @@ class BatchExchange(RosterExchange):
         # Steps that are taken while the last batch is merged are of this one.
         goes_on = self.run.merge.delay_steps and self._ended_s and not self._fresh
         own_rate = (steps_per_s or self.expected_steps_per_s) * self.run.tokens_per_step
-        self._end.begin(round, own_rate, self._ended_s if goes_on else swarm_time())
         others = self.swarm.membership.volunteers()
         has_waited = round == 0 and section.min_peers > 1
         is_late = self._fresh and any(
             info.round > round or (info.round == round and info.inner_steps_done > 0 and not has_waited)
             for info in others
         )
+        self._end.begin(round, own_rate, self._ended_s if goes_on else swarm_time(), is_late=is_late)
         there, target = self._share(0), self.run.target_tokens / context
         others_per_s = (there.tokens_per_s - there.own_per_s) / context
-        sequences = planned_sequences(there.own_per_s / context, others_per_s, batch, target)
+        sequences = planned_sequences(
+            there.own_per_s / context, others_per_s, batch, target, max_wait_s=section.max_wait_s
+        )
         self.step_share = sequences / batch
         if sequences == batch:
             return section.inner_steps, 0, is_late
@@ -108,10 +122,12 @@ class BatchExchange(RosterExchange):
 
     def step_done(self, inner_steps_done: int) -> None:
         """Note that an inner step is done. One taken while a batch is merged is of the next one. See `Exchange`."""
-        if self.is_training:
+        num_ahead = inner_steps_done - self.round_steps
+        if num_ahead <= 0:
             super().step_done(inner_steps_done)
         else:
             self.num_steps += self.step_share
+            self._ahead_tokens = math.floor(num_ahead * self.step_share * self.run.tokens_per_step)
 
     def publish(self, contribution: LocalUpdate) -> None:
         """Hand over the mean gradient of this peer's part of the batch. See `Exchange`."""
@@ -129,8 +145,7 @@ class BatchExchange(RosterExchange):
         """Return the mean gradient of the batch, once a roster says whose are in it. See `Exchange`."""
         own, arrived = self._published, super().collect(fragment)
         assert own is not None
-        is_counted = not isinstance(arrived, Replaced) and self.swarm.identity.peer_id in arrived.partners
-        if is_counted:
+        if self._is_in(arrived, own):
             self._has_counted()
         else:
             message = (
@@ -140,23 +155,37 @@ class BatchExchange(RosterExchange):
             self.swarm.emit(WarningEvent(message=message, code="gradient-not-counted"))
         return arrived
 
+    def _is_in(self, arrived: Averaged | Replaced, own: LocalUpdate) -> bool:
+        """Return whether this peer's gradient is in what arrived. A state that it took because it could not get the
+        mean may be of a roster that lists it, or of later ones, of which the state has only the sums.
+        """
+        me = self.swarm.identity.peer_id
+        if isinstance(arrived, Replaced) and arrived.progress.round != own.round + 1:
+            return arrived.progress.peer_tokens.get(me, 0) >= self._counted_tokens + own.tokens
+        return me in arrived.partners
+
     def _mean(self, outcome: RosterMean) -> Averaged:
         """Return the update of a batch that ended with a roster."""
         roster, mean = outcome.roster, super()._mean(outcome)
-        own_tokens = 0 if self._published is None else self._published.tokens
-        self._end.counted({entry.peer: entry.tokens for entry in roster.entries}, own_tokens, self._ended_s)
+        own, read, times = self._published, 0, 1.0
+        if own is not None:
+            read = own.tokens
+            if self.run.batch_rows > 1 and own.tokens:  # rosters count targets, and steps cost what they read
+                read = round(own.inner_steps * self.step_share * self.run.tokens_per_step)
+                times = read / own.tokens
+        self._end.counted({entry.peer: round(times * entry.tokens) for entry in roster.entries}, read, self._ended_s)
         at = CommonStep(roster.round + 1, roster.base_tokens / self.run.run.total_tokens)
         fields = {each.name: getattr(mean, each.name) for each in dataclasses.fields(mean)}
         return BatchMean(**fields, optimizer=self._optimizer, at=at)
 
     def _is_over(self, tokens: int) -> bool:
-        """Return whether the batch ends with the `tokens` that this peer has computed."""
+        """Return whether the batch ends with the `tokens` that this peer has read for it."""
         there, rounds = self._share(tokens), self.swarm.rounds
         if self._end.asks_others(there):
             peers = [info.peer for info in self.swarm.membership.volunteers()]
             self._asking = self.network.submit(rounds.search.ask_now(random.sample(peers, min(_SAMPLE, len(peers)))))
         is_asking = self._asking is not None and not self._asking.done()
-        over = self._end.is_complete(there, is_wanted=rounds.wanted, is_asking=is_asking, now=swarm_time())
+        over = self._end.is_complete(there, wanted_by=rounds.wanted_by, is_asking=is_asking, now=swarm_time())
         if over:
             self._asking = None
             _log.info("round %d: %d tokens here, %.0f elsewhere", self._end.round, tokens, there.others_tokens)

@@ -359,7 +359,9 @@ class RosterExchange(SwarmExchange):
         wait_for(self.network.submit(look()), self.stop)
         self.offer(state, progress)
         self._fresh = True
-        return Replaced(state=state, progress=progress, from_peer=new.from_peer, reason=new.reason)
+        return Replaced(
+            state=state, progress=progress, from_peer=new.from_peer, reason=new.reason, partners=new.roster.peers
+        )
 
     async def _offer(self, progress: Progress, body: Body | Callable[[], Body]) -> None:
         """Serve the state and announce it. See `SwarmExchange`."""

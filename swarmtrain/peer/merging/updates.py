@@ -351,3 +351,5 @@ class Replaced:
     progress: Progress
     from_peer: str
     reason: str
+    partners: tuple[str, ...] = ()
+    """Peers on the roster that led to the state, if there are rosters."""

@@ -211,8 +211,8 @@ class InnerLoop(ABC):
         if isinstance(self.inner, GradientSum):
             self.inner.forget()
 
-    def mean_gradient(self) -> Tensor:
-        """Return the mean gradient (P,) of the steps since the last call. See `LoopState`."""
+    def mean_gradient(self) -> tuple[Tensor, int]:
+        """Return the mean gradient (P,) of the steps since the last call, and its targets. See `LoopState`."""
         assert isinstance(self.inner, GradientSum), "only a method with a common step asks for it"
         return self.inner.take_mean()
 

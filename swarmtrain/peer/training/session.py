@@ -75,7 +75,7 @@ class Start:
     batch_sequences: int = 0
     """Sequences of each inner step where this peer is too slow for the run's batch; 0: as the run file says."""
     is_over: Callable[[int], bool] = lambda tokens: False
-    """Return whether the round ends with the steps taken so far, which have so many `tokens`; asked after each step."""
+    """Return whether the round ends with the steps taken so far, which have read so many `tokens`; asked after each."""
 
     @cached_property
     def publish_after(self) -> Sequence[int]:
@@ -221,9 +221,10 @@ class LoopState(Protocol):
     def begin_round(self) -> None:
         """Note that a round begins without a step: what was added up in one that was given up is dropped."""
 
-    def mean_gradient(self) -> Tensor:
-        """Return the mean gradient (P,) fp32 of the steps since the last call, in main memory. Only of a loop whose
-        steps leave the weights as they are (`MergeMethod.common_step`)."""
+    def mean_gradient(self) -> tuple[Tensor, int]:
+        """Return the mean gradient (P,) fp32 of the steps since the last call, in main memory, and its targets, at
+        least 1: those of steps whose gradients were not finite do not count. Only of a loop whose steps leave the
+        weights as they are (`MergeMethod.common_step`)."""
         ...
 
     def end(self) -> None:
@@ -575,7 +576,7 @@ class Session:
         """Publish, merge or end the round if its last step has made that due."""
         start, num_steps, part = round.start, self._full_steps(round), 0
         is_full = round.steps.read_tokens >= start.inner_steps * self._step_tokens(start)
-        is_full = is_full or (round.steps.tokens > 0 and start.is_over(round.steps.tokens))
+        is_full = is_full or (round.steps.tokens > 0 and start.is_over(round.steps.read_tokens))
         if self._merging is not None:
             # Nothing is published meanwhile: of a fragment that is being merged it would be counted in two rounds.
             next_fragment = len(round.updates) + len(self._merging.fragments)
@@ -600,12 +601,12 @@ class Session:
         If the weights of the update are not lent, a worker waits for them: then that function publishes.
         """
         steps, replica, kind = round.steps, self.replica, self.run.merge.kind
-        gradient = self.loop.mean_gradient() if kind.common_step else None
+        gradient, tokens = self.loop.mean_gradient() if kind.common_step else (None, steps.tokens)
         if self.worker is None or kind.lends_weights:
-            own = replica.contribution(part, steps.number, steps.tokens, gradient)
+            own = replica.contribution(part, steps.number, tokens, gradient)
             self.exchange.publish(own)
             return lambda: own
-        wait = replica.contribution_soon(part, steps.number, steps.tokens, gradient)
+        wait = replica.contribution_soon(part, steps.number, tokens, gradient)
 
         @cache
         def publish() -> LocalUpdate:

@@ -5,24 +5,44 @@ its presence and in answers. That is seconds old when it is read, so a peer adds
 rates at which the last rosters counted them. One that ends the batch asks the others for their gradients, and they end
 it after the step that they are in.
 
-A rate is what rosters have counted and not what a peer says of itself. A peer that no roster has counted yet is
-believed up to the rate of the fastest one that has been counted, this peer included. So who boasts ends the first batch
-early, and no second.
+A rate is what rosters have counted and not what a peer says of itself, and at most eight times the median of its
+roster, since what a roster counts is what its peers claim. A peer that no roster has counted yet is believed up to the
+rate of the fastest one that has been counted; before any roster, up to eight times this peer's own. One that two
+rosters in a row have left out is not counted until one has it. So who boasts counts as a fast volunteer, and no more.
+
+All tokens here are tokens read, learnt or not: those are what steps cost, and what peers tell.
 
 Pure: times are arguments, in seconds of one clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median_low
 
 from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.rounds.rosters import RoundPublication
 
-__all__ = ["BatchEnd", "BatchRules", "BatchShare", "planned_sequences"]
+__all__ = ["BatchEnd", "BatchRules", "BatchShare", "planned_sequences", "plausible_entries"]
 
 _PLAUSIBLE = 2.0
 """Tokens that a peer tells count up to this multiple of what it can have by its rate."""
+_MOST_TIMES_MEDIAN = 8.0
+"""A peer's rate counts up to this multiple of the median of its roster; before any roster, of this peer's own rate. A
+larger one lets a liar end batches sooner, a smaller one fails volunteers that are much faster than the others."""
+_MISSED_ROSTERS = 2
+"""Rosters in a row without a peer after which it is not counted."""
+_FOLLOWS_COUNTED = 0.5, 0.125
+"""Shares of the batch from which on another peer's end is followed: at once, and after half of `max_wait_s`. This is
+for peers that rosters have counted."""
+_FOLLOWS_OTHERS = 0.75, 0.5
+"""The same for peers that no roster has counted yet."""
+_MOST_EXCESS = 1.25
+"""Tokens of a roster, as a multiple of the batch, up to which nobody on it is doubted."""
+_MOST_TIMES_OTHERS = 8.0
+"""Above that, entries of more than this multiple of the median are left out."""
 _ASK_SHARE = 0.75
 """Share of the batch from which on the others are asked how far they are, while this peer goes on."""
 _LEAST_STEPS = 4
@@ -81,7 +101,14 @@ class BatchEnd:
     started_s: float = 0.0
     """Time at which this peer began to add up gradients for the batch."""
     _rates: dict[str, float] = field(default_factory=dict)
-    """Tokens per second of each peer that the last roster counted, this one included."""
+    """Tokens per second of each peer that the last roster counted, this one included; 0 for one that the last two left
+    out."""
+    _missed: dict[str, int] = field(default_factory=dict)
+    """Number of rosters in a row that each peer was not on, although it was there."""
+    _seen: set[str] = field(default_factory=set)
+    """Peers that were there in this batch."""
+    _is_late: bool = False
+    """True if the others began this batch before this peer did."""
     _own_rate: float = 0.0
     """Tokens per second of this peer in its own last round."""
     _own_counted: float = 0.0
@@ -91,18 +118,27 @@ class BatchEnd:
     _wanted_s: float | None = None
     """Time since which another peer is known to have ended this batch."""
 
-    def begin(self, round: int, own_rate: float, now: float) -> None:
-        """Begin a batch. `own_rate` are the tokens per second of this peer's last round, 0 before it."""
+    def begin(self, round: int, own_rate: float, now: float, *, is_late: bool = False) -> None:
+        """Begin a batch. `own_rate` are the tokens per second of this peer's last round, 0 before it; `is_late` says
+        that the others have begun it before."""
         self.round, self.started_s, self._own_rate = round, now, own_rate
-        self._wanted_s, self._asked = None, False
+        self._wanted_s, self._asked, self._seen, self._is_late = None, False, set(), is_late
 
     def counted(self, tokens: Mapping[str, int], own_tokens: int, ended_s: float) -> None:
         """Learn rates from a roster: the `tokens` that it counted of each peer, for a batch that ended at `ended_s`,
         and those that this peer computed for it."""
         seconds = max(ended_s - self.started_s, 1e-3)
         self._own_counted = own_tokens / seconds
+        # A copy, because another thread may ask for the share meanwhile.
+        missed = {peer: self._missed.get(peer, 0) + 1 for peer in set(self._seen) if peer not in tokens}
+        self._missed = missed
+        if self._is_late or not tokens:
+            return  # the others' tokens are of more seconds than this peer saw
         found = {peer: number / seconds for peer, number in tokens.items()}
-        self._rates = {peer: (rate + self._rates.get(peer, rate)) / 2 for peer, rate in found.items()}
+        most = _MOST_TIMES_MEDIAN * median_low(found.values())
+        rates = {peer: min(rate, most) for peer, rate in found.items()}
+        rates = {peer: (rate + (self._rates.get(peer) or rate)) / 2 for peer, rate in rates.items()}
+        self._rates = rates | {peer: 0.0 for peer, times in missed.items() if times >= _MISSED_ROSTERS}
 
     def share(self, own_tokens: int, others: Iterable[tuple[PeerInfo, float, float]], now: float) -> BatchShare:
         """Return how much of the batch is there.
@@ -110,21 +146,27 @@ class BatchEnd:
         `others` has of each volunteer that answers its presence, since when it is known to be at its present step, and
         when it last said anything.
         """
-        most = max(self._rates.values(), default=0.0)
         elapsed_s, total, rates = now - self.started_s, 0.0, 0.0
+        own = self._own_counted or self._own_rate or (own_tokens / elapsed_s if elapsed_s > 0 else 0.0)
+        most = max(self._rates.values(), default=0.0) or _MOST_TIMES_MEDIAN * own or math.inf
         for info, since_s, heard_s in others:
             if now - heard_s > self.rules.stale_s or not self.round - 1 <= info.round <= self.round:
                 continue
+            self._seen.add(info.peer)
+            counted = self._rates.get(info.peer)
+            if counted == 0.0:
+                continue
             said = info.steps_per_s * self.rules.step_tokens
-            rate = self._rates.get(info.peer, min(said, most) if most else said)
+            rate, limit = (min(said, most), most) if counted is None else (counted, counted)
             told, told_s = 0.0, self.started_s
             if info.round == self.round:
                 told_s = min(max(since_s, self.started_s), now)
                 told = float(info.inner_steps_done * self.rules.step_tokens)
             has = told + rate * (now - told_s)
-            total += min(has, _PLAUSIBLE * rate * elapsed_s + self.rules.step_tokens) if most else has
+            if limit < math.inf and not self._is_late:  # they began before: what is plausible is not known
+                has = min(has, _PLAUSIBLE * limit * elapsed_s + self.rules.step_tokens)
+            total += has
             rates += rate
-        own = self._own_counted or self._own_rate or (own_tokens / elapsed_s if elapsed_s > 0 else 0.0)
         return BatchShare(
             own_tokens=own_tokens,
             others_tokens=total,
@@ -144,14 +186,19 @@ class BatchEnd:
         self._asked = True
         return True
 
-    def is_complete(self, there: BatchShare, *, is_wanted: bool, is_asking: bool, now: float) -> bool:
+    def is_complete(self, there: BatchShare, *, wanted_by: Collection[str], is_asking: bool, now: float) -> bool:
         """Return whether to end the batch now, with the tokens `there` are.
 
-        `is_wanted`: another peer has ended it, and asks for this peer's gradient. That is believed at once if half of
-        the batch is there, and else after half of `max_wait_s`, so that the other one still waits. `is_asking`: the
-        others' answers are not here yet.
+        `wanted_by`: other volunteers that have ended it, and ask for this peer's gradient. One that rosters have
+        counted is believed at once if half of the batch is there, and if an eighth is, after half of `max_wait_s`, so
+        that it still waits. Of others, three quarters and a half must be there; one that is not counted is not
+        believed. `is_asking`: the others' answers are not here yet.
         """
-        if is_wanted and self._wanted_s is None:
+        is_counted = not self._rates or any(self._rates.get(peer, 0.0) > 0 for peer in wanted_by)
+        is_wanted = any(self._rates.get(peer) != 0.0 for peer in wanted_by)
+        if not is_wanted:
+            self._wanted_s = None
+        elif self._wanted_s is None:
             self._wanted_s = now
         if now - self.started_s >= self.rules.round_limit_s:
             return True
@@ -159,16 +206,44 @@ class BatchEnd:
             return True
         if self._wanted_s is None:
             return False
-        return there.share >= 0.5 or now - self._wanted_s >= self.rules.max_wait_s / 2
+        at_once, later = _FOLLOWS_COUNTED if is_counted else _FOLLOWS_OTHERS
+        has_waited = now - self._wanted_s >= self.rules.max_wait_s / 2
+        return there.share >= (later if has_waited else at_once)
 
 
-def planned_sequences(own_per_s: float, others_per_s: float, batch_sequences: int, target_sequences: float) -> int:
+def plausible_entries(
+    entries: Sequence[RoundPublication], target_tokens: int, me: str
+) -> tuple[tuple[RoundPublication, ...], tuple[RoundPublication, ...]]:
+    """Return the entries of a roster that peer `me` signs for a batch of `target_tokens`, and those to leave out.
+
+    If all together claim more than the batch by a quarter, those that claim over eight times the median are left out,
+    the largest first, until the rest fits. Volunteers that are honest together have about the batch, however unlike
+    they are.
+    """
+    kept, left_out = list(entries), list[RoundPublication]()
+    while sum(entry.tokens for entry in kept) > _MOST_EXCESS * target_tokens:
+        largest = max((entry for entry in kept if entry.peer != me), key=lambda entry: entry.tokens, default=None)
+        if largest is None or largest.tokens <= _MOST_TIMES_OTHERS * median_low(entry.tokens for entry in kept):
+            break
+        kept.remove(largest)
+        left_out.append(largest)
+    return tuple(kept), tuple(left_out)
+
+
+def planned_sequences(
+    own_per_s: float,
+    others_per_s: float,
+    batch_sequences: int,
+    target_sequences: float,
+    *,
+    max_wait_s: float = math.inf,
+) -> int:
     """Return the sequences of each inner step of a volunteer: `batch_sequences`, or fewer if it would take fewer than
-    four such steps until the batch is there.
+    four such steps until the batch is there, or longer for one than half of `max_wait_s`.
 
     The rates are in sequences per second, this peer's own and that of all others together.
     """
     if own_per_s <= 0:
         return batch_sequences
     share = target_sequences * own_per_s / (own_per_s + others_per_s)
-    return max(1, min(batch_sequences, int(share / _LEAST_STEPS)))
+    return max(1, int(min(batch_sequences, share / _LEAST_STEPS, own_per_s * max_wait_s / 2)))

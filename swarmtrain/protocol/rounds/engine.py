@@ -19,14 +19,15 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeAlias
 
 from swarmtrain.protocol.membership.membership import Membership
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds import rosters
+from swarmtrain.protocol.rounds.batch_end import plausible_entries
 from swarmtrain.protocol.rounds.chains import Chains, Flaw, Link
-from swarmtrain.protocol.rounds.link_claims import LinkClaims
+from swarmtrain.protocol.rounds.link_claims import AveragingTimes, LinkClaims
 from swarmtrain.protocol.rounds.messages import Command, Envelope, Event, PeerReply, RoundQuestion, SignedRoster
 from swarmtrain.protocol.rounds.rosters import (
     ApplyDecision,
@@ -71,6 +72,8 @@ class RoundRules:
     """Chunks of the mean that shares are made of; 0: all shares are equal, whatever the links."""
     body_bytes: int = 0
     """Bytes of the mean."""
+    target_tokens: int = 0
+    """Tokens of the batch that all make together; 0: a round has no such number."""
     hold_s: float = 2.0
     """Longest time for which a question without news is held."""
     retry_s: float = 0.25
@@ -108,6 +111,8 @@ class RoundEngine(Generic[Envelope, Link]):
         self.away = False
         """True if this peer has said goodbye. A peer that missed the goodbye and asks about a round learns it from the
         answer."""
+        self.wanted_by: set[str] = set()
+        """Volunteers that have asked so. A caller that is none is not among them."""
         self.wanted = False
         """True if another peer has ended this peer's present round and asked for its publication."""
         self.waiting_for, self.waiting_until_s = "", 0.0
@@ -238,7 +243,11 @@ class RoundEngine(Generic[Envelope, Link]):
 
     def _asked(self, event: ev.QuestionReceived, now: float) -> _Commands[Envelope]:
         question = event.question
-        self.wanted = self.wanted or (question.round == self.round and not question.has_publication)
+        if question.round == self.round and not question.has_publication:
+            self.wanted = True
+            info = self.membership.info(event.asker)
+            if info is not None and info.training:
+                self.wanted_by.add(event.asker)
         if question.hold_s <= 0 or self._is_news(question):
             return [self._answer(event.call, question)]
         until_s = now + min(question.hold_s, self.rules.hold_s)
@@ -281,7 +290,8 @@ class RoundEngine(Generic[Envelope, Link]):
     def _advanced(self, event: ev.RoundAdvanced[Envelope]) -> _Commands[Envelope]:
         if event.last is not None:
             self.last = event.last
-        self.wanted = self.wanted and event.round == self.round
+        if event.round != self.round:
+            self.wanted, self.wanted_by = False, set()
         self.round = event.round
         self._rounds = {r: known for r, known in self._rounds.items() if r > event.round - _KEEP_ROUNDS}
         return self._tell()
@@ -351,6 +361,7 @@ class RoundEngine(Generic[Envelope, Link]):
             case WaitDecision():
                 self._look_s = min(self._look_s, max(decision.until_s, now + _LEAST_LOOK_S))
             case rosters.SignDecision():
+                decision = self._plausible(decision)
                 roster = Roster(
                     round=known.round,
                     signer=self.me,
@@ -383,6 +394,17 @@ class RoundEngine(Generic[Envelope, Link]):
                 commands += self._caught_up(self._seeker.catch_up(known.state_fetch), now)
         return commands
 
+    def _plausible(self, decision: rosters.SignDecision) -> rosters.SignDecision:
+        """Return the decision without entries that claim far too many tokens for the batch, if the round has one."""
+        if not self.rules.target_tokens:
+            return decision
+        entries, left_out = plausible_entries(decision.entries, self.rules.target_tokens, self.me)
+        if not left_out:
+            return decision
+        claims = ", ".join(f"{entry.peer} ({entry.tokens} tokens)" for entry in left_out)
+        reason = f"{decision.reason}; without {claims}, far more than the others have"
+        return replace(decision, entries=entries, reason=reason)
+
     def _shares(self, decision: rosters.SignDecision) -> tuple[int, ...]:
         """Return who averages how much on the roster that this peer signs; empty for equal shares."""
         rules = self.rules
@@ -390,9 +412,10 @@ class RoundEngine(Generic[Envelope, Link]):
             return ()
         return self.claims.shares([entry.peer for entry in decision.entries], rules.num_chunks, rules.body_bytes)
 
-    def averaging_s(self, roster: Roster) -> float:
-        """Return how long averaging with a roster's shares takes, by the links that the peers tell; 0: unknown."""
-        return self.claims.averaging_s(roster.peers, roster.shares, self.rules.body_bytes)
+    def averaging_times(self, roster: Roster) -> AveragingTimes | None:
+        """Return how long averaging with a roster's shares takes, by the links that the peers tell; None: unknown."""
+        rules = self.rules
+        return self.claims.averaging_times(roster.peers, roster.shares, rules.body_bytes, rules.round_limit_s)
 
     def _caught_up(self, commands: _Commands[Envelope], now: float) -> _Commands[Envelope]:
         """Pass on the commands of a search. If catching up has ended, adopt the state, or decide anew if there

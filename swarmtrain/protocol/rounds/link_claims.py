@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.protocol.membership.membership import Membership
-from swarmtrain.protocol.rounds.roles import LinkRates, averaging_s, divide, equal_shares
+from swarmtrain.protocol.rounds.roles import LinkRates, carrying_s, divide, equal_shares, known_rates
 
-__all__ = ["LinkClaims"]
+__all__ = ["AveragingTimes", "LinkClaims"]
 
 _LATE_DOUBTS, _MAX_DOUBTS = 2, 10
 """Halvings of a claim for each share that is late, and at most: a thousandth of what it says."""
@@ -24,6 +24,16 @@ _FORGIVE_ROUNDS = 8
 """Rounds after which one halving of each claim is taken back."""
 _LEAST_BYTES_PER_S = 32 * 1024.0
 """Rate below which a pull is given up anyway: whoever tells less does not make the others wait longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class AveragingTimes:
+    """Seconds that averaging a roster should take by what the peers tell of their links, at most a round's limit."""
+
+    everyone_s: float
+    """Until all have carried what is theirs: even a fast owner waits for the bytes of the slowest."""
+    pairs_s: tuple[float, ...]
+    """Until each peer of the roster, in its order, and this peer have."""
 
 
 @dataclass
@@ -50,23 +60,36 @@ class LinkClaims:
     def shares(self, peers: Sequence[str], num_chunks: int, body_bytes: int) -> tuple[int, ...]:
         """Return the chunks that each of these peers is to average; empty for equal shares.
 
-        Shares are equal if a peer tells no link, because its version would not know of others; and if no link is
-        measured and everyone can be dialled, or all links are alike.
+        Shares are equal if a peer tells no link, because its version would not know of others, whether it is one of
+        these or a volunteer that only merges their mean; and if no link is measured and everyone can be dialled, or all
+        links are alike.
         """
         told = [self.own if peer == self.membership.me else self._claim(peer) for peer in peers]
         links = [self._believed(peer, link) for peer, link in zip(peers, told, strict=True) if link is not None]
         if num_chunks <= 0 or len(links) < len(peers):
             return ()
+        if any(info.link is None for info in self.membership.volunteers()):
+            return ()
         shares = divide(links, num_chunks, body_bytes).shares
         return shares if shares != equal_shares(num_chunks, [True] * len(peers)) else ()
 
-    def averaging_s(self, peers: Sequence[str], shares: Sequence[int], body_bytes: int) -> float:
-        """Return the seconds that averaging with these shares takes, by what the peers tell; 0 if that is unknown."""
-        told = (self.own if peer == self.membership.me else self._claim(peer) for peer in peers)
+    def averaging_times(
+        self, peers: Sequence[str], shares: Sequence[int], body_bytes: int, limit_s: float
+    ) -> AveragingTimes | None:
+        """Return how long averaging with these shares takes, at most `limit_s`; None if no link is known."""
+        me = self.membership.me
+        told = (self.own if peer == me else self._claim(peer) for peer in peers)
         links = [LinkRates() if link is None else link for link in told]
         if not shares or not any(link.is_known for link in links):
-            return 0.0
-        return averaging_s([_at_least(link, _LEAST_BYTES_PER_S) for link in links], shares, body_bytes)
+            return None
+        each_s = carrying_s([_at_least(link, _LEAST_BYTES_PER_S) for link in links], shares, body_bytes)
+        own_s = 0.0
+        if me in peers:
+            own_s = each_s[peers.index(me)]
+        elif self.own.is_known:  # it only receives the mean
+            own_s = body_bytes / known_rates([_at_least(self.own, _LEAST_BYTES_PER_S)])[0]
+        pairs_s = tuple(min(max(own_s, its_s), limit_s) for its_s in each_s)
+        return AveragingTimes(max(pairs_s), pairs_s)
 
     def _claim(self, peer: str) -> LinkRates | None:
         info = self.membership.info(peer)

@@ -137,6 +137,8 @@ class QuestionReceived:
 
     call: int
     question: RoundQuestion
+    asker: str = ""
+    """PeerID of the caller; "" if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)

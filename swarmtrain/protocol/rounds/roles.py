@@ -10,12 +10,12 @@ sends, and receives,
 bytes, and the averaging takes as long as the slowest direction of a link: max over peers of V (1 + (n - 2) w) / rate.
 The w that make this least are the solution of the linear program in DeDLOC (arXiv 2106.10207, section 3.2), of which
 butterfly all-reduce (equal w) and a parameter server (one w of 1) are special cases. A peer that nobody can dial has
-w = 0.
+w = 0. Here w is limited too, because an owner can write what it likes into its part and peers only tell their rates.
 
 `divide` finds them without a solver: with all owners busy until the same time t, w follows from t, and t from the sum
 of all w. Links that are too slow to send their own gradient by then own nothing; the whole then lasts as long as the
 slowest of these. Of the program's solutions this is the one in which the owners are ready first. Tests compare it with
-`scipy.optimize.linprog` on the program of the paper.
+`scipy.optimize.linprog` on the program of the paper, with that limit.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ __all__ = [
     "Roles",
     "averaging_s",
     "carried_bytes",
+    "carrying_s",
     "divide",
     "equal_shares",
     "known_rates",
@@ -41,6 +42,11 @@ __all__ = [
 
 _LEAST_OF_EQUAL = 0.1
 """Shares of less than this part of an equal one are none: each costs a pull from everyone."""
+_MOST_OF_EQUAL = 3
+"""No share is larger than this multiple of an equal one among those that can be dialled, however fast a peer says that
+its link is."""
+_SLOWEST_BYTES_PER_S, _FASTEST_BYTES_PER_S = 1e-6, 1e15
+"""Rates between which all sums and quotients here are finite."""
 _PIECES, MAX_PIECES = 16, 64
 """Pieces in which the owner of a share averages it: of large shares the higher number, if a piece is then still of
 `_PIECE_CHUNKS` chunks."""
@@ -88,11 +94,14 @@ def known_rates(links: Sequence[LinkRates]) -> list[float]:
 def averaging_s(links: Sequence[LinkRates], shares: Sequence[int], body_bytes: int) -> float:
     """Return the seconds of averaging `body_bytes` with these shares, by the model above; infinity if no link is
     known."""
+    return max(carrying_s(links, shares, body_bytes))
+
+
+def carrying_s(links: Sequence[LinkRates], shares: Sequence[int], body_bytes: int) -> list[float]:
+    """Return the seconds for which each peer's link is busy with that."""
     rates, total = known_rates(links), sum(shares)
-    if not any(rates):
-        return math.inf
     loads = (carried_bytes(body_bytes, len(links), share, total) for share in shares)
-    return max(load / rate for load, rate in zip(loads, rates, strict=True))
+    return [load / rate if rate else math.inf for load, rate in zip(loads, rates, strict=True)]
 
 
 def carried_bytes(body_bytes: int, num_peers: int, share: int, of: int) -> float:
@@ -110,50 +119,65 @@ def equal_shares(num_chunks: int, owners: Sequence[bool]) -> tuple[int, ...]:
 def divide(links: Sequence[LinkRates], num_chunks: int, body_bytes: int) -> Roles:
     """Return who averages how many of `num_chunks` chunks of a mean of `body_bytes` bytes over the peers with `links`.
 
-    Equal shares if no link is known. Peers that cannot be dialled get none, unless nobody can be.
+    Equal shares if no link is known, or the rate of one is not to be reckoned with. Peers that cannot be dialled get
+    none, unless nobody can be. No share is much larger than an equal one (`_MOST_OF_EQUAL`).
     """
     dialled = [link.can_be_dialled for link in links]
     if not any(dialled):
         dialled = [True] * len(links)
     equal, rates = equal_shares(num_chunks, dialled), known_rates(links)
     equal_s = averaging_s(links, equal, body_bytes)
-    if not any(rates) or len(links) < 3:
+    if len(links) < 3 or not all(_SLOWEST_BYTES_PER_S <= rate <= _FASTEST_BYTES_PER_S for rate in rates):
         return Roles(equal, equal_s)
+    most = _MOST_OF_EQUAL / sum(dialled)
     while True:
-        shares = _fastest(rates, dialled, num_chunks)
+        shares = _fastest(rates, dialled, num_chunks, most)
         least = _LEAST_OF_EQUAL * num_chunks / sum(dialled)
-        tiny = [0 < share < least for share in shares]
-        if not any(tiny):
+        others = [may and not 0 < share < least for may, share in zip(dialled, shares, strict=True)]
+        if others == dialled or sum(others) * most < 1:
             break
-        dialled = [may and not is_tiny for may, is_tiny in zip(dialled, tiny, strict=True)]
+        dialled = others
     its_s = averaging_s(links, shares, body_bytes)
     are_alike = max(shares) - min(shares) <= 1
     return Roles(equal, equal_s) if equal_s <= its_s * (1 + (1e-9 if are_alike else -1e-9)) else Roles(shares, its_s)
 
 
-def _fastest(rates: Sequence[float], may_own: Sequence[bool], num_chunks: int) -> tuple[int, ...]:
-    """Return the shares with which the owners are ready first.
+def _fastest(rates: Sequence[float], may_own: Sequence[bool], num_chunks: int, most: float) -> tuple[int, ...]:
+    """Return the shares with which the owners are ready first, if none has more than the part `most` of the whole.
 
     In units of V: by time t an owner of rate r has carried 1 + (n - 2) w = r t, so w = (r t - 1) / (n - 2). That the w
-    of the fastest k owners add up to 1 gives t; k is the largest for which none of them is negative.
+    of the fastest k owners add up to 1 gives t; k is the largest for which none of them is negative. An owner for which
+    w is too much gets `most`, and the others divide what is left in the same way.
     """
-    others = len(rates) - 2
-    fastest = sorted((rate for rate, may in zip(rates, may_own, strict=True) if may), reverse=True)
-    total, ready_s = 0.0, math.inf
-    for number, rate in enumerate(fastest, 1):
-        total += rate
-        at_s = (others + number) / total
-        if at_s * rate < 1:
+    others, most_chunks = len(rates) - 2, math.ceil(most * num_chunks)
+    free = sorted((index for index, may in enumerate(may_own) if may), key=lambda index: -rates[index])
+    parts, left = [0.0] * len(rates), 1.0
+    while free:
+        ready_s = _ready_s([rates[index] for index in free], others, left)
+        if (rates[free[0]] * ready_s - 1) / others <= most:
             break
-        ready_s = at_s
-    parts = [max(0.0, (rate * ready_s - 1) / others) if may else 0.0 for rate, may in zip(rates, may_own, strict=True)]
-    shares = [math.floor(part / sum(parts) * num_chunks + 1e-9) for part in parts]
+        parts[free.pop(0)], left = most, max(0.0, left - most)
+    for index in free:
+        parts[index] = max(0.0, (rates[index] * ready_s - 1) / others)
+    shares = [min(most_chunks, math.floor(part / sum(parts) * num_chunks + 1e-9)) for part in parts]
     # The few chunks that are left go, one by one, to whoever is ready first with one more.
     for _ in range(num_chunks - sum(shares)):
-        owners = [index for index, may in enumerate(may_own) if may]
+        owners = [index for index, may in enumerate(may_own) if may and shares[index] < most_chunks]
         first = min(owners, key=lambda index: (1 + others * (shares[index] + 1) / num_chunks) / rates[index])
         shares[first] += 1
     return tuple(shares)
+
+
+def _ready_s(fastest: Sequence[float], others: int, left: float) -> float:
+    """Return when owners with these rates, the fastest first, are ready that divide the part `left` of the whole."""
+    total, ready_s = 0.0, 0.0
+    for number, rate in enumerate(fastest, 1):
+        total += rate
+        at_s = (others * left + number) / total
+        if number > 1 and at_s * rate < 1:
+            break
+        ready_s = at_s
+    return ready_s
 
 
 def share_pieces(chunks: range) -> list[range]:

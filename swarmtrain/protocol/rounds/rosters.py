@@ -58,9 +58,13 @@ __all__ = [
 
 
 _PATIENCE = 2.0
-"""Multiple of the time that averaging should take after which a share of which nothing comes is overdue."""
+"""Multiple of the time that its owner and whoever waits should need after which a share of which nothing comes is
+overdue."""
+_PIECE_PART = 0.25
+"""Part of the time that all should need after which a piece is overdue that its owner can make only once the slowest
+has sent its bytes: there are four times as many pieces, or more."""
 _MOST_PATIENCE = 4.0
-"""Multiple of that time after which a share is overdue although pieces of it come."""
+"""Multiple of the time that all should need after which a share is overdue although pieces of it come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,12 +243,13 @@ Decision = WaitDecision | SignDecision | ApplyDecision | CatchUpDecision
 """Next action of a peer that has done its inner steps of a round."""
 
 
-def _rank(roster: Roster) -> tuple[str, int, str]:
+def _rank(roster: Roster) -> tuple[str, int, str, tuple[int, ...]]:
     """Return a sort key that puts the roster that holds first.
 
-    The digest makes the order total even for a signer that has lost its memory and signed the same attempt twice.
+    The digest and the shares make the order total even for a signer that has lost its memory and signed the same
+    attempt twice.
     """
-    return (roster.signer, -roster.attempt, roster.digest)
+    return (roster.signer, -roster.attempt, roster.digest, roster.shares)
 
 
 def better_roster(rosters: Sequence[Roster]) -> Roster | None:
@@ -514,15 +519,17 @@ def share_due_s(roster_at_s: float, own_share_at_s: float, silence_s: float) -> 
     return own_share_at_s + max(silence_s, 2 * (own_share_at_s - roster_at_s))
 
 
-def piece_due_s(roster_at_s: float, last_piece_s: float, averaging_s: float, silence_s: float) -> float:
+def piece_due_s(roster_at_s: float, last_piece_s: float, pair_s: float, everyone_s: float, silence_s: float) -> float:
     """Return the time until which to wait for the next piece of a share, on a roster whose shares follow from links.
 
-    A peer that has no share itself does not see how long one takes, so it goes by `averaging_s`, what its own reckoning
-    gives for this roster. While pieces come (`last_piece_s`) it waits longer, but not for ever: the owner may send one
-    now and then.
+    A peer that has no share itself does not see how long one takes, so it goes by what its reckoning gives for this
+    roster (`link_claims.AveragingTimes`): the time that the owner and it need (`pair_s`), and of the time that everyone
+    needs only a part, since any peer can tell of a link so slow that this is as long as a round may be. While pieces
+    come (`last_piece_s`) it waits longer, but not for ever: the owner may send one now and then.
     """
-    usual_s = max(silence_s, _PATIENCE * averaging_s)
-    return min(max(roster_at_s + usual_s, last_piece_s + silence_s), roster_at_s + _MOST_PATIENCE * usual_s)
+    next_s = max(silence_s, _PIECE_PART * everyone_s)
+    due_s = max(roster_at_s + _PATIENCE * pair_s, max(roster_at_s, last_piece_s) + next_s)
+    return min(due_s, roster_at_s + _MOST_PATIENCE * max(silence_s, everyone_s))
 
 
 def joining_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]:

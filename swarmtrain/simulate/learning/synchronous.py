@@ -200,7 +200,9 @@ def batch(setting: Setting) -> RunOutcome:
     optimizer = CommonOptimizer(parameters.shapes, inner_constants(run), run.merge.optimizer)
     speeds, target = setting.speeds, run.target_tokens / run.model.context_tokens
     sequences = {
-        number: planned_sequences(full * speed, full * (sum(speeds) - speed), full, target)
+        number: planned_sequences(
+            full * speed, full * (sum(speeds) - speed), full, target, max_wait_s=run.merge.max_wait_s
+        )
         for number, speed in enumerate(speeds)
     }
     theta = everyone[0].reached
@@ -234,9 +236,10 @@ def batch(setting: Setting) -> RunOutcome:
                 learner.enter(theta)
                 for _ in range(number_of_them):
                     learner.step(tokens / setting.total_tokens, sequences[number])
-            weights.append(steps * sequences[number] * run.model.context_tokens)
-            recorder.count(number, weights[-1])
-            gradients.append(_as_published(learner.loop.mean_gradient(), weights[-1], encoders[number]))
+            gradient, counted = learner.loop.mean_gradient()
+            weights.append(counted)
+            recorder.count(number, counted)
+            gradients.append(_as_published(gradient, counted, encoders[number]))
             worked_s += setting.takes_s(number, now_s, steps) * sequences[number] / full
         mean, untrained = _mean_of(learners, gradients, weights)
         at = CommonStep(taken + 1, tokens / setting.total_tokens)

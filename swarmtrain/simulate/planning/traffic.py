@@ -116,7 +116,8 @@ def traffic_of(
     num_pulls = gradients + min(run.merge.num_weights, others) if method.own_weights else 2 * gradients
     talk = num_pulls * PULL_BYTES if num > 1 else 0.0
     archive, archives_per_s = _archive_bytes(run, theta, num), 1 / archived_every_s(run, link_up_bytes_per_s)
-    comes_back = theta * (1 + (min(SAMPLE, others) if method.own_weights else 1)) * (others > 0)
+    weights = min(SAMPLE, others) if method.own_weights else 1
+    comes_back = theta * (method.num_moments + weights) * (others > 0)
     comes_back_per_s = comes_back * _returns_per_s(machines)
     last = theta * min(SAMPLE, others) * method.own_weights
     is_server = method.has_server
@@ -142,7 +143,7 @@ def _archive_bytes(run: RunFile, theta: float, num: int) -> float:
     if run.merge.kind.has_server:
         return 0.0
     if not run.merge.kind.asynchronous:
-        return 2 * theta
+        return (1 + run.merge.kind.num_moments) * theta
     stages = run.pipeline.stages
     if stages == 1:
         return float(archive_bytes(round(theta / 4), num))
@@ -154,7 +155,10 @@ def archived_every_s(run: RunFile, link_up_bytes_per_s: float) -> float:
     every_s, parameters = run.network.archive_every_s, stage_parameters(run)
     if run.pipeline.stages > 1 or run.merge.kind.has_server or not link_up_bytes_per_s:
         return every_s
-    wanted = 8 + 4 * run.merge.kind.own_weights  # weights and momentum of one, then the others' weights at once
+    kind = run.merge.kind
+    wanted = 4 * (
+        1 + kind.num_moments + kind.own_weights
+    )  # weights and moments of one, then the others' weights at once
     return archive_every_s(every_s, wanted * parameters / link_up_bytes_per_s, parameters)
 
 

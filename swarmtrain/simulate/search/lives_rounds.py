@@ -93,7 +93,7 @@ class _Calls:
             asker.membership.call_failed(peer, asker.world.clock.now, "unreachable")
             raise UnreachableError("it does not answer")
         rounds: RoundRunner = there.swarm.rounds
-        return await rounds.answer(request)
+        return await rounds.answer(request, asker.me)
 
 
 class _States:

@@ -41,7 +41,7 @@ class BatchVolunteer(SimulatedVolunteer):
         """Begin to add up gradients for the next batch."""
         now, others = self.world.clock.now, self.membership.volunteers()
         is_late = fresh and any((info.round, info.inner_steps_done > 0) > (self.round, False) for info in others)
-        self.end.begin(self.round, self.steps_per_s * self.settings.tokens_per_step, now)
+        self.end.begin(self.round, self.steps_per_s * self.settings.tokens_per_step, now, is_late=is_late)
         self._is_asking = False
         self._begin_round(0, now + 1 / self.steps_per_s, is_late_joiner=is_late)
 
@@ -57,7 +57,7 @@ class BatchVolunteer(SimulatedVolunteer):
         if self.end.asks_others(there):
             self._is_asking = True
             self.tell(ev.SurveyPeers(_ASKS, tuple(info.peer for info, _, _ in others)))
-        if self.end.is_complete(there, is_wanted=self.engine.wanted, is_asking=self._is_asking, now=now):
+        if self.end.is_complete(there, wanted_by=self.engine.wanted_by, is_asking=self._is_asking, now=now):
             self._publish()
         else:
             self._trains_until(now + 1 / self.steps_per_s)

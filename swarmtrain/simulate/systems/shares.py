@@ -52,6 +52,7 @@ class ShareMerge:
         """Pulls that wait for each publication's present one, which is the first of them."""
         self._averaged_here: set[int] = set()
         self._begun: set[int] = set()
+        self._times = owner.engine.averaging_times(roster)
         self._last_s: dict[int, float] = {}
         """Time at which the last piece of each share came."""
         self._is_over = False
@@ -138,11 +139,11 @@ class ShareMerge:
         self._owner.later(self._settings.share_again_s, look)
 
     def _due_s(self, index: int) -> float:
-        silence_s, expected_s = self._settings.silence_s, self._owner.engine.averaging_s(self._roster)
-        if not self._roster.shares or not expected_s:
+        silence_s, times = self._settings.silence_s, self._times
+        if times is None:
             return share_due_s(self._began_s, self._own_share_s, silence_s)
         last_s = self._last_s.get(index, self._began_s)
-        return piece_due_s(self._began_s, last_s, expected_s, silence_s)
+        return piece_due_s(self._began_s, last_s, times.pairs_s[index], times.everyone_s, silence_s)
 
     # ------------------------------------------------------------------ averaging
 

@@ -88,6 +88,7 @@ class SimulatedVolunteer:
             look_s=s.look_s,
             num_chunks=s.num_chunks if s.transfers_share_links and s.by_bandwidth else 0,
             body_bytes=s.publication_bytes,
+            target_tokens=s.target_tokens,
         )
         chains: Chains[None] = Chains()
         self.engine: RoundEngine[None, None] = RoundEngine(self.membership, chains, rules, random.Random(name))
@@ -263,7 +264,7 @@ class SimulatedVolunteer:
         """Receive another peer's question about a round; the engine answers it at once or holds it."""
         number = next(self._num_calls)
         self._calls[number] = call
-        self.tell(ev.QuestionReceived(number, question))
+        self.tell(ev.QuestionReceived(number, question, call.asker))
 
     def _reply(self, answer: ev.AnswerRoundQuestion[None], asker: str) -> Reply:
         last = None if answer.last is None else answer.last.roster

@@ -38,6 +38,7 @@ from swarmtrain.network.signatures import open_signed_untrusted, payload_sha256,
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.records import bucket_of
 from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = hashlib.sha256(b"a run").digest()
@@ -268,6 +269,14 @@ def test_presence_round_trip() -> None:
     assert presence_from_proto_untrusted(ME.peer_id, presence_to_proto(hidden)) == hidden
 
 
+@pytest.mark.parametrize(
+    ("rates", "told"), [((1e7, 0.0), (1e7, 0.0)), ((1e-310, 0.5), (1.0, 1.0)), ((2e12, 1.0), (1e12, 1.0))]
+)
+def test_a_link_is_told_at_a_rate_that_others_believe(rates: tuple[float, float], told: tuple[float, float]) -> None:
+    message = presence_to_proto(PeerInfo(peer=ME.peer_id, link=LinkRates(*rates)))
+    assert presence_from_proto_untrusted(ME.peer_id, message).link == LinkRates(*told)
+
+
 def test_addresses_that_nobody_may_dial_are_not_kept() -> None:
     """They would go into others' invites and folders."""
     message = pb.Presence(addresses=["/x", "/ip4/1.2.3.4/tcp/5", "/dns4/a.org/tcp/7", "/dns4/b.org/tcp/7"])
@@ -313,6 +322,8 @@ def test_a_presence_with_everything_fits_a_record() -> None:
         {"hosts": [peer_bytes(ME.peer_id)] * 5},
         {"round": 2**40},
         {"run_tokens": 2**60},
+        *({"link": pb.Link(up_bytes_per_s=rate)} for rate in (1e-310, 0.99, -1.0, 1.01e12, math.inf, math.nan)),
+        {"link": pb.Link(up_bytes_per_s=1e6, down_bytes_per_s=1e-310)},
     ],
 )
 def test_a_presence_out_of_range_is_refused(fields: dict[str, Any]) -> None:

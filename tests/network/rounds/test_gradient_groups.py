@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,6 +153,17 @@ def test_a_model_that_is_no_adapter_has_one_group() -> None:
     assert groups.segments(4, 28) == [(4, 28)] and GradientGroups(()).total_bytes == 0
 
 
+def test_segments_end_where_groups_do_or_chunks_too() -> None:
+    sizes = [CHUNK_BYTES + 400, 800, 2 * CHUNK_BYTES]
+    groups = GradientGroups([TensorSpec(f"group{i}/t", (size // 4,)) for i, size in enumerate(sizes)])
+    first, second, end = sizes[0], sizes[0] + sizes[1], groups.total_bytes
+    assert groups.segments(8, end - 4) == [(8, first), (first, second), (second, end - 4)]
+    cuts = [8, CHUNK_BYTES, first, second, 2 * CHUNK_BYTES, 3 * CHUNK_BYTES, end - 4]
+    assert groups.segments(8, end - 4, by_chunk=True) == list(itertools.pairwise(cuts))
+    one = (CHUNK_BYTES, 2 * CHUNK_BYTES)
+    assert groups.segments(*one, by_chunk=True) == [(CHUNK_BYTES, first), (first, second), (second, 2 * CHUNK_BYTES)]
+
+
 @pytest.mark.parametrize(("dtype", "piece_bytes"), [("bfloat16", 131_072), ("int8", 66_560)])
 def test_chunks_of_the_whole_gradient_are_pieces_of_fewer_bytes(dtype: str, piece_bytes: int) -> None:
     numbers = 3 * 65_536 + 1000
@@ -159,6 +171,7 @@ def test_chunks_of_the_whole_gradient_are_pieces_of_fewer_bytes(dtype: str, piec
     (spec,) = groups.table(None)
     assert (groups.total_bytes, spec.shape, spec.dtype) == (4 * numbers, (numbers,), dtype)
     (piece,) = groups.pieces(None, CHUNK_BYTES, 3 * CHUNK_BYTES)  # type: ignore[arg-type]
-    assert piece.of(CHUNK_BYTES, 3 * CHUNK_BYTES) == (piece_bytes, 3 * piece_bytes)
+    assert groups.in_body(piece, CHUNK_BYTES, 3 * CHUNK_BYTES) == (piece_bytes, 3 * piece_bytes)
+    assert groups.in_body(piece, 2 * CHUNK_BYTES, 3 * CHUNK_BYTES) == (2 * piece_bytes, 3 * piece_bytes)
     (last,) = groups.pieces(None, 3 * CHUNK_BYTES, groups.total_bytes)  # type: ignore[arg-type]
-    assert last.of(3 * CHUNK_BYTES, groups.total_bytes) == (3 * piece_bytes, spec.size_bytes)
+    assert groups.in_body(last, 3 * CHUNK_BYTES, groups.total_bytes) == (3 * piece_bytes, spec.size_bytes)

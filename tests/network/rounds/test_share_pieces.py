@@ -33,6 +33,7 @@ from swarmtrain.network.snapshots.store import (
 )
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.rounds import messages as ev
+from swarmtrain.protocol.rounds.link_claims import AveragingTimes
 from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -88,6 +89,12 @@ class Peer:
     pull_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(8))
     change: Callable[[pb.RoundReply], None] = lambda reply: None
     serves_shares: bool = True
+    mean: bytearray = field(default_factory=bytearray)
+    reckoned: int = 0
+
+    def expects(self, roster: Roster) -> AveragingTimes:
+        self.reckoned += 1
+        return AveragingTimes(4.0, (4.0,) * len(roster.entries))
 
     async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
         other = self.swarm[peer]
@@ -121,7 +128,7 @@ class Peer:
         downloads = Downloads(me, calls, self.store, SETTINGS.pull, refuse)
         owners = ShareOwners(
             last_known=lambda owner: b"",
-            averaging_s=lambda roster: 4.0,
+            averaging_times=self.expects,
             judged=lambda owner, in_time: self.judged.append((owner, in_time)),
         )
         merger = Merger(self.identity, downloads, membership, SETTINGS, average_bytes_untrusted, owners)
@@ -134,29 +141,39 @@ class Peer:
             self.answers.shared(0, pieces)
             self.pieces = len(pieces)
 
-        return await merger.merge(roster, "cd" * 32, held, ready)
+        self.mean = await merger.merge(roster, "cd" * 32, held, ready)
+        return self.mean
 
 
-def published() -> tuple[list[HeldSnapshot], torch.Tensor]:
-    """Return a publication of each peer, and their mean weighted by tokens."""
+def published(bad: int | None = None) -> tuple[list[HeldSnapshot], torch.Tensor]:
+    """Return a publication of each peer, and their mean weighted by tokens. In chunk `bad` the last one has a number
+    that is not finite."""
     torch.manual_seed(0)
     made, vectors = [], []
     for number, identity in enumerate(PEERS):
         vectors.append(torch.randn(SPECS[0].shape))
+        if bad is not None and identity is PEERS[-1]:
+            vectors[-1][bad * CHUNK_BYTES // 4 + 77] = torch.nan
         manifest = pb.Manifest(
             run_sha256=bytes.fromhex(RUN), kind=pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, tokens=10 + number, inner_steps=1
         )
         body = Body([memoryview(vectors[-1].numpy()).cast("B")])
         made.append(build_snapshot(identity, manifest, SPECS, body))
     weights = [10.0 + number for number in range(len(PEERS))]
-    mean = sum(weight * vector for weight, vector in zip(weights, vectors, strict=True)) / sum(weights)
-    assert isinstance(mean, torch.Tensor)
+    mean = torch.stack(vectors).mul(torch.tensor(weights)[:, None]).sum(0) / sum(weights)
+    if bad is not None:
+        part = slice(bad * CHUNK_BYTES // 4, (bad + 1) * CHUNK_BYTES // 4)
+        mean[part] = sum(w * vector[part] for w, vector in zip(weights[:-1], vectors, strict=False)) / sum(weights[:-1])
     return made, mean
 
 
-def merged(shares: tuple[int, ...], prepare: Callable[[dict[str, Peer]], None] = lambda swarm: None) -> dict[str, Peer]:
+def merged(
+    shares: tuple[int, ...],
+    prepare: Callable[[dict[str, Peer]], None] = lambda swarm: None,
+    bad: int | None = None,
+) -> dict[str, Peer]:
     """Let all peers merge one roster, and check each one's mean."""
-    publications, mean = published()
+    publications, mean = published(bad)
     entries = tuple(publication_of(each.snapshot) for each in publications)
     roster = Roster(round=0, signer=PEERS[0].peer_id, entries=entries, shares=shares)
     swarm: dict[str, Peer] = {}
@@ -179,6 +196,13 @@ def test_everyone_gets_the_mean_from_those_who_average_it() -> None:
     assert (first.pieces, small.pieces, large.pieces, last.pieces) == (0, 7, 16, 0)
     assert sorted(last.judged) == sorted([(small.identity.peer_id, True), (large.identity.peer_id, True)])
     assert not any(peer.refused for peer in swarm.values())
+    assert [peer.reckoned for peer in swarm.values()] == [1] * 4, "not at every look"
+
+
+def test_what_is_not_finite_is_left_out_of_its_chunk_whoever_averages_it() -> None:
+    swarms = [merged(shares, bad=19) for shares in ((), SHARES, (0, 33, 7, 0), (20, 20, 0, 0))]
+    assert len({bytes(peer.mean) for swarm in swarms for peer in swarm.values()}) == 1
+    assert all(any("not finite" in error for peer in swarm.values() for error in peer.refused) for swarm in swarms)
 
 
 def test_equal_shares_are_one_piece_each_as_before() -> None:

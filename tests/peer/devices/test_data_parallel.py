@@ -32,6 +32,7 @@ from swarmtrain.peer.devices.rank_process import RankWork
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.training.gradients import add_gradient
 from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.protocol.devices import Precision
 from swarmtrain.run import RunFile
 
 TEXT = np.frombuffer(
@@ -60,10 +61,12 @@ def batches_at(position: int = 0) -> Batches:
 class Pair:
     """Loop of two ranks, of which the second one records its weights in `digests`."""
 
-    def __init__(self, digests: Path, position: int = 0, microbatch: int = BATCH) -> None:
+    def __init__(
+        self, digests: Path, position: int = 0, microbatch: int = BATCH, precision: Precision = "fp32"
+    ) -> None:
         self.told: list[tuple[int, int]] = []
         self._recorded: dict[int, str] = {}
-        compute = ComputeDevice(others=(CPU,), microbatch_sequences=microbatch)
+        compute = ComputeDevice(precision=precision, others=(CPU,), microbatch_sequences=microbatch)
         model = build_model(RUN.model, 0)
         self.loop = ModelLoop(RUN, model, batches_at(position), compute=compute, told_smaller=self._tell)
         assert self.loop.ranks is not None
@@ -269,6 +272,21 @@ def test_ranks_clip_as_one_process_does() -> None:
         first, second = one.take_step(step / 100), two.take_step(step / 100)
         assert first.grad_norm == second.grad_norm > RUN.inner.gradient_clip
     assert torch.equal(one.parameters.read(), two.parameters.read())
+
+
+def test_all_ranks_scale_their_losses_by_rank_0s_factor(recorded: Path) -> None:
+    """Of a large batch the others never hear of a step, by which they would adapt their own factors."""
+    pair = Pair(recorded / "scaled", precision="fp16")
+    try:
+        scale, batch = pair.loop.inner.loss_scale, batches_at().next_batch()
+        assert scale is not None
+        for factor in (512.0, 1024.0):
+            scale.factor.fill_(factor)
+            _, together = pair.gradient(batch)
+            _, whole = pair.gradient_alone(batch)
+            assert float((together / factor - whole).norm()) < 0.01 * float(whole.norm())
+    finally:
+        pair.loop.close()
 
 
 def test_a_rank_waits_for_rank_0_before_it_connects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

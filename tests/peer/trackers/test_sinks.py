@@ -32,6 +32,12 @@ LIMIT_S = 300.0
 """Until a library has been imported and has written its files, on a machine with other work."""
 
 
+@pytest.fixture(autouse=True)
+def no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that drive a sink in this process, which the alarm would end minutes later."""
+    monkeypatch.setattr(signal, "alarm", lambda seconds: 0)
+
+
 def a_peer(folder: Path, step: int = 0, name: str = "anna") -> dict[str, Any]:
     given = {"id": ID, "run": "tiny", "group": "tiny-abcdef", "name": name, "role": "volunteer", "step": step}
     return {**given, "folder": str(folder), "run_file": '[run]\nname = "tiny"\n', "config": CONFIG}

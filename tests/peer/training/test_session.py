@@ -101,6 +101,8 @@ class NoLoop:
     told: list[str] = field(default_factory=list)
     added: int = 0
     """Steps since a round began or its gradient was taken."""
+    bad_tokens: int = 0
+    """Targets of those of them whose gradients were not finite."""
 
     def kept(self, room: Tensor | None) -> LoopCheckpoint:
         return LoopCheckpoint(
@@ -119,9 +121,10 @@ class NoLoop:
     def begin_round(self) -> None:
         self.added = 0
 
-    def mean_gradient(self) -> Tensor:
-        added, self.added = self.added, 0
-        return torch.full((6,), float(added))
+    def mean_gradient(self) -> tuple[Tensor, int]:
+        added, bad_tokens = self.added, self.bad_tokens
+        self.added = self.bad_tokens = 0
+        return torch.full((6,), float(added)), max(1, added * STEP - bad_tokens)
 
     def end(self) -> None:
         self.told.append("end")
@@ -728,7 +731,7 @@ def test_a_large_batch_ends_when_all_have_it_and_its_gradients_are_of_the_same_w
         [],
     )
     session = Session(run=run, parameters=parameters(), loop=loop, exchange=exchange, report=reports.append)
-    weights = list[list[float]]()
+    weights, loop.bad_tokens = list[list[float]](), STEP
     for _ in range(5):
         ahead = session.next_step()
         assert ahead is not None
@@ -738,6 +741,8 @@ def test_a_large_batch_ends_when_all_have_it_and_its_gradients_are_of_the_same_w
         session.step(STEP, 2.0)
     assert [report.contribution.inner_steps for report in reports] == [3, 1]
     assert [own.gradient.tolist() for own in exchange.published] == [[3.0] * 6, [1.0] * 6]
+    assert [own.tokens for own in exchange.published] == [2 * STEP, STEP], "without those of gradients not finite"
+    assert session.replica.own_tokens == session.progress.run_tokens == 3 * STEP
     assert weights[0] == weights[1] == weights[2] != weights[3] != weights[4], "they change between batches"
     assert schedule[0] == schedule[2] < schedule[3], "the step is of the weights at its start"
     assert session.replica.state.momentum.shape == (12,)
@@ -745,6 +750,18 @@ def test_a_large_batch_ends_when_all_have_it_and_its_gradients_are_of_the_same_w
     assert session.next_step() is None
     exchange.ends_at.append(10**9)
     assert session.next_step() is not None and loop.added == 0, "what was added up before a pause is dropped"
+
+
+def test_of_samples_a_batch_is_measured_in_what_was_read_of_them() -> None:
+    run = run_file(9, stages=1)
+    run = run.model_copy(update={"merge": run.merge.model_copy(update={"method": "batch", "fragments": 1})})
+    exchange, reports, loop = Together(9, 1, ends_at=[2 * STEP]), list[RoundReport](), NoLoop()
+    session = Session(run=run, parameters=parameters(), loop=loop, exchange=exchange, report=reports.append)
+    for _ in range(2):
+        assert session.next_step() is not None and not reports
+        loop.added += 1
+        session.step(STEP // 4, 2.0, read_tokens=STEP)
+    assert reports[0].contribution.tokens == STEP // 2, "targets are what it counts for"
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from swarmtrain.protocol.membership.membership import PeerInfo
-from swarmtrain.protocol.rounds.batch_end import BatchEnd, BatchRules, planned_sequences
+from swarmtrain.protocol.rounds.batch_end import BatchEnd, BatchRules, planned_sequences, plausible_entries
+from swarmtrain.protocol.rounds.rosters import RoundPublication
 
 RULES = BatchRules(target_tokens=1000, step_tokens=10, max_wait_s=8.0, round_limit_s=600.0, stale_s=20.0)
 
@@ -56,6 +57,64 @@ def test_before_any_roster_a_peer_is_believed() -> None:
     first.begin(0, 0.0, 100.0)
     assert first.share(100, [told("ben", 104.0, steps=12, round=0)], 110.0).others_tokens == 120 + 30 * 6
     assert first.share(0, [told("ben", 104.0, round=0, speed=0.0)], 110.0).left_s is None
+    silent = told("ben", 104.0, steps=12, round=0, speed=0.0)  # as one in its first round, which knows no speed yet
+    assert first.share(100, [silent], 110.0).others_tokens == 120
+
+
+def test_before_any_roster_a_boast_is_bounded_by_this_peers_own_rate() -> None:
+    first = BatchEnd(RULES)
+    first.begin(0, 0.0, 100.0)
+    there = first.share(20, [told("eve", 101.0, steps=10**6, round=0, speed=1e9)], 102.0)
+    assert there.others_tokens == 2 * 8 * 10 * 2 + 10 and there.tokens_per_s == 10 + 8 * 10
+
+
+def test_who_claims_a_whole_batch_on_rosters_counts_as_a_fast_volunteer() -> None:
+    """Eve's publication claims everything each time. Anna and ben have 20 tokens/s."""
+    batch, now, lasted = BatchEnd(RULES), 100.0, list[float]()
+    for round in range(6):
+        batch.begin(round, 20.0, now)
+        began = now
+        while True:
+            now += 0.5
+            ben = told("ben", now, steps=int(2 * (now - began)), round=round, speed=2.0, heard_s=now)
+            eve = told("eve", now, steps=100, round=round, speed=1e9, heard_s=now)
+            there = batch.share(int(20 * (now - began)), [ben, eve], now)
+            if batch.is_complete(there, wanted_by=("eve",), is_asking=False, now=now):
+                break
+            assert now - began < 60
+        lasted.append(now - began)
+        own = int(20 * (now - began))
+        batch.counted({"anna": own, "ben": own, "eve": 1000}, own, now)
+    # 25 s without her. A volunteer of sixteen times their speed, which she may claim, would make it 2.8 s, and who is
+    # on rosters is followed from half of the batch on. It gets no shorter.
+    assert all(seconds >= 1.5 for seconds in lasted), lasted
+    assert lasted[-1] == lasted[2], lasted
+
+
+def test_one_that_came_late_learns_no_rates_from_that_batch() -> None:
+    late = BatchEnd(RULES)
+    late.begin(4, 20.0, 98.0, is_late=True)
+    assert late.share(0, [told("ben", 98.0, steps=55, round=4)], 98.0).others_tokens == 550
+    late.counted({"anna": 40, "ben": 600}, 40, 100.0)  # ben's are of 20 s, of which this peer saw two
+    late.begin(5, 20.0, 100.0)
+    there = late.share(0, [told("ben", 100.0, speed=3.0)], 110.0)
+    assert there.others_tokens == 30 * 10 and there.own_per_s == 20
+
+
+def test_one_that_two_rosters_left_out_is_not_counted_until_one_has_it() -> None:
+    batch = end()
+    for round in (5, 6):
+        batch.begin(round, 20.0, 100.0)
+        assert batch.share(0, [told("eve", 101.0, steps=20, round=round)], 110.0).others_tokens > 0
+        batch.counted({"anna": 200, "ben": 300}, 200, 110.0)
+    batch.begin(7, 20.0, 100.0)
+    ghost = [told("eve", 101.0, steps=20, round=7)]
+    there = batch.share(990, ghost, 110.0)
+    assert there.others_tokens == 0 and there.tokens_per_s == 20
+    assert not batch.is_complete(there, wanted_by=("eve",), is_asking=False, now=110.0), "nor believed"
+    batch.counted({"anna": 200, "ben": 300, "eve": 100}, 200, 110.0)
+    batch.begin(8, 20.0, 100.0)
+    assert batch.share(0, [told("eve", 101.0, steps=5, round=8)], 102.0).tokens_per_s == 20 + 10
 
 
 def test_the_batch_ends_when_it_is_there_once_the_others_have_answered() -> None:
@@ -63,21 +122,48 @@ def test_the_batch_ends_when_it_is_there_once_the_others_have_answered() -> None
     early, late = batch.share(700, [], 110.0), batch.share(760, [told("ben", 110.0, steps=1)], 110.0)
     assert not batch.asks_others(early) and batch.asks_others(late) and not batch.asks_others(late)
     full = batch.share(1000, [told("ben", 110.0, steps=1)], 111.0)
-    assert not batch.is_complete(late, is_wanted=False, is_asking=False, now=110.0)
-    assert not batch.is_complete(full, is_wanted=False, is_asking=True, now=111.0)
-    assert batch.is_complete(full, is_wanted=False, is_asking=False, now=111.0)
-    assert batch.is_complete(early, is_wanted=False, is_asking=False, now=700.0), "the round's limit"
+    assert not batch.is_complete(late, wanted_by=(), is_asking=False, now=110.0)
+    assert not batch.is_complete(full, wanted_by=(), is_asking=True, now=111.0)
+    assert batch.is_complete(full, wanted_by=(), is_asking=False, now=111.0)
+    assert batch.is_complete(early, wanted_by=(), is_asking=False, now=700.0), "the round's limit"
 
 
 def test_one_that_asks_is_believed_if_half_is_there_or_before_it_stops_waiting() -> None:
     batch = end()
-    little, half = batch.share(100, [], 110.0), batch.share(500, [], 110.0)
-    assert not batch.is_complete(little, is_wanted=True, is_asking=False, now=110.0)
-    assert not batch.is_complete(little, is_wanted=True, is_asking=False, now=113.9)
-    assert batch.is_complete(little, is_wanted=True, is_asking=False, now=114.0)
-    assert batch.is_complete(half, is_wanted=False, is_asking=False, now=111.0), "it has asked before"
+    little, eighth, half = (batch.share(tokens, [], 110.0) for tokens in (120, 125, 500))
+    assert not batch.is_complete(little, wanted_by=("ben",), is_asking=False, now=110.0)
+    assert not batch.is_complete(little, wanted_by=("ben",), is_asking=False, now=113.9)
+    assert not batch.is_complete(little, wanted_by=("ben",), is_asking=False, now=114.0), "it cannot be"
+    assert batch.is_complete(eighth, wanted_by=("ben",), is_asking=False, now=114.0)
+    assert batch.is_complete(half, wanted_by=("ben",), is_asking=False, now=111.0)
     batch.begin(6, 20.0, 120.0)
-    assert not batch.is_complete(half, is_wanted=False, is_asking=False, now=121.0), "of the batch before"
+    assert not batch.is_complete(eighth, wanted_by=("ben",), is_asking=False, now=121.0), "it has just begun to ask"
+
+
+def test_one_that_no_roster_has_counted_is_believed_from_three_quarters_on() -> None:
+    batch = end()
+    some, half, more = (batch.share(tokens, [], 110.0) for tokens in (490, 740, 750))
+    assert not batch.is_complete(half, wanted_by=("eve",), is_asking=False, now=110.0)
+    assert batch.is_complete(more, wanted_by=("eve",), is_asking=False, now=110.0)
+    assert not batch.is_complete(some, wanted_by=("eve",), is_asking=False, now=114.0)
+    assert batch.is_complete(half, wanted_by=("eve",), is_asking=False, now=114.0)
+    assert batch.is_complete(half, wanted_by=("ben", "eve"), is_asking=False, now=110.0)
+
+
+def test_a_signer_leaves_out_who_claims_far_more_than_the_others_and_the_batch_has() -> None:
+    def entries(**tokens: int) -> list[RoundPublication]:
+        return [RoundPublication(peer=peer, snapshot=peer, tokens=one, inner_steps=1) for peer, one in tokens.items()]
+
+    def left_out(me: str = "a", **tokens: int) -> list[str]:
+        kept, out = plausible_entries(entries(**tokens), 1000, me)
+        assert [one.peer for one in kept] == [peer for peer in tokens if peer not in {each.peer for each in out}]
+        return [one.peer for one in out]
+
+    assert left_out(a=100, b=100, c=90, eve=1000) == ["eve"]
+    assert left_out(a=100, b=100, c=90, eve=1000, mallory=990) == ["eve", "mallory"]
+    assert left_out(a=5, b=6, c=1000) == [], "they have a batch together: it is that fast"
+    assert left_out(a=500, b=400, c=600) == [], "the batch is too large, and nobody stands out"
+    assert left_out(a=1300, b=10, c=10) == [], "the signer itself"
 
 
 @pytest.mark.parametrize(
@@ -85,3 +171,8 @@ def test_one_that_asks_is_believed_if_half_is_there_or_before_it_stops_waiting()
 )
 def test_a_slow_volunteer_takes_smaller_steps(own: float, others: float, sequences: int) -> None:
     assert planned_sequences(own, others, 8, 96) == sequences
+
+
+@pytest.mark.parametrize(("own", "sequences"), [(10.0, 8), (1.0, 5), (0.5, 2), (0.01, 1)])
+def test_one_step_takes_at_most_half_of_the_wait(own: float, sequences: int) -> None:
+    assert planned_sequences(own, 0.0, 8, 96, max_wait_s=10.0) == sequences

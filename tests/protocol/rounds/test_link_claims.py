@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
-from swarmtrain.protocol.rounds.link_claims import LinkClaims
+from swarmtrain.protocol.rounds.link_claims import AveragingTimes, LinkClaims
 from swarmtrain.protocol.rounds.roles import LinkRates
+from swarmtrain.protocol.rounds.rosters import piece_due_s
 
 BODY, NUM_CHUNKS = 25_000_000, 96
 MBIT = 125_000.0
 PEERS = "abcd"
+LIMIT_S = 600.0
 
 
 def link(mbit: float, can_be_dialled: bool = True) -> LinkRates:
@@ -39,6 +41,15 @@ def test_shares_are_equal_if_a_peer_is_older_or_unknown_or_nothing_is_measured()
     assert claims(link(10), b=link(100)).shares(["a", "b"], 0, BODY) == ()
 
 
+def test_shares_are_equal_while_a_volunteer_that_is_not_on_the_roster_is_older() -> None:
+    told = {"b": link(100), "c": link(100), "d": link(20)}
+    assert shares(claims(link(10), **told, e=link(20))) == (0, 48, 48, 0)
+    some = claims(link(10), **told, e=None)
+    assert shares(some) == (), "it would ask for equal shares, and take no other"
+    some.membership.left("e", 1.0)
+    assert shares(some) == (0, 48, 48, 0)
+
+
 def test_a_late_share_makes_a_claim_a_quarter_and_shares_in_time_or_rounds_restore_it() -> None:
     some = claims(link(80), b=link(200), c=link(80), d=link(80))
     believed = shares(some)
@@ -61,8 +72,26 @@ def test_a_late_share_makes_a_claim_a_quarter_and_shares_in_time_or_rounds_resto
 
 def test_what_averaging_should_take_is_known_only_if_a_link_is() -> None:
     some = claims(link(10), b=link(100), c=link(100), d=None)
-    assert some.averaging_s(PEERS, (0, 48, 48, 0), BODY) == 20.0
-    assert some.averaging_s(PEERS, (), BODY) == 0.0
-    assert claims(LinkRates(), b=None).averaging_s("ab", (48, 48), BODY) == 0.0
-    crawls = claims(link(100), b=LinkRates(1.0, 1.0))
-    assert crawls.averaging_s("ab", (48, 48), BODY) < 1000, "nobody waits longer than a pull is given"
+    assert some.averaging_times(PEERS, (0, 48, 48, 0), BODY, LIMIT_S) == AveragingTimes(20.0, (20.0,) * 4)
+    assert some.averaging_times(PEERS, (), BODY, LIMIT_S) is None
+    assert claims(LinkRates(), b=None).averaging_times("ab", (48, 48), BODY, LIMIT_S) is None
+    outside = claims(link(5), b=link(100), c=link(100), d=link(100))
+    times = outside.averaging_times("bcd", (48, 48, 0), BODY, LIMIT_S)
+    assert times == AveragingTimes(40.0, (40.0,) * 3), "it receives the mean"
+
+
+def test_one_that_tells_of_a_link_that_crawls_makes_nobody_wait_for_hours() -> None:
+    told = {"b": link(100), "c": link(100), "d": LinkRates(1.0, 1.0)}
+    honest = claims(link(100), **(told | {"d": link(10)})).averaging_times(PEERS, (0, 48, 48, 0), 10 * BODY, LIMIT_S)
+    assert honest == AveragingTimes(200.0, (20.0, 40.0, 40.0, 200.0))
+    crawls = claims(link(100), **told).averaging_times(PEERS, (0, 48, 48, 0), 10 * BODY, LIMIT_S)
+    assert crawls == AveragingTimes(LIMIT_S, (20.0, 40.0, 40.0, LIMIT_S)), "others take as long as before"
+
+    def due_s(times: AveragingTimes | None, last_piece_s: float = 1000.0) -> float:
+        assert times is not None
+        return piece_due_s(1000.0, last_piece_s, times.pairs_s[1], times.everyone_s, silence_s=5.0) - 1000.0
+
+    assert due_s(honest) == 80.0, "twice what b and a need"
+    assert due_s(crawls) == LIMIT_S / 4, "b may have to wait for d's bytes, but not for all of them"
+    assert due_s(honest, 1150.0) == 150.0 + 50.0, "pieces come as fast as the slowest sends"
+    assert due_s(honest, 1790.0) == 4 * 200.0, "an owner that sends one now and then"

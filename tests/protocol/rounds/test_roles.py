@@ -51,8 +51,11 @@ def program_s(links: Sequence[LinkRates], body_bytes: float) -> float:
         rows.append(row)
         limits.append(limit)
 
+    owners = sum(link.can_be_dialled for link in links) or num
     for i in range(num):
         others = [j for j in range(num) if j != i]
+        for j in range(num):  # the product's own limit
+            at_most(0.0, (at["g", j, i], 1.0), (slowest, -3 / owners))
         at_most(0.0, (slowest, 1.0), *((at["g", j, i], -1.0) for j in range(num)))
         for j, k in itertools.product(range(num), range(num)):  # j averages no faster than any k sends
             at_most(0.0, (at["g", j, i], 1.0), (at["a", k, j], -1.0))
@@ -103,7 +106,9 @@ def ways_to_divide(num_chunks: int, num: int) -> Iterator[tuple[int, ...]]:
 @given(st.lists(st.builds(LinkRates, rates, rates), min_size=3, max_size=4), st.integers(1, 9))
 def test_no_division_of_few_chunks_is_faster(links: list[LinkRates], num_chunks: int) -> None:
     # With so few chunks none of a share is tiny.
-    best_s = min(averaging_s(links, shares, BODY) for shares in ways_to_divide(num_chunks, len(links)))
+    most = math.ceil(3 * num_chunks / len(links))
+    ways = (shares for shares in ways_to_divide(num_chunks, len(links)) if max(shares) <= most)
+    best_s = min(averaging_s(links, shares, BODY) for shares in ways)
     assert divide(links, num_chunks, BODY).averaging_s <= best_s * (1 + 1e-9)
 
 
@@ -116,10 +121,37 @@ def test_equal_links_have_equal_shares(num: int, num_chunks: int, rate: float) -
 def test_fast_links_average_much_and_slow_ones_nothing() -> None:
     hidden = LinkRates(50 * MBIT, 50 * MBIT, can_be_dialled=False)
     roles = divide([*of_mbit(10, 20, 50, 100, 200), hidden], 1000, BODY)
-    assert roles.shares == (0, 0, 0, 250, 750, 0)
+    assert roles.shares == (0, 0, 50, 350, 600, 0)
     assert roles.averaging_s == pytest.approx(BODY / (10 * MBIT)), "its own upload takes the slowest link so long"
     equal = equal_shares(1000, [True] * 5 + [False])
     assert averaging_s([*of_mbit(10, 20, 50, 100, 200), hidden], equal, BODY) == pytest.approx(1.8 * 80)
+
+
+def test_whoever_boasts_gets_three_times_an_equal_share_at_most() -> None:
+    told = divide([*[LinkRates(1e6, 1e6)] * 7, LinkRates(1e12, 1e12)], 870, BODY).shares
+    assert told[7] == 327 and sum(told) == 870 and max(told[:7]) - min(told[:7]) <= 1
+    both = divide([*[LinkRates(1e6, 1e6)] * 6, *[LinkRates(1e12, 1e12)] * 2], 870, BODY).shares
+    assert both[6:] == (327, 327) and min(both[:6]) >= 36
+
+
+@given(groups, st.integers(1, 300))
+def test_no_share_is_larger_than_three_equal_ones(links: list[LinkRates], num_chunks: int) -> None:
+    owners = sum(link.can_be_dialled for link in links) or len(links)
+    assert max(divide(links, num_chunks, BODY).shares) <= math.ceil(3 * num_chunks / owners)
+
+
+anything = st.floats(0.0, math.inf) | st.just(math.nan)
+
+
+@given(st.lists(st.builds(LinkRates, anything, anything, st.booleans()), min_size=1, max_size=9))
+def test_no_rate_is_the_end_of_a_signer(links: list[LinkRates]) -> None:
+    shares = divide(links, 96, BODY).shares
+    assert sum(shares) == 96 and min(shares) >= 0
+
+
+def test_rates_so_slow_that_nothing_can_be_reckoned_give_equal_shares() -> None:
+    crawls = [LinkRates(1e-310, 1e-310), *[LinkRates()] * 5]
+    assert divide(crawls, 96, BODY).shares == (16,) * 6
 
 
 def test_a_link_that_nobody_has_measured_is_taken_for_the_median() -> None:

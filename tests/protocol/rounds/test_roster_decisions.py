@@ -328,6 +328,9 @@ def test_which_of_two_rosters_holds() -> None:
     assert better_roster([roster("a"), heavier]) == roster("a"), "what a signer says of tokens counts for nothing"
     two = [roster("a", "ab"), roster("a", "ac")]
     assert better_roster(two) == better_roster(two[::-1]), "a signer that lost its memory"
+    two = [roster("a", shares=(3, 3, 4)), roster("a", shares=(4, 3, 3))]
+    assert two[0].digest == two[1].digest and better_roster(two) == better_roster(two[::-1]) == two[0]
+    assert better_roster([*two, roster("a")]) == roster("a")
 
 
 @given(st.permutations([roster(s, p, attempt=a) for s in "ab" for p in ("a", "ab") for a in (0, 1)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import pytest
@@ -132,6 +133,19 @@ def test_a_round_from_its_end_to_the_next() -> None:
     assert engine.round == 1 and engine.base == roster.digest and engine.knows(0)
 
 
+def test_a_signer_leaves_out_a_claim_of_far_more_than_the_batch() -> None:
+    engine = engine_of("a", "b", "c", rules=replace(RULES, target_tokens=30))
+    ends(engine)
+    liars = replace(published("c"), tokens=1000)
+    for number, offer in enumerate((published("b"), liars), start=1):
+        engine.receive(ev.QuestionAnswered(number, reply(publication=offer)), 10.1)
+    wakes(engine, 10.1)
+    for peer in "bc":
+        engine.receive(ev.PublicationFetched(f"{peer}0"), 10.2)
+    reason = "everyone alive has published; without c (1000 tokens), far more than the others have"
+    assert wakes(engine, 10.2) == [ev.SignRoster(roster_of("a", "b"), reason)]
+
+
 def test_others_are_answered_at_once_if_they_lack_something_and_else_held() -> None:
     engine, calls = engine_of("a", "b"), itertools.count(1)
 
@@ -142,6 +156,10 @@ def test_others_are_answered_at_once_if_they_lack_something_and_else_held() -> N
         None
     ]
     assert engine.wanted, "somebody has ended the round that this peer is in"
+    assert not engine.wanted_by, "nobody that this peer knows"
+    for asker in ("b", "stranger"):
+        engine.receive(ev.QuestionReceived(0, ev.RoundQuestion(round=0, has_publication=False), asker), 1.0)
+    assert engine.wanted_by == {"b"}
     assert asks(1.0, has_publication=False, hold_s=9.0) == []
     assert asks(1.0, has_publication=False, hold_s=1.0) == []
     assert engine.wake_at() == 2.0

@@ -22,7 +22,7 @@ from swarmtrain.rehearsal import LinksSection, RehearsalChurn
 from swarmtrain.run import RunFile, parse_run
 from swarmtrain.simulate.planning.bottlenecks import FELT, Bottleneck, bottlenecks
 from swarmtrain.simulate.planning.plan import Plan, PlaybackMachines, plan
-from swarmtrain.simulate.planning.traffic import dht_bytes_per_s
+from swarmtrain.simulate.planning.traffic import archived_every_s, dht_bytes_per_s
 
 pytestmark = pytest.mark.slow
 
@@ -199,6 +199,18 @@ def test_the_archive_is_told_apart_from_those_who_come_back() -> None:
     assert traffic.returns_up == traffic.returns_down == pytest.approx(1.01 * 5 * theta / (20 * 6)), "of four others"
     server = plan(a_run('method = "server"'), coming, SLOW).traffic
     assert server.archive == server.returns_up == 0 < server.returns_down, "the server sends them"
+
+
+def test_a_state_with_two_moments_costs_a_half_more() -> None:
+    """Of a large batch: AdamW's two moments travel with the weights."""
+    coming = replace(machines(6), churn=RehearsalChurn(every_s=20))
+    large, usual = (a_run(f'inner_steps = 30\nmethod = "{method}"') for method in ("batch", "diloco"))
+    two, one = (plan(run, coming, SLOW).traffic for run in (large, usual))
+    assert two.returns_down == pytest.approx(1.01 * 12 * PARAMETERS / (20 * 6)) == pytest.approx(1.5 * one.returns_down)
+    assert two.archive == pytest.approx(1.01 * 12 * PARAMETERS / 60 / 6) == pytest.approx(1.5 * one.archive)
+    big = [parse_run(a_text(f'method = "{method}"', model=HUGE, batch=1), "r") for method in ("batch", "diloco")]
+    slower, sooner = (archived_every_s(run, 1e8) for run in big)
+    assert sooner > 60 and slower == pytest.approx(1.5 * sooner)
 
 
 # ---------------------------------------------------------------- what hurts

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from swarmtrain.protocol.rounds.messages import RoundQuestion
+from swarmtrain.simulate.systems.batch_volunteer import BatchVolunteer
 from swarmtrain.simulate.systems.messages import Settings, SimulatedLink
 from swarmtrain.simulate.systems.world import SynchronousWorld
 
@@ -100,3 +103,52 @@ def test_one_that_hangs_costs_one_wait_and_who_joins_counts_from_its_second_batc
     assert lasts_s(found)[began + 1] <= STEP_S + SETTINGS.max_wait_s + 3.5
     roster = max(world.running(), key=lambda peer: peer.round).history[-1]
     assert "q" in roster.peers and "p2" not in roster.peers
+
+
+class Liar(BatchVolunteer):
+    """Ends each batch after one step, tells and publishes the whole of it, and leaves the roster to others."""
+
+    def begin(self) -> None:
+        self.signs = False
+        super().begin()
+
+    @property
+    def inner_steps_done(self) -> int:
+        return self.settings.target_tokens // self.settings.tokens_per_step
+
+    def _steps_done(self) -> None:
+        self.steps = self.inner_steps_done
+        self._publish()
+
+
+def test_a_liar_counts_as_a_fast_volunteer_and_its_claim_is_left_out() -> None:
+    """It is the fastest by its word. Without it a batch takes STEP_S."""
+    world = swarm()
+    world.run_until(3 * STEP_S)
+    world.peers["q"] = Liar(world, "q", 5.0, SimulatedLink(bytes_per_s=1e6))
+    world.record("joined", world.peers["q"])
+    world.peers["q"].deliver(world.peers["q"].begin)
+    began = max(steps_of(world))
+    world.run_until(world.clock.now + 8 * STEP_S)
+    history = max((peer for peer in world.running() if peer.name != "q"), key=lambda peer: peer.round).history
+    later = [roster for roster in history if roster.round > began + 1]
+    honest = [sum(entry.tokens for entry in roster.entries if entry.peer != "q") for roster in later]
+    claimed = [roster.tokens - own for roster, own in zip(later, honest, strict=True)]
+    print(f"honest tokens {honest}, claimed {claimed}")
+    assert len(later) >= 5
+    assert all(own >= 0.4 * SETTINGS.target_tokens for own in honest), honest
+    assert all(claim == 0 for claim in claimed), claimed
+
+
+def test_one_that_asks_and_has_nothing_does_not_end_batches() -> None:
+    world = swarm()
+    world.run_until(3 * STEP_S)
+    began, now = max(steps_of(world)), world.clock.now
+    call = SimpleNamespace(asker="stranger", answer=lambda reply: None, refuse=lambda: None)
+    for number in range(int(5 * STEP_S * 4)):
+        world.run_until(now + number / 4)
+        for peer in world.running():
+            peer.asked(RoundQuestion(round=peer.round, has_publication=False), call)
+    found = steps_of(world)
+    whole = [tokens for round, (_, tokens, _) in found.items() if round > began + 1]
+    assert len(whole) >= 2 and all(tokens >= 0.95 * SETTINGS.target_tokens for tokens in whole), whole

@@ -91,6 +91,6 @@ def test_one_that_tells_of_a_link_that_it_does_not_have_is_believed_less() -> No
     assert world.run_rounds(5, 36000.0)
     signed = [event.roster for event in world.events("signed")]
     shares = [roster.shares[5] for roster in signed if roster is not None and roster.shares]
-    assert shares[0] > SETTINGS.num_chunks / 2, "it was believed at first"
+    assert shares[0] == SETTINGS.num_chunks / 2, "it was believed at first, and got as much as anybody can"
     assert shares[-1] < shares[0] / 4
     assert len(set(world.digests(5).values())) == 1
