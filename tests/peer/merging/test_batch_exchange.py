@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,7 +129,9 @@ def test_what_rosters_count_is_read_as_what_steps_read(
     exchange, _ = exchange_for(round=3)
     exchange.start_round(Progress(round=3, run_tokens=100), 2.0)
     monkeypatch.setattr(RunFile, "batch_rows", 2)
-    publish(exchange, monkeypatch, mean(*sorted([ME.peer_id, BEN.peer_id])), tokens=STEP // 4)
+    publish(exchange, monkeypatch, mean(*sorted([ME.peer_id, BEN.peer_id])))
+    assert exchange._published is not None
+    exchange._published = replace(exchange._published, tokens=STEP // 4)
     exchange._ended_s = exchange._end.started_s + 1.0
     exchange.collect()
     there = exchange._share(0)
@@ -141,14 +144,14 @@ def mean(*peers: str) -> RosterMean:
     return RosterMean(roster=roster, mean=bytearray(torch.full((6,), 0.25).numpy().tobytes()))
 
 
-def publish(exchange: BatchExchange, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, tokens: int = STEP) -> None:
+def publish(exchange: BatchExchange, monkeypatch: pytest.MonkeyPatch, outcome: Outcome) -> None:
     monkeypatch.setattr(
         exchange.network,
         "submit",
         lambda work: (work.close(), Future[Any](), None)[1],  # nobody is asked
     )
     own = LocalUpdate(
-        round=3, part=1, thetas=(), fragment_rounds=(), reached=None, tokens=tokens, inner_steps=1, own_tokens=STEP,
+        round=3, part=1, thetas=(), fragment_rounds=(), reached=None, tokens=STEP, inner_steps=1, own_tokens=STEP,
         base="ab" * 32, mean_gradient=torch.ones(6),
     )  # fmt: skip
     exchange.publish(own)
