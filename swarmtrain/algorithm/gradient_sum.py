@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.inner import InnerOptimizer, Moments
+from swarmtrain.algorithm.inner import InnerOptimizer, Moments, MomentsCopy
 from swarmtrain.algorithm.outer import flatten
 
 __all__ = ["GradientSum"]
@@ -18,8 +20,7 @@ class GradientSum(InnerOptimizer):
     of the step that all peers take together (`common_step.py`).
     """
 
-    targets = 0
-    """Targets of the batch whose mean gradient is in `.grad`; set before each step."""
+    steps_on_each_rank = False  # each has the whole batch's gradient
     _sums: list[Tensor] | None = None
     """Sum of the gradients of all targets so far, as one tensor for each parameter; None without any."""
     _num_targets: Tensor | None = None
@@ -62,7 +63,7 @@ class GradientSum(InnerOptimizer):
         return mean, num_targets
 
     def forget(self) -> None:
-        """Drop the sum."""
+        """Drop the sum. See `InnerOptimizer`."""
         self._sums = self._num_targets = None
 
     def end(self) -> None:
@@ -70,7 +71,12 @@ class GradientSum(InnerOptimizer):
         self.forget()
         super().end()
 
-    def no_moments(self) -> Moments:
-        """Return moments without vectors, (0, P), for a checkpoint."""
-        num_numbers = sum(parameter.numel() for parameter in self._parameters.values())
-        return Moments(vectors=torch.empty(0, num_numbers), steps=torch.zeros(len(self._parameters)))
+    def kept_moments(
+        self, room: Tensor | None, copy: Callable[[Sequence[Tensor]], MomentsCopy] | None = None
+    ) -> Moments:
+        """Return moments without vectors, (0, P), for a checkpoint, whatever `room` there is."""
+        sizes = self._sizes()
+        return Moments(vectors=torch.empty(0, sum(sizes)), steps=torch.zeros(len(sizes)))
+
+    def load_moments(self, moments: Moments) -> None:
+        """Continue from what `kept_moments` returned: there is nothing to load."""

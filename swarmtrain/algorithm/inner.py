@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ __all__ = [
     "LentMoments",
     "LossScale",
     "Moments",
+    "MomentsCopy",
     "learning_rate_at",
     "moments_scale",
 ]
@@ -215,6 +216,11 @@ class InnerOptimizer:
     torch's compiler, which takes a second of processor time and tens of megabytes, and is not used here.
     """
 
+    steps_on_each_rank: ClassVar[bool] = True
+    """True if every rank that trains the same parameters takes each step; False if only this process does."""
+    targets = 0
+    """Targets of the batch whose mean gradient is in `.grad`; set before each step. AdamW asks for none."""
+
     def __init__(
         self,
         parameters: Iterable[tuple[str, Tensor]],
@@ -396,6 +402,20 @@ class InnerOptimizer:
         for step, parameter, own in zip(moments.steps, self._parameters.values(), vectors, strict=True):
             first, second = (vector.view_as(parameter).to(parameter, copy=True) for vector in own)
             self._states[parameter] = _State(step.to(parameter.device, torch.float32, copy=True), first, second)
+
+    def kept_moments(
+        self, room: Tensor | None, copy: Callable[[Sequence[Tensor]], MomentsCopy] | None = None
+    ) -> Moments | LentMoments:
+        """Return the moments for a checkpoint: copied into `room` (2, P) fp32, lent if there is none.
+
+        With `copy`, for a device, they are lent whatever room there is; see `lend_moments`.
+        """
+        if room is None or copy is not None:
+            return self.lend_moments(copy)
+        return self.copy_moments(room)
+
+    def forget(self) -> None:
+        """Drop what was added up beside `.grad` in a round that was given up: nothing here."""
 
     def _sizes(self) -> list[int]:
         """Return the number of elements of each parameter, in order."""

@@ -22,7 +22,6 @@ from swarmtrain.algorithm.gradient_sum import GradientSum
 from swarmtrain.algorithm.inner import (
     InnerConstants,
     InnerOptimizer,
-    LentMoments,
     LossScale,
     Moments,
     learning_rate_at,
@@ -174,13 +173,8 @@ class InnerLoop(ABC):
 
         Moments on a device are lent whatever `room` there is: the device copies them beside the next step.
         """
-        moments: Moments | LentMoments
-        if isinstance(self.inner, GradientSum):
-            moments = self.inner.no_moments()
-        elif isinstance(self.parameters, DeviceParameters):
-            moments = self.inner.lend_moments(self.parameters.copier.copy)
-        else:
-            moments = self.inner.lend_moments() if room is None else self.inner.copy_moments(room)
+        copy = self.parameters.copier.copy if isinstance(self.parameters, DeviceParameters) else None
+        moments = self.inner.kept_moments(room, copy)
         return LoopCheckpoint(batches=self.batches.position, young_steps=self.young_steps, moments=moments)
 
     def resume(self, part: LoopCheckpoint) -> None:
@@ -192,8 +186,7 @@ class InnerLoop(ABC):
             raise ValueError(f"the checkpoint stands at batch {part.batches}, the data at {self.batches.position}")
         if not isinstance(part.moments, Moments):
             raise ValueError("moments of a checkpoint that was loaded are needed, not lent ones")
-        if not isinstance(self.inner, GradientSum):
-            self.inner.load_moments(part.moments)
+        self.inner.load_moments(part.moments)
         self._has_moments, self.young_steps = True, part.young_steps
 
     def skip(self, tokens: int) -> None:
@@ -208,8 +201,7 @@ class InnerLoop(ABC):
 
     def begin_round(self) -> None:
         """Drop gradients that were added up in a round that was given up. See `LoopState`."""
-        if isinstance(self.inner, GradientSum):
-            self.inner.forget()
+        self.inner.forget()
 
     def mean_gradient(self) -> tuple[Tensor, int]:
         """Return the mean gradient (P,) of the steps since the last call, and its targets. See `LoopState`."""
@@ -303,10 +295,9 @@ class ModelLoop(InnerLoop):
                 batch = batch[: self.batch_sequences]
             while (loss := self._differentiate(batch, should_stop)) is None:
                 self._use_smaller()
-            if isinstance(self.inner, GradientSum):
-                self.inner.targets = num_targets(batch)
+            targets = self.inner.targets = num_targets(batch)
             norm = self._optimize(progress, scale)
-            done = InnerStep(num_targets(batch), loss, norm, read_tokens=inputs_of(batch).numel())
+            done = InnerStep(targets, loss, norm, read_tokens=inputs_of(batch).numel())
             self._ahead.step_asked()
             if self._slowed is not nullcontext:
                 finish(self.compute.device)  # what is made slower is the step, and not the asking for it
@@ -343,7 +334,7 @@ class ModelLoop(InnerLoop):
         """Take the optimizer's step and return the gradient's norm (). Raises RunTimeError if its moments, which the
         first step makes, do not fit: no smaller microbatch makes room for them."""
         with enough_memory("making the optimizer's moments", self.compute.device):
-            if self.ranks is None or isinstance(self.inner, GradientSum):  # every rank has the whole batch's gradient
+            if self.ranks is None or not self.inner.steps_on_each_rank:
                 return self.inner.step(progress, scale)
             return self.ranks.optimize(progress, scale)
 
