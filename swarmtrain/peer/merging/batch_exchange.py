@@ -25,7 +25,14 @@ from swarmtrain.peer.merging.roster_exchange import RosterExchange
 from swarmtrain.peer.merging.updates import Averaged, BatchMean, LocalUpdate, Replaced
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.peer.training.session import Start
-from swarmtrain.protocol.rounds.batch_end import BatchEnd, BatchRules, BatchShare, planned_sequences
+from swarmtrain.protocol.rounds.batch_end import (
+    STALE_SHARE,
+    BatchEnd,
+    BatchRules,
+    BatchShare,
+    others_in,
+    planned_sequences,
+)
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.words import time_in_words
@@ -35,9 +42,6 @@ __all__ = ["BatchExchange"]
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
 """Peers that are asked how far they are, at random."""
-_STALE_SHARE = 0.75
-"""Share of `network.presence_ttl_s` after which a peer that has said nothing is not counted: presence is renewed after
-a third of it."""
 
 
 @dataclass
@@ -62,7 +66,7 @@ class BatchExchange(RosterExchange):
             step_tokens=run.tokens_per_step,
             max_wait_s=run.merge.max_wait_s,
             round_limit_s=run.merge.round_limit_s,
-            stale_s=_STALE_SHARE * run.network.presence_ttl_s,
+            stale_s=STALE_SHARE * run.network.presence_ttl_s,
         )
         format = run.merge.roster_format
         self._encoder = None if format == "fp32" else FedBackSum(format)
@@ -192,9 +196,4 @@ class BatchExchange(RosterExchange):
         return over
 
     def _share(self, own_tokens: int) -> BatchShare:
-        membership = self.swarm.membership
-        others = [
-            (info, membership.so_far_since_s(info.peer), membership.heard_s(info.peer))
-            for info in membership.answering()
-        ]
-        return self._end.share(own_tokens, others, swarm_time())
+        return self._end.share(own_tokens, others_in(self.swarm.membership), swarm_time())

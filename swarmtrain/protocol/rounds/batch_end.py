@@ -22,11 +22,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
-from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.rounds.rosters import RoundPublication
 
-__all__ = ["BatchEnd", "BatchRules", "BatchShare", "planned_sequences", "plausible_entries"]
+__all__ = ["STALE_SHARE", "BatchEnd", "BatchRules", "BatchShare", "others_in", "planned_sequences", "plausible_entries"]
 
+STALE_SHARE = 0.75
+"""Share of `network.presence_ttl_s` after which a peer that has said nothing is not counted: presence is renewed after
+a third of it."""
 _PLAUSIBLE = 2.0
 """Tokens that a peer tells count up to this multiple of what it can have by its rate."""
 _MOST_TIMES_MEDIAN = 8.0
@@ -143,8 +146,8 @@ class BatchEnd:
     def share(self, own_tokens: int, others: Iterable[tuple[PeerInfo, float, float]], now: float) -> BatchShare:
         """Return how much of the batch is there.
 
-        `others` has of each volunteer that answers its presence, since when it is known to be at its present step, and
-        when it last said anything.
+        `others` is what `others_in` returns: of each volunteer that answers its presence, since when it is known to be
+        at its present step, and when it last said anything.
         """
         elapsed_s, total, rates = now - self.started_s, 0.0, 0.0
         own = self._own_counted or self._own_rate or (own_tokens / elapsed_s if elapsed_s > 0 else 0.0)
@@ -209,6 +212,13 @@ class BatchEnd:
         at_once, later = _FOLLOWS_COUNTED if is_counted else _FOLLOWS_OTHERS
         has_waited = now - self._wanted_s >= self.rules.max_wait_s / 2
         return there.share >= (later if has_waited else at_once)
+
+
+def others_in(membership: Membership) -> list[tuple[PeerInfo, float, float]]:
+    """Return what a peer knows of the volunteers that answer, as `BatchEnd.share` needs it."""
+    return [
+        (info, membership.so_far_since_s(info.peer), membership.heard_s(info.peer)) for info in membership.answering()
+    ]
 
 
 def plausible_entries(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from swarmtrain.protocol.rounds import messages as ev
-from swarmtrain.protocol.rounds.batch_end import BatchEnd, BatchRules
+from swarmtrain.protocol.rounds.batch_end import STALE_SHARE, BatchEnd, BatchRules, others_in
 from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.simulate.systems.messages import Phase, SimulatedLink
 from swarmtrain.simulate.systems.volunteer import SimulatedVolunteer, Surroundings
 
 __all__ = ["BatchVolunteer"]
 
-_STALE_SHARE = 0.75  # as peer/merging/batch_exchange.py has it
 _ASKS = 2
 """Number of this peer's search in which it asks the others how far they are."""
 
@@ -27,7 +26,7 @@ class BatchVolunteer(SimulatedVolunteer):
                 step_tokens=s.tokens_per_step,
                 max_wait_s=s.max_wait_s,
                 round_limit_s=s.round_limit_s,
-                stale_s=_STALE_SHARE * s.presence_ttl_s,
+                stale_s=STALE_SHARE * s.presence_ttl_s,
             )
         )
         self._is_asking = False
@@ -48,11 +47,7 @@ class BatchVolunteer(SimulatedVolunteer):
     def _steps_done(self) -> None:
         """Count a step; end the batch, or take another one."""
         self.steps += 1
-        now = self.world.clock.now
-        others = [
-            (info, self.membership.so_far_since_s(info.peer), self.membership.heard_s(info.peer))
-            for info in self.membership.answering()
-        ]
+        now, others = self.world.clock.now, others_in(self.membership)
         there = self.end.share(self.steps * self.settings.tokens_per_step, others, now)
         if self.end.asks_others(there):
             self._is_asking = True
