@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
+from swarmtrain.protocol.rounds.roles import equal_shares
+
 __all__ = [
     "AdvertisedRound",
     "ApplyDecision",
@@ -503,10 +505,8 @@ def peers_to_ask(view: RoundView, now: float) -> list[str]:
 def share_ranges(num_chunks: int, num_peers: int, shares: Sequence[int] = ()) -> list[range]:
     """Cut chunks into one contiguous range for each peer, in roster order: of the sizes `shares`, or without them of
     sizes that differ by at most one."""
-    bounds = [num_chunks * i // num_peers for i in range(num_peers + 1)]
-    if shares:
-        bounds = [0, *itertools.accumulate(shares)]
-    return [range(a, b) for a, b in itertools.pairwise(bounds)]
+    sizes = shares or equal_shares(num_chunks, [True] * num_peers)
+    return [range(a, b) for a, b in itertools.pairwise([0, *itertools.accumulate(sizes)])]
 
 
 def share_due_s(roster_at_s: float, own_share_at_s: float, silence_s: float) -> float:
