@@ -300,15 +300,12 @@ class MergeSection(Section):
 
     @model_validator(mode="after")
     def _fits_method(self) -> MergeSection:
-        for key, methods in METHODS_OF_KEYS.items():
-            if not self.kind.reads(key) and getattr(self, key) != type(self).model_fields[key].default:
-                allowed = " or ".join(f'"{method}"' for method in methods)
-                raise ValueError(
-                    f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with {allowed}'
-                )
+        unread = {key: methods for key, methods in METHODS_OF_KEYS.items() if not self.kind.reads(key)}
         for key in sorted(self.kind.unread):
+            unread[key] = tuple(name for name, method in METHODS.items() if key not in method.unread)
+        for key, methods in unread.items():
             if getattr(self, key) != self.kind.defaults.get(key, type(self).model_fields[key].default):
-                allowed = " or ".join(f'"{method.name}"' for method in METHODS.values() if key not in method.unread)
+                allowed = " or ".join(f'"{method}"' for method in methods)
                 raise ValueError(
                     f'merge.{key}: has no meaning with merge.method = "{self.method}"; allowed: with {allowed}'
                 )
