@@ -112,8 +112,8 @@ class RehearsalFile(_Sections):
     def links_of(self, name: str) -> LinksSection:
         """Return the link of one volunteer."""
         own = self._of(name)
-        told = {} if own is None else {"up_mbit": own.up_mbit, "down_mbit": own.down_mbit}
-        return self.links.model_copy(update={key: value for key, value in told.items() if value is not None})
+        told = {} if own is None else own.model_dump(include={"up_mbit", "down_mbit"}, exclude_none=True)
+        return self.links.model_copy(update=told)
 
     def is_hidden(self, name: str) -> bool:
         """Return whether nobody can dial this volunteer."""
