@@ -76,6 +76,10 @@ class MergeMethod:
         """True if the bootstrap keeps the run's weights."""
         return bool(self.server)
 
+    def state_bytes(self, num_parameters: int) -> int:
+        """Return the bytes of a state of so many parameters: weights and moments, fp32."""
+        return 4 * (1 + self.num_moments) * num_parameters
+
     def reads(self, key: str) -> bool:
         """Return whether a key of `[merge]` that not every method reads has a meaning with this one."""
         return key in self.keys

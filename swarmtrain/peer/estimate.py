@@ -114,7 +114,7 @@ def estimate(
     steps = math.ceil(run.run.total_tokens / (run.tokens_per_step * num_peers))
     # Of one large batch each computes its share; elsewhere a round has as many inner steps on each.
     round_steps = run.merge.inner_steps / (num_peers if run.merge.kind.common_step else 1)
-    state_bytes = 4 * (1 + run.merge.kind.num_moments) * num_parameters
+    state_bytes = run.merge.kind.state_bytes(num_parameters)
     costs = costs_of(run)
     sent, incoming = costs.merge_bytes(run, num_parameters, num_peers - 1)
     if stages == 1:

@@ -143,7 +143,7 @@ def plan(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: in
         partners_per_round=found.partners,
         fresh_share=found.fresh_share,
         sizes=found.sizes,
-        state_bytes=4 * (1 + run.merge.kind.num_moments) * parameters,
+        state_bytes=run.merge.kind.state_bytes(parameters),
         payload_up_bytes=found.up_bytes,
         payload_down_bytes=found.down_bytes,
         traffic=traffic_of(run, found, machines, links.up_mbit * BYTES_PER_S_OF_MBIT),

@@ -289,7 +289,7 @@ def _on_rosters(
         call_limit_s=run.network.call_limit_s,
         stall_limit_s=run.network.stall_limit_s,
         publication_bytes=_on_roster_bytes(run),
-        state_bytes=4 * (1 + merge.kind.num_moments) * parameters,
+        state_bytes=merge.kind.state_bytes(parameters),
     )
     # Whole pseudo-gradients all pass at once, and the simulated links are not shared.
     at_once = max(1, others) if others + 1 <= merge.share_above else 1

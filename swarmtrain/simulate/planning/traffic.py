@@ -155,11 +155,9 @@ def archived_every_s(run: RunFile, link_up_bytes_per_s: float) -> float:
     every_s, parameters = run.network.archive_every_s, stage_parameters(run)
     if run.pipeline.stages > 1 or run.merge.kind.has_server or not link_up_bytes_per_s:
         return every_s
-    kind = run.merge.kind
-    wanted = 4 * (
-        1 + kind.num_moments + kind.own_weights
-    )  # weights and moments of one, then the others' weights at once
-    return archive_every_s(every_s, wanted * parameters / link_up_bytes_per_s, parameters)
+    # Weights and moments of one, then the others' weights at once.
+    wanted = run.merge.kind.state_bytes(parameters) + 4 * run.merge.kind.own_weights * parameters
+    return archive_every_s(every_s, wanted / link_up_bytes_per_s, parameters)
 
 
 def _returns_per_s(machines: PlaybackMachines) -> float:
