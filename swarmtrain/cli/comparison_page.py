@@ -282,12 +282,5 @@ def _again(command: str, files: Mapping[str, str]) -> Markup:
         joined([f"Save {names}, with the run file where the scenario names it." if files else "Take the same files."]),
         joined([element("code", command), " computes the same. The same file and seed give the same results."]),
     ]
-    texts = [
-        element("details", element("summary", name), text_file(name, text, _shown(text)))
-        for name, text in files.items()
-    ]
+    texts = [element("details", element("summary", name), text_file(name, text)) for name, text in files.items()]
     return section("again", "How to make it again", numbered(steps), *texts)
-
-
-def _shown(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
