@@ -141,8 +141,6 @@ def _answers(view: View, panels: Mapping[str, Any]) -> list[tuple[str, str, str]
     if status.total_tokens and status.run_tokens >= status.total_tokens:
         at = moment(status.end_time) if finite(status.end_time) > 0 else "it has all its tokens"
         return [learns, ("When was it complete?", at, tokens), here]
-    if view.phase.over:
-        return [learns, ("How far did it get?", tokens, "by the last status of this peer"), here]
     return [learns, ends, here]
 
 

@@ -65,8 +65,8 @@ def answers_list(answers: Iterable[tuple[str, str, str]]) -> Markup:
 
 def facts_list(facts: Iterable[tuple[str, str]]) -> Markup:
     """Return named facts; those without a word are left out."""
-    pairs = [element("dt", name) + element("dd", fact) for name, fact in facts if fact]
-    return element("dl", *map(Markup, pairs), class_="facts")
+    pairs = [joined([element("dt", name), element("dd", fact)]) for name, fact in facts if fact]
+    return element("dl", *pairs, class_="facts")
 
 
 def titled_table(title: str, heads: Sequence[tuple[str, str]], rows: Iterable[Markup], kind: str = "") -> Markup:
