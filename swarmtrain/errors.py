@@ -26,6 +26,7 @@ from __future__ import annotations
 
 __all__ = [
     "CODE_KEY",
+    "INTERRUPTED",
     "BadBytesError",
     "BrokenOffError",
     "BusyError",
@@ -48,6 +49,8 @@ __all__ = [
 
 CODE_KEY = "swarmtrain-error-code"
 """Key of the trailing metadata in which the control service sends an error's code to its caller."""
+INTERRUPTED = 130
+"""Exit code of a command that a person ended by Ctrl-C."""
 
 
 class Problem(str):

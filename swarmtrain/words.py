@@ -15,6 +15,7 @@ __all__ = [
     "loss_in_words",
     "one_line",
     "percent_in_words",
+    "printable",
     "shares_in_words",
     "short_peer",
     "size_in_words",
@@ -159,3 +160,8 @@ def one_line(text: str) -> str:
     if text.isprintable():  # nearly always; a page asks this of some thousands of names a second
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def printable(text: str) -> str:
+    """Replace what is neither printable nor a line end or a tab in a text of several lines."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

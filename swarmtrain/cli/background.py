@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from swarmtrain.errors import with_code
+from swarmtrain.errors import INTERRUPTED, with_code
 
 if TYPE_CHECKING:
     import subprocess
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["is_the_background", "outputs_to_log", "report", "report_folder", "say", "start_in_background"]
 
 _PIPE = "SWARMTRAIN_BACKGROUND"  # in the new process's environment: the descriptor of the pipe
-_INTERRUPTED = 130
 _LAST_WORDS_BYTES = 4000
 
 
@@ -133,7 +132,7 @@ def start_in_background(show: Callable[[Event], None], by_folder: bool) -> int:
                     f"stopped waiting: it keeps running in the background, process {process.pid}{peer.log_words()}"
                 )
                 process.returncode = 0  # it is nobody's child once we have ended
-                return _INTERRUPTED
+                return INTERRUPTED
 
 
 class _Started:

@@ -133,8 +133,8 @@ def _answers(found: Comparison) -> list[tuple[str, str, str]]:
     quickest = min(rows, key=lambda row: row.mean("virtual_time_s"))
     took = time_in_words(quickest.mean("virtual_time_s"))
     answers.append(("Which is over first?", _name(quickest), f"after {took}, with {quickest.loss:.4f} nats/byte"))
-    least = min(rows, key=lambda row: row.mean("sent_bytes") / max(1, row.mean("inner_steps")))
-    sent = size_in_words(least.mean("sent_bytes") / max(1, least.mean("inner_steps")))
+    least = min(rows, key=lambda row: row.bytes_per_inner_step)
+    sent = size_in_words(least.bytes_per_inner_step)
     return [*answers, ("Which sends the least?", _name(least), f"{sent} an inner step")]
 
 
@@ -282,12 +282,5 @@ def _again(command: str, files: Mapping[str, str]) -> Markup:
         joined([f"Save {names}, with the run file where the scenario names it." if files else "Take the same files."]),
         joined([element("code", command), " computes the same. The same file and seed give the same results."]),
     ]
-    texts = [
-        element("details", element("summary", name), text_file(name, text, _shown(text)))
-        for name, text in files.items()
-    ]
+    texts = [element("details", element("summary", name), text_file(name, text)) for name, text in files.items()]
     return section("again", "How to make it again", numbered(steps), *texts)
-
-
-def _shown(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

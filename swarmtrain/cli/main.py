@@ -18,7 +18,7 @@ import click
 
 from swarmtrain import __version__
 from swarmtrain.cli.option_errors import OptionsError
-from swarmtrain.errors import Problem, SwarmtrainError, UserError, with_code
+from swarmtrain.errors import INTERRUPTED, Problem, SwarmtrainError, UserError, with_code
 
 __all__ = ["ALIASES", "COMMANDS", "cli", "main", "run"]
 
@@ -53,8 +53,6 @@ _MEANT = {
     "version": "--version",
 }
 """Words that are no command, and what a person who types them may mean."""
-
-INTERRUPTED = 130
 
 
 class _Commands(click.Group):

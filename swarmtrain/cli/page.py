@@ -43,6 +43,7 @@ from swarmtrain.words import (
     count_in_words,
     counted,
     one_line,
+    printable,
     short_peer,
     size_in_words,
     source_losses_in_words,
@@ -51,7 +52,7 @@ from swarmtrain.words import (
 if TYPE_CHECKING:
     from swarmtrain.web.server import State  # a report is made without the page's server
 
-__all__ = ["OF_THE_SWARM", "MachineUse", "page_of", "panels_of", "printable"]
+__all__ = ["OF_THE_SWARM", "MachineUse", "page_of", "panels_of"]
 
 _NAME_CELLS = 32
 _MOST_POINTS = 600
@@ -371,11 +372,6 @@ def _sample(history: Any) -> dict[str, Any] | None:
     }
 
 
-def printable(text: str) -> str:
-    """Replace what is neither printable nor a line end or a tab in a text of several lines."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
 def _invite(status: Any) -> dict[str, Any] | None:
     line = one_line(status.invite_line)
     return {"line": line, "code": _quick_response(line.rpartition(" ")[2])} if line else None
@@ -423,8 +419,8 @@ def _pipeline(status: Any) -> list[dict[str, Any]] | None:
         {
             "number": stage.number,
             "mine": stage.mine,
-            "peers": stage.num_peers,
-            "holders": _named(peer for peer in status.peers if peer.present and stage.number in peer.stages),
+            "holders": _named(peer for peer in status.peers if peer.present and stage.number in peer.stages)
+            or (counted(stage.num_peers, "peer") if stage.num_peers else "nobody"),
             "speed": speed_of(stage.tokens_per_s),
             "most": speed_of(stage.most_tokens_per_s),
             "queue": round(finite(stage.queue), 1),

@@ -22,9 +22,8 @@ from typing import Any
 from swarmtrain.cli.follow import Patience, Signal, follow
 from swarmtrain.cli.page import MachineUse, page_of
 from swarmtrain.cli.page_address import PageAddress
-from swarmtrain.cli.peers import LocalPeer, NoAnswerError, PeerPhase, View, ask, look, tell
+from swarmtrain.cli.peers import LocalPeer, NoAnswerError, PeerPhase, View, look, run_history, tell
 from swarmtrain.errors import SwarmtrainError, UserError
-from swarmtrain.peer.control.history import read_history
 from swarmtrain.protocol.limits import parse_hours, parse_size, parse_temperature
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.web.server import PageServer
@@ -217,20 +216,13 @@ class _HistoryReader:
         may have to ask others."""
         is_asking = self._asking is not None and self._asking.is_alive()
         if time.monotonic() >= self._next_s and not is_asking:
-            is_running = view.phase is PeerPhase.RUNNING
             self._next_s = time.monotonic() + (_HISTORY_EVERY_S if self._last is not None else _HISTORY_AGAIN_S)
-            self._asking = threading.Thread(target=self._ask, args=(is_running,), name="history", daemon=True)
+            self._asking = threading.Thread(target=self._ask, args=(view,), name="history", daemon=True)
             self._asking.start()
         return self._last
 
-    def _ask(self, is_running: bool) -> None:
-        try:
-            if is_running:
-                self._last = ask(self._peer, "History", wire.RunHistoryRequest())
-            elif self._peer.folder is not None:
-                self._last = read_history(self._peer.folder) or self._last
-        except SwarmtrainError:
-            pass  # it has just ended, or is of a version that keeps no record
+    def _ask(self, view: View) -> None:
+        self._last = run_history(self._peer, view) or self._last
 
 
 # ---------------------------------------------------------------- the machine

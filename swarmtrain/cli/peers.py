@@ -46,6 +46,7 @@ __all__ = [
     "listed",
     "look",
     "look_without_asking",
+    "run_history",
     "tell",
     "title",
     "view_as_json",
@@ -429,6 +430,23 @@ def look_without_asking(
     else:
         phase = PeerPhase.SILENT
     return View(status=status, phase=phase, folder=peer.folder, now=time.time(), note=note)
+
+
+def run_history(peer: LocalPeer, view: View) -> Any:
+    """Return the record of the peer's run, a `RunHistory`: as it answers while it runs, else as it left it.
+
+    None without one, or if it is of an earlier run in the peer's folder. The call takes up to `CALL_LIMIT_S`.
+    """
+    if view.phase is PeerPhase.RUNNING:
+        with contextlib.suppress(SwarmtrainError):  # it has just ended, or is of a version that keeps none
+            return ask(peer, "History", wire.RunHistoryRequest())
+    if peer.folder is None:
+        return None
+    from swarmtrain.peer.control.history import read_history
+
+    history, known = read_history(peer.folder), view.status.run_sha256
+    is_other = history is not None and history.run_sha256 and known and history.run_sha256 != known
+    return None if is_other else history
 
 
 def _last_holder(folder: Path) -> int:

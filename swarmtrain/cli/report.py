@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,7 +11,7 @@ from swarmtrain.cli.common import WhichPeer, example, which_peer
 from swarmtrain.cli.option_errors import OptionsError
 
 if TYPE_CHECKING:
-    from swarmtrain.cli.peers import LocalPeer, View
+    from swarmtrain.cli.peers import LocalPeer
 
 __all__ = ["check_target", "command", "write_page"]
 
@@ -52,13 +52,15 @@ def command(which: WhichPeer, target: Path, with_machine: bool, as_json: bool) -
     """
     import json
 
+    from swarmtrain.cli.peers import look, run_history
     from swarmtrain.cli.report_page import ReportSources, report_of
     from swarmtrain.errors import RunTimeError
     from swarmtrain.words import one_line
 
     check_target(target, "--to")
     peer = _chosen(which)
-    view, history = _looked_at(peer)
+    view = look(peer)
+    history = run_history(peer, view)
     run_toml = b"" if peer.folder is None else _run_toml(peer.folder)
     if not run_toml and not view.status.run_sha256:
         raise RunTimeError(
@@ -140,26 +142,6 @@ def _chosen(which: WhichPeer) -> LocalPeer:
     bootstraps = [peer for peer, status in candidates if status.role == "bootstrap"]
     is_one_run = len({status.run_sha256 for _, status in candidates if status.run_sha256}) == 1
     return bootstraps[0] if is_one_run and len(bootstraps) == 1 else find(which)
-
-
-def _looked_at(peer: LocalPeer) -> tuple[View, Any]:
-    """Return what is known of the peer now, and the record of its run; None without one."""
-    from swarmtrain.cli.peers import PeerPhase, ask, look, wire
-    from swarmtrain.errors import SwarmtrainError
-    from swarmtrain.peer.control.history import read_history
-
-    view, history = look(peer), None
-    if view.phase is PeerPhase.RUNNING:
-        try:
-            history = ask(peer, "History", wire.RunHistoryRequest())
-        except SwarmtrainError:
-            history = None  # it has just ended, or is of a version that keeps none
-    if history is None and peer.folder is not None:
-        history = read_history(peer.folder)
-    known = view.status.run_sha256
-    if history is not None and history.run_sha256 and known and history.run_sha256 != known:
-        history = None  # of an earlier run in this folder
-    return view, history
 
 
 def _run_toml(folder: Path) -> bytes:

@@ -19,7 +19,7 @@ import tomli_w
 
 from swarmtrain.cli.facts import finite, sentence, shares_of, speed_of, state_in_words
 from swarmtrain.cli.lines import clipped
-from swarmtrain.cli.page import OF_THE_SWARM, panels_of, printable
+from swarmtrain.cli.page import OF_THE_SWARM, panels_of
 from swarmtrain.cli.peers import View, view_as_json
 from swarmtrain.cli.report_parts import (
     answers_list,
@@ -141,8 +141,6 @@ def _answers(view: View, panels: Mapping[str, Any]) -> list[tuple[str, str, str]
     if status.total_tokens and status.run_tokens >= status.total_tokens:
         at = moment(status.end_time) if finite(status.end_time) > 0 else "it has all its tokens"
         return [learns, ("When was it complete?", at, tokens), here]
-    if view.phase.over:
-        return [learns, ("How far did it get?", tokens, "by the last status of this peer"), here]
     return [learns, ends, here]
 
 
@@ -238,9 +236,7 @@ def _stages(stages: Sequence[Mapping[str, Any]] | None) -> list[Markup]:
         element(
             "tr",
             element("th", str(stage["number"]), scope="row"),
-            element(
-                "td", stage["holders"] or (f"{stage['peers']} peers" if stage["peers"] else "nobody"), class_="wraps"
-            ),
+            element("td", stage["holders"], class_="wraps"),
             element("td", stage["speed"], class_="number"),
             element("td", stage["most"], class_="number"),
         )
@@ -375,7 +371,7 @@ def _run_file(run: _PublishedFile, status: Any) -> Markup:
         ("Model's files", _digest_of(run.published, "model_files")),
     ]
     if run.toml:
-        shown = text_file(_file_name(status), run.toml, printable(run.toml))
+        shown = text_file(_file_name(status), run.toml)
     else:
         shown = element("p", "The run file is not known here; every peer has it in its folder, as run.toml.")
     return section("run-file", "The run file", facts_list(facts), shown)

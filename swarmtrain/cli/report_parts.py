@@ -10,6 +10,7 @@ import datetime
 from collections.abc import Iterable, Sequence
 
 from swarmtrain.web.markup import Markup, element, joined
+from swarmtrain.words import printable
 
 __all__ = [
     "answers_list",
@@ -64,8 +65,8 @@ def answers_list(answers: Iterable[tuple[str, str, str]]) -> Markup:
 
 def facts_list(facts: Iterable[tuple[str, str]]) -> Markup:
     """Return named facts; those without a word are left out."""
-    pairs = [element("dt", name) + element("dd", fact) for name, fact in facts if fact]
-    return element("dl", *map(Markup, pairs), class_="facts")
+    pairs = [joined([element("dt", name), element("dd", fact)]) for name, fact in facts if fact]
+    return element("dl", *pairs, class_="facts")
 
 
 def titled_table(title: str, heads: Sequence[tuple[str, str]], rows: Iterable[Markup], kind: str = "") -> Markup:
@@ -81,11 +82,11 @@ def numbered(items: Iterable[str]) -> Markup:
     return element("ol", *(element("li", item) for item in items), class_="steps")
 
 
-def text_file(name: str, text: str, shown: str) -> Markup:
-    """Return a text as it is `shown`, with a link that saves it as a file."""
+def text_file(name: str, text: str) -> Markup:
+    """Return a text, with a link that saves it as a file."""
     packed = base64.b64encode(text.encode()).decode()
     link = element("a", f"Save it as {name}", href=f"data:text/plain;charset=utf-8;base64,{packed}", download=name)
-    return joined([element("p", link), element("pre", shown, tabindex="0")])
+    return joined([element("p", link), element("pre", printable(text), tabindex="0")])
 
 
 def moment(time: float) -> Markup:

@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from swarmtrain.errors import INTERRUPTED
 from swarmtrain.peer.lifecycle.stop import StopFlag
 
 __all__ = ["stop_on_signals"]
-
-_INTERRUPTED = 130
 
 
 @contextmanager
@@ -37,7 +36,7 @@ def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> Iterator[Stop
             seen.add(number)
             stop.stop()
         elif number == signal.SIGINT:
-            os._exit(_INTERRUPTED)  # the network daemon ends with this process
+            os._exit(INTERRUPTED)  # the network daemon ends with this process
         else:
             stop.insist()
 

@@ -46,7 +46,7 @@ def history_to_proto(points: Sequence[HistoryPoint], sample: TextSample | None) 
 def write_history(message: Any, points: Sequence[HistoryPoint], sample: TextSample | None) -> None:
     """Write points and sample into a message that has the fields of a `HistoryReply`."""
     for point in points:
-        message.points.add(**dataclasses.asdict(point))
+        message.points.add(**{name: getattr(point, name) for name in _POINT})
     if sample is not None:
         for name, value in dataclasses.asdict(sample).items():
             setattr(message.sample, name, value)

@@ -96,15 +96,16 @@ class LossHistory:
         self._held_out: dict[int, HistoryPoint] = {}
         self._told: Sequence[HistoryPoint] = ()
 
-    def add(self, point: HistoryPoint) -> None:
+    def add(self, point: HistoryPoint) -> bool:
         """Add what was measured here; it replaces what its cell has. A training loss is told again and again: the first
-        one of the same tokens counts, with its time.
+        one of the same tokens counts, with its time. Return whether anything was new.
         """
-        cell = _cell(point, self.total_tokens)
+        cell, is_new = _cell(point, self.total_tokens), False
         for curve, loss in ((self._training, point.loss), (self._held_out, point.held_out_loss)):
             is_known = cell in curve and curve[cell].run_tokens == point.run_tokens and curve is self._training
             if point.run_tokens > 0 and _is_loss(loss) and not is_known:
-                curve[cell] = point
+                curve[cell], is_new = point, True
+        return is_new
 
     def fill(self, told: Sequence[HistoryPoint]) -> None:
         """Show these points of others, as `agreed_points` returns them, where nothing was measured here; they replace

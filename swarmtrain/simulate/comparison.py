@@ -78,6 +78,11 @@ class ComparisonRow:
         """Mean held-out loss, nats per byte."""
         return self.mean("held_out_loss")
 
+    @property
+    def bytes_per_inner_step(self) -> float:
+        """Bytes that were sent for an inner step."""
+        return self.mean("sent_bytes") / max(1, self.mean("inner_steps"))
+
     def mean(self, name: str) -> float:
         """Return the mean of a figure over the outcomes; NaN if they do not have it."""
         values = [value for one in self.outcomes.values() if (value := getattr(one, name)) is not None]
@@ -444,7 +449,7 @@ def _result(row: ComparisonRow, best: Mapping[str, ComparisonRow]) -> dict[str, 
         "ratio_to_diloco_paced_stderr": _figure(to_paced[1]),
         "virtual_time_s": _figure(row.mean("virtual_time_s")),
         "tokens": round(row.mean("tokens")),
-        "bytes_per_inner_step": _figure(row.mean("sent_bytes") / max(1, row.mean("inner_steps"))),
+        "bytes_per_inner_step": _figure(row.bytes_per_inner_step),
         "stall_share": _figure(row.mean("stall_share")),
         "fresh_share": _figure(row.mean("fresh_share")),
         "tokens_lost": round(row.mean("tokens_lost")),

@@ -11,7 +11,7 @@ _VOID = frozenset({"br", "hr", "img", "input", "link", "meta"})
 
 
 class Markup(str):
-    """Text that is HTML already. Only `element` and `joined` make it."""
+    """Text that is HTML already, in which nothing is escaped."""
 
     __slots__ = ()
 

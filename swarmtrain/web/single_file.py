@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swarmtrain.web.markup import Markup, element, joined
+from swarmtrain.web.markup import Markup, element
 
 __all__ = ["bundled", "single_file"]
 
@@ -95,7 +95,7 @@ def _raw(text: str, tag: str) -> Markup:
     """Return the text of a script or style, in which nothing is escaped. Raises ValueError if it would end it."""
     if re.search(rf"</{tag}|<!--", text, re.IGNORECASE):
         raise ValueError(f"the text of a <{tag}> would end it")
-    return joined([Markup(text)])
+    return Markup(text)
 
 
 def _as_json(data: Any) -> str:

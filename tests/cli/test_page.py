@@ -158,13 +158,12 @@ def test_stages_are_shown_with_their_holders() -> None:
     assert first == {
         "number": 0,
         "mine": True,
-        "peers": 2,
         "holders": "anna, bert",
         "speed": "1.2 k tokens/s",
         "most": "2 k tokens/s",
         "queue": 3.0,
     }
-    assert second["holders"] == ""
+    assert second["holders"] == "nobody"
     assert everybody(view)[1][view.status.peers[0].peer]["stages"] == "stage 0"
 
 

@@ -20,6 +20,7 @@ from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import SwarmtrainError
 from swarmtrain.events import Event
 from swarmtrain.machine_memory import machine_memory
+from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.export import ExportedModel, load_exported
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.network.swarm import PublishedRun
@@ -28,7 +29,7 @@ from swarmtrain.peer.lifecycle.node import eval_event, held_out_loss_of
 from swarmtrain.protocol.history import HistoryPoint, TextSample
 from swarmtrain.protocol.tokens.progress import Progress
 
-__all__ = ["ArchiveSampler", "text_sample"]
+__all__ = ["ArchiveSampler", "held_out_point", "text_sample"]
 
 _log = logging.getLogger(__name__)
 _REST_OF_WORK = 19.0
@@ -116,14 +117,11 @@ class ArchiveSampler:
         exported = load_exported(self._archive, self._files())
         if exported.run_tokens != progress.run_tokens:
             return  # there is a newer one, which was offered too
-        loss = held_out_loss_of(exported.model, self._published, self._tokenizer(), self._check)
-        round, time_s = max(0, progress.round - 1), time.time()
-        self._emit(eval_event(round, loss))
-        point = HistoryPoint(run_tokens=progress.run_tokens, time=time_s, round=round, held_out_loss=loss.nats_per_byte)
-        self._record(point, self._sampled(exported, progress))
-
-    def _tokenizer(self) -> Tokenizer:
-        return tokenizer_from_bytes_untrusted(self._published.tokenizer, self._published.run.model.vocabulary_size)
+        tokenizer = tokenizer_from_bytes_untrusted(self._published.tokenizer, self._published.run.model.vocabulary_size)
+        loss = held_out_loss_of(exported.model, self._published, tokenizer, self._check)
+        point = held_out_point(progress, loss)
+        self._emit(eval_event(point.round, loss))
+        self._record(point, self._sampled(exported, tokenizer, progress))
 
     def _check(self) -> None:
         if self._closed.is_set():
@@ -135,21 +133,34 @@ class ArchiveSampler:
         if _ROOM * size > machine_memory().available_bytes:
             raise MemoryError("too little memory is free")
 
-    def _sampled(self, exported: ExportedModel, progress: Progress) -> TextSample:
+    def _sampled(self, exported: ExportedModel, tokenizer: Tokenizer, progress: Progress) -> TextSample:
         until_s = time.monotonic() + _SAMPLE_S
 
         def goes_on() -> bool:
             self._check()
             return time.monotonic() < until_s
 
-        return text_sample(exported.model, self._published, progress, goes_on)
+        return text_sample(exported.model, self._published, tokenizer, progress, goes_on)
+
+
+def held_out_point(progress: Progress, loss: TextLoss) -> HistoryPoint:
+    """Return the point of a model of this progress, whose held-out loss was measured now."""
+    return HistoryPoint(
+        run_tokens=progress.run_tokens,
+        time=time.time(),
+        round=max(0, progress.round - 1),
+        held_out_loss=loss.nats_per_byte,
+    )
 
 
 def text_sample(
-    model: LanguageModel, published: PublishedRun, progress: Progress, goes_on: Callable[[], bool]
+    model: LanguageModel,
+    published: PublishedRun,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    goes_on: Callable[[], bool],
 ) -> TextSample:
     """Let the run's model of this progress continue a line of the held-out text, for as long as `goes_on` allows."""
-    tokenizer = tokenizer_from_bytes_untrusted(published.tokenizer, published.run.model.vocabulary_size)
     prompt = sample_prompt(published.run, published.held_out, tokenizer, progress.round)
     written = continuation(model, tokenizer, prompt, Sampling(_SAMPLE_TOKENS, _TEMPERATURE, progress.round), goes_on)
     return TextSample(

@@ -53,12 +53,13 @@ from swarmtrain.peer.estimate import Estimate
 from swarmtrain.protocol.history import HistoryPoint
 from swarmtrain.v1 import control_pb2 as pb
 
-__all__ = ["LossCurve", "Pulse", "StatusBoard", "Watched"]
+__all__ = ["OVER", "LossCurve", "Pulse", "StatusBoard", "Watched"]
 
 MAX_LOSSES = 512
 _MAX_NOTICES = 8
 _IN_ROUNDS = (pb.PEER_STATE_WAITING, pb.PEER_STATE_TRAINING, pb.PEER_STATE_SERVING)
-_OVER = (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED)
+OVER = (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED)
+"""States in which a peer's work has ended."""
 _MAX_NAMES = 4096
 _WINDOW_S = 30.0
 _PATIENCE_S = 60.0
@@ -357,7 +358,7 @@ class StatusBoard:
             self._do(state, sentence)
 
     def _do(self, state: pb.PeerState, sentence: str) -> None:
-        if self._base.state in _OVER:
+        if self._base.state in OVER:
             return  # a stage's thread may still begin a round while the peer leaves
         self._base.state, self._base.doing, self._arriving = state, sentence, ""
         self._beats += 1
@@ -526,7 +527,7 @@ class StatusBoard:
         (first_s, first), (last_s, last) = self._samples[0], self._samples[-1]
         status.sent_bytes, status.received_bytes = last.sent_bytes, last.received_bytes
         over_s = last_s - first_s
-        if over_s < 1.0 or status.state in _OVER:
+        if over_s < 1.0 or status.state in OVER:
             return
         if status.state != pb.PEER_STATE_PAUSED:
             status.own_tokens_per_s = _rounded((last.num_steps - first.num_steps) * self.tokens_per_step / over_s)
@@ -542,7 +543,7 @@ class StatusBoard:
         part of a step.
         """
         known, self._peer_growths = self._peer_growths, {}
-        has_ended = status.state in _OVER
+        has_ended = status.state in OVER
         for item in status.peers:
             if item.bootstrap or not item.present or has_ended:
                 item.tokens_per_s = 0.0

@@ -90,7 +90,7 @@ class PeerHistory:
         self._told_sample: TextSample | None = None
         self._before: pb.RunHistory | None = None
         self.version = 0
-        """Grows with each change."""
+        """Grows with each change of the losses and the sample: what other peers are told."""
 
     # ------------------------------------------------------------- what it is told
 
@@ -105,6 +105,7 @@ class PeerHistory:
                 return
             self._run_sha256, self._losses = run_sha256, LossHistory(total_tokens)
             self._told, self._told_sample = {}, None
+            self.version += 1
             before, self._before = self._before, None
             if before is None or before.run_sha256 != run_sha256:
                 return
@@ -119,8 +120,7 @@ class PeerHistory:
     def add(self, point: HistoryPoint) -> None:
         """Record losses that were measured or told now."""
         with self._lock:
-            self._losses.add(point)
-            self.version += 1
+            self.version += self._losses.add(point)
 
     def fill(self, told: Sequence[ToldHistory]) -> None:
         """Record what other peers tell of the time that this one has not seen, each in place of what it told before;
@@ -170,7 +170,6 @@ class PeerHistory:
     def _note(self, noted: pb.NotedEvent, subject: tuple[str, ...]) -> None:
         """Add an event, or count it if it is the same as one of the last."""
         with self._lock:
-            self.version += 1
             first = max(0, len(self._events) - _RECENT)
             for place in range(first, len(self._events)):
                 if len(subject) > 1 and self._subjects[place] == subject:

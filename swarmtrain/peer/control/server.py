@@ -38,6 +38,7 @@ from grpc_health.v1.health import aio as health_aio
 
 from swarmtrain.errors import CODE_KEY, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.network.files import write_atomically
+from swarmtrain.peer.control.board import OVER
 from swarmtrain.peer.control.history import HISTORY_NAME
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
@@ -59,7 +60,6 @@ _SAVE_ANYWAY_S = 15.0
 _SAVE_HISTORY_S = 30.0
 _START_S = 10.0
 _GRACE_S = 2.0  # for the last status to watchers, on a busy machine too
-_OVER = (pb.PEER_STATE_DONE, pb.PEER_STATE_FAILED)
 _MAX_SOCKET_PATH_BYTES = 100
 _MAX_REQUEST_BYTES = 16_384
 _OPTIONS = (
@@ -248,7 +248,7 @@ class ControlServer:
             with self._saving:
                 self._saved = (status.state, status.round, time.monotonic())
                 write_atomically(self._folder / "status.json", text.encode(), mode=0o600)
-                self._save_history(now=status.state in _OVER)
+                self._save_history(now=status.state in OVER)
         except OSError as error:
             _log.debug("status.json: %s", error)
 

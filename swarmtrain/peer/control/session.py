@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError, with_code
@@ -43,6 +43,7 @@ from swarmtrain.protocol.pipeline.stages import places_of
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import AdapterSection
 from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.v1.snapshot_pb2 import HistoryReply
 from swarmtrain.words import counted, stages_in_words
 
 __all__ = ["MAX_SHOWN_PEERS", "ControlSession", "bootstrap_pulse", "control_session", "swarm_looker", "volunteer_pulse"]
@@ -151,7 +152,12 @@ class ControlSession:
         )
         self._checkpoints = checkpoints
         history = board.history
-        swarm.history = lambda: history_to_proto(history.losses(), history.sample)
+
+        @lru_cache(maxsize=1)
+        def told(version: int) -> HistoryReply:
+            return history_to_proto(history.losses(), history.sample)
+
+        swarm.history = lambda: told(history.version)  # made once for all who ask, in the network's thread
         self._swarm, self._submit = swarm, network.submit
 
     def joined(self, inviters: Iterable[InvitedPeer] = ()) -> None:

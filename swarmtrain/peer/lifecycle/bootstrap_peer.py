@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
+from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ArchivedEvent, DoneEvent, WarningEvent, short_peer, stamped
 from swarmtrain.model.evaluation import TextLoss
@@ -23,7 +23,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler, text_sample
+from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler, held_out_point, text_sample
 from swarmtrain.peer.checkpoints.manager import CheckpointManager, PeersFile
 from swarmtrain.peer.control.limits import limit_link
 from swarmtrain.peer.control.session import ControlSession
@@ -45,7 +45,6 @@ from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.model_files.fetcher import FilesPlace, SwarmSource, fetch_and_serve
 from swarmtrain.peer.model_files.model_folder import ModelFolder
 from swarmtrain.protocol.archive.departure import DepartureQueue
-from swarmtrain.protocol.history import HistoryPoint
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.run_end import may_come_back
 from swarmtrain.protocol.tokens.progress import Progress
@@ -176,9 +175,9 @@ class BootstrapPeer:
         warning = save_final_weights(self.folder, weights, self.published, progress, loss, self.model_folder)
         if warning is not None:
             self.emit(warning)
-        self._sample_final(model, progress, loss)
+        self._sample_final(model, tokenizer, progress, loss)
 
-    def _sample_final(self, model: LanguageModel, progress: Progress, loss: TextLoss) -> None:
+    def _sample_final(self, model: LanguageModel, tokenizer: Tokenizer, progress: Progress, loss: TextLoss) -> None:
         """Let the final model write, for the page and for a report: some seconds at most, none if it must leave."""
         if not self.settings.samples_archive:
             return
@@ -188,15 +187,9 @@ class BootstrapPeer:
             self.control.board.beat()
             return time.monotonic() < until_s and not self.stop.is_set()
 
-        point = HistoryPoint(
-            run_tokens=progress.run_tokens,
-            time=time.time(),
-            round=max(0, progress.round - 1),
-            held_out_loss=loss.nats_per_byte,
-        )
-        history = self.control.board.history
+        point, history = held_out_point(progress, loss), self.control.board.history
         try:
-            sample = text_sample(model, self.published, progress, goes_on)
+            sample = text_sample(model, self.published, tokenizer, progress, goes_on)
         except Exception:  # whatever it is, such as weights that are no numbers: the run has ended, and is saved
             _log.exception("the final model could not write a sample")
             history.add(point)

@@ -76,7 +76,7 @@ const draw = {
         "tr",
         { className: stage.mine ? "me" : "" },
         make("th", { scope: "row" }, String(stage.number)),
-        make("td", { className: "wraps" }, stage.holders || (stage.peers ? `${stage.peers} peers` : "nobody")),
+        make("td", { className: "wraps" }, stage.holders),
         make("td", { className: "number" }, perSecond(stage.speed)),
         make("td", { className: "number" }, perSecond(stage.most)),
         make("td", { className: "number" }, String(stage.queue)),

@@ -20,7 +20,7 @@ from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer
 from swarmtrain.network.discovery.presence import OwnPresence
-from swarmtrain.network.history import history_to_proto
+from swarmtrain.network.history import history_to_proto, point_of
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.swarm import PublishedRun, Serving
 from swarmtrain.peer.checkpoints.files import CheckpointFolder
@@ -227,6 +227,15 @@ def test_a_late_joiner_among_a_liar_sees_the_curve_of_the_others(
             right = truth.get(point.run_tokens, 6.0 - point.run_tokens / 10**7)
             assert abs((point.loss or 3 * point.held_out_loss) - right) < 0.1 and point.run_tokens < 10**7
         assert c.board.history.sample == sample
+
+        reply, newest = swarm.history(), HistoryPoint(run_tokens=2 * 10**7, time=now_s, loss=4.0)
+        assert len(reply.points) == len(told_points) and reply.sample.text == sample.text
+        c.board.history.add(newest)
+        again = swarm.history()
+        assert again is not reply and point_of(again.points[-1]) == newest
+        c.board.history.add(dataclasses.replace(newest, time=now_s + 1))
+        c.board.take(WarningEvent(message="the disk is full", code="disk-full"))
+        assert swarm.history() is again, "nothing of it is new"
 
 
 def test_a_pause_that_a_person_asked_for_is_remembered_until_they_resume_it(tmp_path: Path) -> None:
