@@ -6,10 +6,11 @@
     python benchmarks/watch_flood.py --browsers 8 --elsewhere
 
 A trainer takes inner steps of a real model in the main thread, as a volunteer does, beside a status board of fifty
-peers with a full loss curve, and a control server. Blocks alternate: no clients; then 32 clients watch, and 200 more
-are refused and ask again after `--retry-s`. A step's time excludes its waits for a processor (Linux: schedstat), so
-that other programs do not count but waits for Python's lock do. The processor time of the server's threads is printed
-beside it; together they are the cost of the flood.
+peers with a full loss curve, and a control server. Half a block without clients, a block while 32 clients watch and
+200 more are refused and ask again after `--retry-s`, and half a block without, so that a machine that slows down
+steadily changes nothing. A step's time excludes its waits for a processor (Linux: schedstat), so that other programs
+do not count but waits for Python's lock do. The processor time of the server's threads is printed beside it; together
+they are the cost of the flood.
 
 With `--browsers`, the page is served by a process of its own at a niceness of 10, as `--web` does, and instead of the
 flood so many windows of Chromium show it, on the same machine. With `--elsewhere` as many readers take the page's
@@ -22,6 +23,7 @@ import argparse
 import asyncio
 import contextlib
 import http.client
+import math
 import os
 import shutil
 import socket
@@ -31,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,30 +166,46 @@ def measure(trainer: Trainer, address: str, given: argparse.Namespace) -> None:
             clients.stdin.write(word + "\n")
             return clients.stdout.readline().strip()
 
-        quiet_s, flooded_s, ratios, told = [], [], [], ""
-        serving_s = [0.0, 0.0]  # processor time of the server's threads, quiet and flooded
+        times: dict[str, list[float]] = {"without": [], "with": []}
+        serving_s = {"without": 0.0, "with": 0.0}  # processor time of the server's threads
+        ratios = []
+
+        def half(which: str) -> float:
+            before_s = _others_s()
+            steps = trainer.steps_for(given.block_s / 2)
+            serving_s[which] += _others_s() - before_s
+            times[which] += steps
+            return statistics.mean(steps)
+
         for number in range(given.blocks):
-            before_s = _others_s()
-            quiet = trainer.steps_for(given.block_s)
-            serving_s[0] += _others_s() - before_s
+            quiet = half("without")
             assert say("on") == "on"
-            before_s = _others_s()
-            flooded = trainer.steps_for(given.block_s)
-            serving_s[1] += _others_s() - before_s
+            flooded = half("with") + half("with")
             told = say("off")
-            quiet_s += quiet
-            flooded_s += flooded
-            ratios.append(statistics.mean(flooded) / statistics.mean(quiet))
+            quiet += half("without")
+            ratios.append(flooded / quiet)
             print(f"block {number}: ratio {ratios[-1]:.4f}; {told}", flush=True)
         say("end")
-    for name, times, busy_s in (("without", quiet_s, serving_s[0]), ("with", flooded_s, serving_s[1])):
-        share = 100 * busy_s / (given.blocks * given.block_s)
-        median, mean = 1000 * statistics.median(times), 1000 * statistics.mean(times)
-        print(f"{name}: step median {median:.2f} ms, mean {mean:.2f} ms; the server used {share:.2f} % of a core")
+    shares = {name: 100 * busy_s / (given.blocks * given.block_s) for name, busy_s in serving_s.items()}
+    for name, steps in times.items():
+        median, mean = 1000 * statistics.median(steps), 1000 * statistics.mean(steps)
+        print(
+            f"{name}: step median {median:.2f} ms, mean {mean:.2f} ms; the server used {shares[name]:.3f} % of a core"
+        )
+    low, high = interval_of_median(ratios)
+    print(f"step time with / without: median of {len(ratios)} pairs of blocks {statistics.median(ratios):.4f} ", end="")
+    print(f"(95 %: {low:.4f} to {high:.4f}), ", end="")
+    print(f"of the medians {statistics.median(times['with']) / statistics.median(times['without']):.4f}")
     print(
-        f"step time with / without: median of {len(ratios)} pairs of blocks {statistics.median(ratios):.4f}, ", end=""
+        f"what the server's threads can take from the trainer: {shares['with'] - shares['without']:.3f} % of its time"
     )
-    print(f"of the medians {statistics.median(flooded_s) / statistics.median(quiet_s):.4f}")
+
+
+def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
+    """Return an interval of 95 % for the median, from order statistics."""
+    ordered, num = sorted(values), len(values)
+    cut = max(0, math.floor(num / 2 - 0.98 * math.sqrt(num)))
+    return ordered[cut], ordered[num - 1 - cut]
 
 
 def _others_s() -> float:
