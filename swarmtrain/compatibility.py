@@ -65,6 +65,7 @@ KEYS_SINCE: Mapping[str, int] = {
     "merge.method=batch": 2,
     "merge.optimizer": 2,
     "merge.target_tokens": 2,
+    "merge.target_tokens=auto": 2,
     "model.base": 2,
     "model.constants_sha256": 2,
     "model.from_scratch": 2,

@@ -29,9 +29,19 @@ from swarmtrain.compatibility import KEYS_SINCE, UPDATE, Needs, needs_untrusted,
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.packages import NAME
-from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields, with_values
+from swarmtrain.problems import (
+    Rewritten,
+    Section,
+    one_line,
+    problems_in_words,
+    read_toml,
+    section_fields,
+    shown,
+    with_values,
+)
 from swarmtrain.run_adapter import FILLED_ADAPTER_KEYS, AdapterSection
 from swarmtrain.run_aliases import Translation, translate
+from swarmtrain.run_batch import BatchTarget
 from swarmtrain.run_data import DataSection, DataSource, SourceKeys
 from swarmtrain.run_model import BOOTSTRAP_MODEL_KEYS, PUBLISHED_BASE, ModelSection
 from swarmtrain.run_pipeline import FORMATS, PipelineSection
@@ -146,6 +156,8 @@ _OUR_RULES = ("none", "clip", "direction", "trimmed", "flag")
 _MERGE_RULES = ", ".join(f'"{rule}"' for rule in _OUR_RULES) + ' or "PACKAGE:RULE" of an installed package'
 _MERGE_RULE = rf"^({'|'.join(_OUR_RULES)}|{NAME})$"
 _METHODS = " or ".join(f'"{name}"' for name in METHODS) + ' or "PACKAGE:METHOD" of an installed package'
+_MOST_TARGET_TOKENS = 10**12
+_TARGETS = f'an integer from 0 to {_MOST_TARGET_TOKENS}, or "auto"'
 _Format = Literal["fp32", "bf16", "int8", "int4"]
 _FormatOrAuto = Literal["auto", "fp32", "bf16", "int8", "int4", "int2"]
 
@@ -173,7 +185,7 @@ class MergeSection(Section):
             },
         ),
     )
-    inner_steps: int = Field(25, ge=1, le=1_000_000, description='Inner steps of one round (H). With "batch": the batches of inner.batch_sequences that make the large batch, whoever computes them; it follows from merge.target_tokens if that is given.')  # fmt: skip
+    inner_steps: int = Field(25, ge=1, le=1_000_000, description='Inner steps of one round (H). With "batch": the batches of inner.batch_sequences that make the large batch, whoever computes them; it follows from merge.target_tokens if that is a number, and is the first and smallest batch if that is "auto".')  # fmt: skip
     outer_learning_rate: float = Field(0.7, gt=0, le=10, description="Learning rate of the outer Nesterov step.")
     outer_momentum: float = Field(0.8, ge=0, lt=1, description='Momentum of the outer Nesterov step; with "diloco" the default is 0.9.')  # fmt: skip
     momentum_ramp_rounds: int = Field(0, ge=0, description="Rounds over which the outer momentum rises linearly from 0; 0: no rise.")  # fmt: skip
@@ -244,7 +256,7 @@ class MergeSection(Section):
     max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='With "gossip": a publication that is further behind the median round is not merged, and a peer that is further behind takes the others\' weights. With "server": a pseudo-gradient that began from weights further behind is not taken in.')  # fmt: skip
     buffer_arrivals: int = Field(0, ge=0, le=10_000, description='With "server": number of arrivals after which the outer momentum is refreshed (N); 0: as many as there are volunteers.')  # fmt: skip
     momentum_share: float = Field(0.0, ge=0, le=1, description='With "server": share of the momentum that each arrival applies (c), at most 1 / N; 0: the momentum is applied only when it is refreshed.')  # fmt: skip
-    target_tokens: int = Field(0, ge=0, le=10**12, description='With "batch": tokens of the large batch; the step is taken once all volunteers together have read about so many, learnt or not. 0: what merge.inner_steps inner steps read.')  # fmt: skip
+    target_tokens: int | Literal["auto"] = Field(0, json_schema_extra={"allowed": _TARGETS}, description='With "batch": tokens of the large batch; the step is taken once all volunteers together have read about so many, learnt or not. 0: what merge.inner_steps inner steps read. "auto": the first batch has these, and batches grow with the run.')  # fmt: skip
     max_wait_s: float = Field(10.0, gt=0, le=3600, description='With "batch": once the batch is there, how long the step waits for volunteers that have not delivered their gradient, in seconds; then it is taken without them, and what they computed for it does not count.')  # fmt: skip
     delay_steps: int = Field(0, ge=0, le=1, description='With "batch": 1 has volunteers compute gradients for the next batch, at the old weights, while the mean of this one is made and travels.')  # fmt: skip
     optimizer: Literal["adamw", "lamb"] = Field(
@@ -288,6 +300,14 @@ class MergeSection(Section):
         for (key, value), defaults in _OTHER_DEFAULTS.items():
             found |= defaults if data.get(key) == value else {}
         return found | data
+
+    @field_validator("target_tokens", mode="before")
+    @classmethod
+    def _is_target(cls, given: object) -> object:
+        tokens = int(given) if isinstance(given, float) and given.is_integer() else given
+        if tokens == "auto" or (type(tokens) is int and 0 <= tokens <= _MOST_TARGET_TOKENS):
+            return tokens
+        raise ValueError(f"{shown(given)} is refused; allowed: {_TARGETS}")
 
     @field_validator("method")
     @classmethod
@@ -431,13 +451,16 @@ class RunFile(Section):
 
     @property
     def round_tokens(self) -> int:
-        """Tokens that a whole round of one peer reads."""
-        return self.merge.inner_steps * self.tokens_per_step
+        """Tokens that a whole round of one peer reads, at most."""
+        return max(self.merge.inner_steps * self.tokens_per_step, self.batch_target.most_tokens)
 
     @property
-    def target_tokens(self) -> int:
-        """Tokens of the large batch that all volunteers make together, where the method has one."""
-        return self.merge.target_tokens or self.round_tokens
+    def batch_target(self) -> BatchTarget:
+        """Size of the large batches that all volunteers make together, where the method makes any."""
+        given, first = self.merge.target_tokens, self.merge.inner_steps * self.tokens_per_step
+        if given == "auto":
+            return BatchTarget(first, self.run.total_tokens, grows=True)
+        return BatchTarget(given or first, self.run.total_tokens)
 
     @property
     def max_round_tokens(self) -> int:
@@ -445,7 +468,7 @@ class RunFile(Section):
         A stage's steps differ in size (`protocol/pipeline/ledger.py`), and so do those for one large batch
         (`protocol/rounds/batch_end.py`); a round ends after the step that fills it."""
         in_step = self.merge.kind.in_step and self.merge.pacing
-        steps = math.ceil((_MOST_IN_STEP if in_step else 1.0) * self.merge.inner_steps)
+        steps = math.ceil((_MOST_IN_STEP if in_step else 1.0) * self.round_tokens / self.tokens_per_step)
         more_steps = int(self.merge.kind.common_step) if self.pipeline.stages == 1 else _MOST_STEP_BATCHES
         return (steps + more_steps) * self.tokens_per_step
 
@@ -504,7 +527,7 @@ class RunFile(Section):
     def _batch_of_steps(self) -> RunFile:
         """Set `merge.inner_steps` to the inner steps that make up `merge.target_tokens`."""
         merge = self.merge
-        if not merge.target_tokens:
+        if not merge.target_tokens or merge.target_tokens == "auto":
             return self
         steps = -(-merge.target_tokens // self.tokens_per_step)
         if "inner_steps" in merge.model_fields_set and merge.inner_steps != steps:

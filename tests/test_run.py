@@ -716,9 +716,9 @@ def batch_run(**merge: object) -> RunFile:
 
 
 def test_a_large_batch_is_given_in_tokens_or_in_inner_steps() -> None:
-    assert batch_run(inner_steps=10).target_tokens == 2560
+    assert batch_run(inner_steps=10).batch_target.at(0) == 2560
     given = batch_run(target_tokens=2500)
-    assert (given.target_tokens, given.merge.inner_steps) == (2500, 10)
+    assert (given.batch_target.at(10**5), given.merge.inner_steps) == (2500, 10)
     data = published_bytes(given.model_copy(update={"published": published().published}))
     assert parse_published_untrusted(data, run_sha256(data)).merge == given.merge
     assert needs_of(given).protocol == 2
@@ -726,6 +726,27 @@ def test_a_large_batch_is_given_in_tokens_or_in_inner_steps() -> None:
         batch_run(target_tokens=2500, inner_steps=25)
     with pytest.raises(ValueError, match="are 3906250 inner steps; allowed"):
         batch_run(target_tokens=10**9)
+
+
+def test_a_large_batch_may_grow_with_the_run() -> None:
+    grows = batch_run(inner_steps=10, target_tokens="auto")
+    target = grows.batch_target
+    assert target.at(0) == 2560 and target.at(5 * 10**5) == 10**4 and grows.merge.inner_steps == 10
+    assert grows.round_tokens == target.most_tokens > 2560 and grows.max_round_tokens >= target.most_tokens + 256
+    data = published_bytes(grows.model_copy(update={"published": published().published}))
+    assert b'target_tokens = "auto"' in data
+    assert parse_published_untrusted(data, run_sha256(data)).merge == grows.merge
+    assert needs_of(grows).protocol == 2 and KEYS_SINCE["merge.target_tokens=auto"] == 2
+    assert batch_run(target_tokens=2.56e3).batch_target.at(10**5) == 2560
+
+
+@pytest.mark.parametrize("value", ['"large"', "-1", "1.5", "true", "1_000_000_000_001", "[1]"])
+def test_a_target_that_is_neither_a_number_nor_auto_is_refused(value: str) -> None:
+    with pytest.raises(RunFileError) as caught:
+        parse_run(f'{MINIMAL}[merge]\nmethod = "batch"\ntarget_tokens = {value}\n', "my.toml")
+    (line,) = str(caught.value).splitlines()
+    assert "merge.target_tokens: " in line
+    assert line.endswith('is refused; allowed: an integer from 0 to 1000000000000, or "auto"'), line
 
 
 def test_gradients_of_a_large_batch_travel_in_some_formats() -> None:

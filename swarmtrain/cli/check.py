@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from swarmtrain.data.prepare import FirstLook
     from swarmtrain.peer.devices.expected_device import ExpectedDevice
     from swarmtrain.run import AdapterSection, RunFile
+    from swarmtrain.run_batch import BatchTarget
 
 __all__ = ["command"]
 
@@ -174,8 +176,7 @@ def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | N
         f"{model.context_tokens}",
         "stages": f"{stages}, each about {count(cost.num_parameters)} parameters and held by {peers}; "
         f"{size(activation_wire_bytes(run))} between two of them for {count(sequences * model.context_tokens)} tokens",
-        "round": f"{counted(run.merge.inner_steps, 'inner step')} of all volunteers together, "
-        f"{count(cost.tokens_per_round)} tokens"
+        "round": _batch_in_words(run.batch_target, run.tokens_per_step)
         if run.merge.kind.common_step
         else f"{counted(run.merge.inner_steps, 'inner step')}, {count(cost.tokens_per_round)} tokens with {peers}",
         "whole run": f"{count(run.run.total_tokens)} tokens: {least}{counted(cost.num_rounds, 'round')}, "
@@ -197,6 +198,17 @@ def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | N
     if stages == 1:
         del rows["stages"]
     return [f"run {run.run.name}", *(f"  {name:<11} {text}" for name, text in rows.items())]
+
+
+def _batch_in_words(target: BatchTarget, step_tokens: int) -> str:
+    """Describe the size of the large batches that all volunteers make together."""
+    from swarmtrain.words import count_in_words, counted
+
+    steps = counted(math.ceil(target.first_tokens / step_tokens), "inner step")
+    first = f"{steps} of all volunteers together, {count_in_words(target.first_tokens)} tokens"
+    if not target.grows:
+        return first
+    return f"{first} at first; grows with the run up to {count_in_words(target.most_tokens)} tokens"
 
 
 def _adapter_in_words(section: AdapterSection) -> str:

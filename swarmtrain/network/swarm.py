@@ -127,7 +127,7 @@ class Swarm:
             silence_s=run.merge.silence_s,
             pull=PullLimits(stall_limit_s=limits.stall_limit_s, min_bytes_per_s=limits.min_pull_bytes_per_s),
             max_wait_s=run.merge.max_wait_s if run.merge.kind.reads("max_wait_s") else math.inf,
-            target_tokens=run.target_tokens if run.merge.kind.common_step else 0,
+            target=run.batch_target if run.merge.kind.common_step else None,
             dtype=DTYPES[run.merge.roster_format],
         )
         downloads = Downloads(identity.peer_id, calls, store, settings.pull, peers.refused)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
+from swarmtrain.algorithm.common_step import CommonOptimizer
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
 from swarmtrain.events import Event
@@ -17,9 +17,10 @@ from swarmtrain.peer.devices.choice import choose_compute
 from swarmtrain.peer.devices.report import ComputeReport
 from swarmtrain.peer.lifecycle.node import PeerSettings, held_out_loss, use_threads
 from swarmtrain.peer.lifecycle.preparation import data_base
+from swarmtrain.peer.merging.common_steps import common_optimizer, common_step
 from swarmtrain.peer.merging.updates import Averaged, BatchMean, LocalUpdate, Replaced
 from swarmtrain.peer.model_files.base_files import kept_model_folder
-from swarmtrain.peer.training.loop import inner_constants, loop_class
+from swarmtrain.peer.training.loop import loop_class
 from swarmtrain.peer.training.session import RoundReport, Session, Start
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
@@ -59,7 +60,10 @@ class _Nobody:
         self._progress = progress
         # A step has at most so many targets. Where it has fewer, more rounds follow.
         left = math.ceil((self.run.run.total_tokens - progress.run_tokens) / self.run.tokens_per_step)
-        return Start(inner_steps=max(1, min(self.run.merge.inner_steps, left)), num_peers=1)
+        steps = self.run.merge.inner_steps
+        if self.optimizer is not None:
+            steps = math.ceil(self.run.batch_target.at(progress.run_tokens) / self.run.tokens_per_step)
+        return Start(inner_steps=max(1, min(steps, left)), num_peers=1)
 
     def step_done(self, inner_steps_done: int) -> None:
         pass
@@ -72,7 +76,6 @@ class _Nobody:
         gradient, weights, before = self._own.gradient, (self._own.tokens,), self._progress
         if self.optimizer is None:
             return Averaged(gradient=gradient, partners=(ALONE,), weights=weights, signer=ALONE, roster_sha256="")
-        at = CommonStep(before.round + 1, before.run_tokens / self.run.run.total_tokens)
         return BatchMean(
             gradient=gradient,
             partners=(ALONE,),
@@ -80,7 +83,7 @@ class _Nobody:
             signer=ALONE,
             roster_sha256="",
             optimizer=self.optimizer,
-            at=at,
+            at=common_step(self.run, before.round, before.run_tokens),
         )
 
 
@@ -118,8 +121,7 @@ def train_alone(
         advance(finished.contribution.tokens)
 
     loop = loop_class(compute)(run, model, batches, compute=compute, told_smaller=told.smaller)
-    is_common, shapes = run.merge.kind.common_step, loop.parameters.shapes
-    optimizer = CommonOptimizer(shapes, inner_constants(run), run.merge.optimizer) if is_common else None
+    optimizer = common_optimizer(run, loop.parameters.shapes) if run.merge.kind.common_step else None
     session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=_Nobody(run, optimizer), report=report)
     try:
         loop.train(session)

@@ -113,7 +113,9 @@ def estimate(
         num_parameters, num_peers = math.ceil(num_parameters / stages), max(1, num_peers // stages)
     steps = math.ceil(run.run.total_tokens / (run.tokens_per_step * num_peers))
     # Of one large batch each computes its share; elsewhere a round has as many inner steps on each.
-    round_steps = run.merge.inner_steps / (num_peers if run.merge.kind.common_step else 1)
+    round_steps: float = run.merge.inner_steps
+    if run.merge.kind.common_step:
+        round_steps = run.batch_target.mean_tokens / run.tokens_per_step / num_peers
     state_bytes = run.merge.kind.state_bytes(num_parameters)
     costs = costs_of(run)
     sent, incoming = costs.merge_bytes(run, num_parameters, num_peers - 1)

@@ -11,6 +11,7 @@ import torch
 from codes import raises_code
 from torch import Tensor
 
+from swarmtrain import run_batch
 from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import UserError
@@ -102,11 +103,21 @@ def test_of_a_large_batch_it_makes_the_same_steps_with_batches_as_large(
         merge = published.run.merge.model_copy(update=update)
         run = published.run.model_copy(update={"merge": merge})
         found, _, rounds = alone(PublishedRun(b"", "ab" * 32, run, HELD_OUT, b""), tmp_path, "fp32")
-        assert rounds == [run.target_tokens] * 3 == [256] * 3 and (found.tokens, found.inner_steps) == (TOKENS, 12)
+        assert rounds == [256] * 3 and (found.tokens, found.inner_steps) == (TOKENS, 12)
         assert taken == [(optimizer, CommonStep(number + 1, number / 3)) for number in range(3)]
         losses.append(found.loss)
         taken.clear()
     assert losses[0] != losses[1] and max(losses) < 5.6
+
+
+def test_of_batches_that_grow_it_makes_the_same(
+    published: PublishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_batch, "GROWTH", 1.0)
+    merge = published.run.merge.model_copy(update={"method": "batch", "target_tokens": "auto", "inner_steps": 2})
+    run = published.run.model_copy(update={"merge": merge})
+    _, _, rounds = alone(PublishedRun(b"", "ab" * 32, run, HELD_OUT, b""), tmp_path, "fp32")
+    assert rounds == [128, 128, 256, 256], "as many as the run had, but no more than are left"
 
 
 def test_a_precision_that_the_run_does_not_allow_is_refused(published: PublishedRun, tmp_path: Path) -> None:

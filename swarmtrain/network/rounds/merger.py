@@ -47,6 +47,7 @@ from swarmtrain.protocol.rounds.rosters import (
     share_ranges,
     sources_of,
 )
+from swarmtrain.run_batch import BatchTarget
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer
 
@@ -77,8 +78,8 @@ class RoundSettings:
     silence_s: float
     pull: PullLimits
     max_wait_s: float = math.inf
-    target_tokens: int = 0
-    """Tokens of the batch that all make together; 0: a round has no such number."""
+    target: BatchTarget | None = None
+    """Size of the batches that all make together; None: a round has no such number."""
     dtype: str = "float32"
     """Type of the numbers of publications; what they are averaged to is fp32."""
 

@@ -82,7 +82,7 @@ class RoundRunner:
             num_chunks=settings.groups.num_chunks,
             body_bytes=settings.groups.total_bytes,
             max_wait_s=settings.max_wait_s,
-            target_tokens=settings.target_tokens,
+            target=settings.target,
         )
         self.engine: RoundEngine[pb.Signed, pb.ChainLink] = RoundEngine(
             membership, chains, rules, random.Random(), trains=trains

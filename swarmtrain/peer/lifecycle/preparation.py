@@ -34,7 +34,10 @@ def summary_of(run: RunFile) -> str:
     steps = "step" if run.merge.inner_steps == 1 else f"{run.merge.inner_steps} steps"
     merging = f"merging every {steps}"
     if run.merge.kind.common_step:
-        merging = f"one step together for every {count_in_words(run.target_tokens)} tokens"
+        target = run.batch_target
+        merging = f"one step together for every {count_in_words(target.first_tokens)} tokens"
+        if target.grows:
+            merging += f", later for up to {count_in_words(target.most_tokens)}"
     parameters = count_in_words(num_parameters(run.model))
     model = f"a model of {parameters} parameters"
     if not run.model.is_built_in:

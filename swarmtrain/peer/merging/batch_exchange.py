@@ -14,16 +14,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
 from swarmtrain.algorithm.quantize import FedBackSum
 from swarmtrain.events import WarningEvent
 from swarmtrain.network.codec import body_of_pieces
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.rounds.runner import RosterMean
 from swarmtrain.network.snapshots.store import Body
+from swarmtrain.peer.merging.common_steps import common_optimizer, common_step
 from swarmtrain.peer.merging.roster_exchange import RosterExchange
 from swarmtrain.peer.merging.updates import Averaged, BatchMean, LocalUpdate, Replaced
-from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.peer.training.session import Start
 from swarmtrain.protocol.rounds.batch_end import (
     STALE_SHARE,
@@ -35,7 +34,7 @@ from swarmtrain.protocol.rounds.batch_end import (
 )
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.words import time_in_words
+from swarmtrain.words import count_in_words, time_in_words
 
 __all__ = ["BatchExchange"]
 
@@ -55,6 +54,8 @@ class BatchExchange(RosterExchange):
     """Swarm time at which this peer ended its part of the batch."""
     _counted_tokens: int = field(default=0, init=False)
     """Tokens of this peer that were counted when the round began."""
+    _run_tokens: int = field(default=0, init=False)
+    """Tokens of the run when the round began."""
     _ahead_tokens: int = field(default=0, init=False)
     """Tokens of the steps taken while the last batch is merged."""
 
@@ -62,7 +63,7 @@ class BatchExchange(RosterExchange):
         super().__post_init__()
         run, specs = self.run, self.swarm.rounds.settings.specs
         rules = BatchRules(
-            target_tokens=run.target_tokens,
+            target=run.batch_target,
             step_tokens=run.tokens_per_step,
             max_wait_s=run.merge.max_wait_s,
             round_limit_s=run.merge.round_limit_s,
@@ -73,7 +74,7 @@ class BatchExchange(RosterExchange):
         self._has_counted: Callable[[], None] = lambda: None
         """Called once this peer's gradient is on a roster."""
         self._end = BatchEnd(rules)
-        self._optimizer = CommonOptimizer([spec.shape for spec in specs], inner_constants(run), run.merge.optimizer)
+        self._optimizer = common_optimizer(run, [spec.shape for spec in specs])
 
     @property
     def is_training(self) -> bool:
@@ -84,7 +85,8 @@ class BatchExchange(RosterExchange):
         """Say which part of the batch is there, as this peer believes. Any thread may ask."""
         there = self._share(math.floor(self.steps_done * self.step_share * self.run.tokens_per_step))
         soon = "" if there.left_s is None else f", about {time_in_words(there.left_s)}"
-        return f"{100 * there.share:.0f} % of this step's batch is here{soon}"
+        of = f" of {count_in_words(there.target_tokens)} tokens" if self.run.batch_target.grows else ""
+        return f"{100 * there.share:.0f} % of this step's batch{of} is here{soon}"
 
     def start_round(self, progress: Progress, steps_per_s: float) -> Start:
         """Return the plan of the next round. See `Exchange`."""
@@ -96,6 +98,7 @@ class BatchExchange(RosterExchange):
             self.swarm.emit(WarningEvent(message=message, code="gradient-not-counted"))
         self._ahead_tokens = 0
         self._counted_tokens = progress.peer_tokens.get(self.swarm.identity.peer_id, 0)
+        self._run_tokens = progress.run_tokens
         start = super().start_round(progress, steps_per_s)
         return dataclasses.replace(start, is_over=self._is_over)
 
@@ -113,16 +116,15 @@ class BatchExchange(RosterExchange):
             info.round > round or (info.round == round and info.inner_steps_done > 0 and not has_waited)
             for info in others
         )
-        self._end.begin(round, own_rate, self._ended_s if goes_on else swarm_time(), is_late=is_late)
-        there, target = self._share(0), self.run.target_tokens / context
+        began_s = self._ended_s if goes_on else swarm_time()
+        self._end.begin(round, self._run_tokens, own_rate, began_s, is_late=is_late)
+        there, target = self._share(0), self._end.target_tokens / context
         others_per_s = (there.tokens_per_s - there.own_per_s) / context
         sequences = planned_sequences(
             there.own_per_s / context, others_per_s, batch, target, max_wait_s=section.max_wait_s
         )
         self.step_share = sequences / batch
-        if sequences == batch:
-            return section.inner_steps, 0, is_late
-        return math.ceil(target / sequences), sequences, is_late
+        return math.ceil(target / sequences), 0 if sequences == batch else sequences, is_late
 
     def step_done(self, inner_steps_done: int) -> None:
         """Note that an inner step is done. One taken while a batch is merged is of the next one. See `Exchange`."""
@@ -178,7 +180,7 @@ class BatchExchange(RosterExchange):
                 read = round(own.inner_steps * self.step_share * self.run.tokens_per_step)
                 times = read / own.tokens
         self._end.counted({entry.peer: round(times * entry.tokens) for entry in roster.entries}, read, self._ended_s)
-        at = CommonStep(roster.round + 1, roster.base_tokens / self.run.run.total_tokens)
+        at = common_step(self.run, roster.round, roster.base_tokens)
         fields = {each.name: getattr(mean, each.name) for each in dataclasses.fields(mean)}
         return BatchMean(**fields, optimizer=self._optimizer, at=at)
 

@@ -268,7 +268,7 @@ class RosterExchange(SwarmExchange):
         self._check()
         inner_steps, sequences, is_late_joiner = self._inner_steps(progress.round, steps_per_s)
         is_missing_steps = is_late_joiner and not sequences
-        self._skipped_steps = self.run.merge.inner_steps - inner_steps if is_missing_steps else 0
+        self._skipped_steps = max(0, self.run.merge.inner_steps - inner_steps) if is_missing_steps else 0
         self.round_steps = self._skipped_steps + inner_steps
         self._started_s = swarm_time()
 

@@ -24,6 +24,7 @@ from statistics import median_low
 
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.rounds.rosters import RoundPublication
+from swarmtrain.run_batch import BatchTarget
 
 __all__ = ["STALE_SHARE", "BatchEnd", "BatchRules", "BatchShare", "others_in", "planned_sequences", "plausible_entries"]
 
@@ -57,7 +58,7 @@ is waited for."""
 class BatchRules:
     """Settings of the run file, and the time after which a peer that says nothing is not counted; seconds, tokens."""
 
-    target_tokens: int
+    target: BatchTarget
     step_tokens: int
     """Tokens of an inner step of the run's batch, by which peers tell their progress."""
     max_wait_s: float
@@ -101,6 +102,8 @@ class BatchEnd:
 
     rules: BatchRules
     round: int = 0
+    target_tokens: int = 0
+    """Tokens of this batch."""
     started_s: float = 0.0
     """Time at which this peer began to add up gradients for the batch."""
     _rates: dict[str, float] = field(default_factory=dict)
@@ -121,10 +124,14 @@ class BatchEnd:
     _wanted_s: float | None = None
     """Time since which another peer is known to have ended this batch."""
 
-    def begin(self, round: int, own_rate: float, now: float, *, is_late: bool = False) -> None:
-        """Begin a batch. `own_rate` are the tokens per second of this peer's last round, 0 before it; `is_late` says
-        that the others have begun it before."""
+    def begin(self, round: int, run_tokens: int, own_rate: float, now: float, *, is_late: bool = False) -> None:
+        """Begin a batch, before which the run has had `run_tokens`.
+
+        `own_rate` are the tokens per second of this peer's last round, 0 before it; `is_late` says that the others have
+        begun it before.
+        """
         self.round, self.started_s, self._own_rate = round, now, own_rate
+        self.target_tokens = self.rules.target.at(run_tokens)
         self._wanted_s, self._asked, self._seen, self._is_late = None, False, set(), is_late
 
     def counted(self, tokens: Mapping[str, int], own_tokens: int, ended_s: float) -> None:
@@ -175,7 +182,7 @@ class BatchEnd:
             others_tokens=total,
             own_per_s=own,
             tokens_per_s=rates + own,
-            target_tokens=self.rules.target_tokens,
+            target_tokens=self.target_tokens,
         )
 
     def asks_others(self, there: BatchShare) -> bool:
@@ -205,7 +212,7 @@ class BatchEnd:
             self._wanted_s = now
         if now - self.started_s >= self.rules.round_limit_s:
             return True
-        if there.tokens >= self.rules.target_tokens and not is_asking:
+        if there.tokens >= self.target_tokens and not is_asking:
             return True
         if self._wanted_s is None:
             return False

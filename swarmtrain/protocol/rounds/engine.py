@@ -48,6 +48,7 @@ from swarmtrain.protocol.rounds.rosters import (
 from swarmtrain.protocol.rounds.signers import Signers
 from swarmtrain.protocol.rounds.state import KnownRound
 from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay, Open, Questions, StateSearches
+from swarmtrain.run_batch import BatchTarget
 
 __all__ = ["RoundEngine", "RoundRules"]
 
@@ -72,8 +73,8 @@ class RoundRules:
     """Chunks of the mean that shares are made of; 0: all shares are equal, whatever the links."""
     body_bytes: int = 0
     """Bytes of the mean."""
-    target_tokens: int = 0
-    """Tokens of the batch that all make together; 0: a round has no such number."""
+    target: BatchTarget | None = None
+    """Size of the batches that all make together; None: a round has no such number."""
     hold_s: float = 2.0
     """Longest time for which a question without news is held."""
     retry_s: float = 0.25
@@ -396,9 +397,9 @@ class RoundEngine(Generic[Envelope, Link]):
 
     def _plausible(self, decision: rosters.SignDecision) -> rosters.SignDecision:
         """Return the decision without entries that claim far too many tokens for the batch, if the round has one."""
-        if not self.rules.target_tokens:
+        if self.rules.target is None:
             return decision
-        entries, left_out = plausible_entries(decision.entries, self.rules.target_tokens, self.me)
+        entries, left_out = plausible_entries(decision.entries, self.rules.target.at(self._tokens), self.me)
         if not left_out:
             return decision
         claims = ", ".join(f"{entry.peer} ({entry.tokens} tokens)" for entry in left_out)

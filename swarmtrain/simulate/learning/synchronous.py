@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swarmtrain.algorithm.common_step import NUM_MOMENTS, CommonOptimizer, CommonStep
+from swarmtrain.algorithm.common_step import NUM_MOMENTS
 from swarmtrain.algorithm.fragments import fragments_of, mean_by_fragment
 from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, kept_where, outer_step, weighted_mean
 from swarmtrain.algorithm.quantize import FedBackSum, decode_pieces, encoded_size_bytes
-from swarmtrain.peer.training.loop import inner_constants
+from swarmtrain.peer.merging.common_steps import common_optimizer, common_step
 from swarmtrain.protocol.rounds.batch_end import planned_sequences
 from swarmtrain.simulate.learning.learner import Learner
 from swarmtrain.simulate.learning.setting import Recorder, RunOutcome, Setting
@@ -149,8 +149,10 @@ class _Batch:
     """Time at which the step is taken."""
 
 
-def _batch_of(setting: Setting, here: Sequence[int], now_s: float, sequences: Mapping[int, int]) -> _Batch:
-    """Let the volunteers that are `here` add up gradients from `now_s` on, until they have the batch together.
+def _batch_of(
+    setting: Setting, here: Sequence[int], now_s: float, sequences: Mapping[int, int], target_tokens: int
+) -> _Batch:
+    """Let the volunteers that are `here` add up gradients from `now_s` on, until they have `target_tokens` together.
 
     Each knows at once what the others have. It then ends with the step that it is in, and is waited for until
     `merge.max_wait_s` after the batch was there; `sequences` has the size of each one's steps. What those have that
@@ -166,7 +168,7 @@ def _batch_of(setting: Setting, here: Sequence[int], now_s: float, sequences: Ma
     done, tokens, full_s = dict.fromkeys(here, 0), 0, now_s
     coming = [(ends(number, 1), number) for number in here]
     heapq.heapify(coming)
-    while coming and tokens < run.target_tokens and full_s < now_s + merge.round_limit_s:
+    while coming and tokens < target_tokens and full_s < now_s + merge.round_limit_s:
         full_s, number = heapq.heappop(coming)
         if setting.goes_within(number, now_s, (done[number] + 1) * step_s[number]):
             tokens -= done[number] * sequences[number] * context
@@ -197,14 +199,8 @@ def batch(setting: Setting) -> RunOutcome:
     run, num_peers = setting.run, setting.num_peers
     everyone = [setting.learner(number) for number in range(num_peers)]
     parameters, full = everyone[0].loop.parameters, run.inner.batch_sequences
-    optimizer = CommonOptimizer(parameters.shapes, inner_constants(run), run.merge.optimizer)
-    speeds, target = setting.speeds, run.target_tokens / run.model.context_tokens
-    sequences = {
-        number: planned_sequences(
-            full * speed, full * (sum(speeds) - speed), full, target, max_wait_s=run.merge.max_wait_s
-        )
-        for number, speed in enumerate(speeds)
-    }
+    optimizer = common_optimizer(run, parameters.shapes)
+    speeds, context = setting.speeds, run.model.context_tokens
     theta = everyone[0].reached
     state, recorder = OuterState(theta, torch.zeros(NUM_MOMENTS * theta.numel())), Recorder(setting)
     format = run.merge.roster_format
@@ -221,7 +217,14 @@ def batch(setting: Setting) -> RunOutcome:
         if not here:
             now_s = setting.speaks_again_s(now_s)
             continue
-        found = _batch_of(setting, here, now_s, sequences)
+        target = run.batch_target.at(tokens)
+        sequences = {
+            number: planned_sequences(
+                full * speed, full * (sum(speeds) - speed), full, target / context, max_wait_s=run.merge.max_wait_s
+            )
+            for number, speed in enumerate(speeds)
+        }
+        found = _batch_of(setting, here, now_s, sequences, target)
         lost += sum(steps * sequences[number] for number, steps in found.lost.items())
         if not found.steps:
             now_s = max(found.met_s, setting.speaks_again_s(found.met_s))
@@ -242,10 +245,10 @@ def batch(setting: Setting) -> RunOutcome:
             gradients.append(_as_published(gradient, counted, encoders[number]))
             worked_s += setting.takes_s(number, now_s, steps) * sequences[number] / full
         mean, untrained = _mean_of(learners, gradients, weights)
-        at = CommonStep(taken + 1, tokens / setting.total_tokens)
-        before, state = state, kept_where(optimizer.step(state, mean, at), state, untrained)
+        after = optimizer.step(state, mean, common_step(run, taken, tokens))
+        before, state = state, kept_where(after, state, untrained)
         tokens, taken = tokens + sum(weights), taken + 1
-        num_sequences += sum(weights) // run.model.context_tokens
+        num_sequences += sum(weights) // context
         # The mean of one batch is not begun before that of the last one is there.
         now_s = max(found.met_s, arrives_s)
         arrives_s = now_s + setting.all_reduce_s(len(learners), size_bytes, rng)
@@ -260,7 +263,7 @@ def batch(setting: Setting) -> RunOutcome:
         inner_steps=num_sequences // full,
         sent_bytes=sent_bytes,
         stall_share=1.0 - worked_s / (num_peers * now_s),
-        tokens_lost=lost * run.model.context_tokens,
+        tokens_lost=lost * context,
         curve=tuple(recorder.points),
         peer_tokens=recorder.peer_tokens,
     )

@@ -115,8 +115,12 @@ def _longer_rounds(run: RunFile, found: Plan, utilization: float) -> str:
     stalled = min(found.stall_share, 0.99)  # merging takes as long as before
     steps, changes = min(_MOST_STEPS, _round_up(found.full_steps * (times - stalled) / (1 - stalled))), []
     if merge.kind.common_step:
-        tokens = _round_up(run.target_tokens * max(1.0, (times - stalled) / (1 - stalled)))
-        changes.append(f"merge.target_tokens = {_toml(tokens)} (now {_toml(run.target_tokens)})")
+        target, times_larger = run.batch_target, max(1.0, (times - stalled) / (1 - stalled))
+        if target.grows:  # and the batches after the first with it
+            changes.append(_to(run, "merge.inner_steps", min(_MOST_STEPS, _round_up(merge.inner_steps * times_larger))))
+        else:
+            tokens = _round_up(target.first_tokens * times_larger)
+            changes.append(f"merge.target_tokens = {_toml(tokens)} (now {_toml(target.first_tokens)})")
     elif steps > merge.inner_steps:
         changes.append(_to(run, "merge.inner_steps", steps))
     is_bound = found.full_steps < 0.98 * merge.inner_steps and not merge.kind.common_step

@@ -147,7 +147,8 @@ def _steps(run: RunFile, step_s: Sequence[float], num_peers: int = 0) -> list[in
     """
     merge, speeds = run.merge, [1 / one for one in step_s]
     if merge.kind.common_step:
-        a_speed = merge.inner_steps * len(speeds) / (sum(speeds) * max(num_peers, len(speeds)))
+        steps = run.batch_target.mean_tokens / run.tokens_per_step
+        a_speed = steps * len(speeds) / (sum(speeds) * max(num_peers, len(speeds)))
         return [max(1, round(a_speed * speed)) for speed in speeds]
     usual, limit_s = [reference_speed(speeds)], merge.round_limit_s
     return [round_inner_steps(one, usual, merge.inner_steps, paced=merge.pacing, limit_s=limit_s) for one in speeds]

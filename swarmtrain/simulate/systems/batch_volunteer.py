@@ -15,14 +15,15 @@ _ASKS = 2
 
 
 class BatchVolunteer(SimulatedVolunteer):
-    """Volunteer whose round ends when all of them have `Settings.target_tokens` together, as it believes."""
+    """Volunteer whose round ends when all of them have the batch of `Settings.target` together, as it believes."""
 
     def __init__(self, world: Surroundings, name: str, steps_per_s: float, link: SimulatedLink) -> None:
         super().__init__(world, name, steps_per_s, link)
         s = self.settings
+        assert s.target is not None
         self.end = BatchEnd(
             BatchRules(
-                target_tokens=s.target_tokens,
+                target=s.target,
                 step_tokens=s.tokens_per_step,
                 max_wait_s=s.max_wait_s,
                 round_limit_s=s.round_limit_s,
@@ -40,7 +41,8 @@ class BatchVolunteer(SimulatedVolunteer):
         """Begin to add up gradients for the next batch."""
         now, others = self.world.clock.now, self.membership.volunteers()
         is_late = fresh and any((info.round, info.inner_steps_done > 0) > (self.round, False) for info in others)
-        self.end.begin(self.round, self.steps_per_s * self.settings.tokens_per_step, now, is_late=is_late)
+        run_tokens = 0 if self.last is None else self.last.total_tokens
+        self.end.begin(self.round, run_tokens, self.steps_per_s * self.settings.tokens_per_step, now, is_late=is_late)
         self._is_asking = False
         self._begin_round(0, now + 1 / self.steps_per_s, is_late_joiner=is_late)
 

@@ -12,6 +12,7 @@ from swarmtrain.protocol.rounds.chains import Chain
 from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.run import CHUNK_BYTES
+from swarmtrain.run_batch import BatchTarget
 
 __all__ = ["JoinState", "Phase", "Settings", "SimulatedLink", "WorldMoment", "hash_of"]
 
@@ -59,8 +60,8 @@ class Settings:
     tokens_per_step: int = 1000
     round_limit_s: float = 600.0
     silence_s: float = 5.0
-    target_tokens: int = 0
-    """Tokens of the large batch that all volunteers make together; 0: rounds of `inner_steps`."""
+    target: BatchTarget | None = None
+    """Size of the large batches that all volunteers make together; None: rounds of `inner_steps`."""
     max_wait_s: float = math.inf
     share_above: int = 5
     presence_ttl_s: float = 30.0

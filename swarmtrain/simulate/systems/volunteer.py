@@ -88,7 +88,7 @@ class SimulatedVolunteer:
             look_s=s.look_s,
             num_chunks=s.num_chunks if s.transfers_share_links and s.by_bandwidth else 0,
             body_bytes=s.publication_bytes,
-            target_tokens=s.target_tokens,
+            target=s.target,
         )
         chains: Chains[None] = Chains()
         self.engine: RoundEngine[None, None] = RoundEngine(self.membership, chains, rules, random.Random(name))

@@ -112,7 +112,7 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
         return self._begin(peer)
 
     def _make(self, name: str, steps_per_s: float, link: SimulatedLink) -> SimulatedVolunteer:
-        kind = BatchVolunteer if self.settings.target_tokens else SimulatedVolunteer
+        kind = SimulatedVolunteer if self.settings.target is None else BatchVolunteer
         return kind(self, name, steps_per_s, link)
 
     def _begin(self, peer: SimulatedVolunteer) -> SimulatedVolunteer:

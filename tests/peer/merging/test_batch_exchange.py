@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swarmtrain import run_batch
 from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
 from swarmtrain.algorithm.outer import OuterConstants, OuterState
 from swarmtrain.events import Event, WarningEvent
@@ -45,8 +46,8 @@ def exchange_for() -> Iterator[Callable[..., tuple[BatchExchange, list[Event]]]]
     """Makes the exchange of a peer that knows ben, and what it tells."""
     network = NetworkThread()
 
-    def make(**ben: Any) -> tuple[BatchExchange, list[Event]]:
-        merge = {"method": "batch", "target_tokens": TARGET, "max_wait_s": 3.0}
+    def make(target: dict[str, Any] | None = None, **ben: Any) -> tuple[BatchExchange, list[Event]]:
+        merge = {"method": "batch", **(target or {"target_tokens": TARGET}), "max_wait_s": 3.0}
         sizes = {"model": {"context_tokens": 64}, "inner": {"batch_sequences": 4}}
         run = RunFile.model_validate({"run": {"total_tokens": 10 * TARGET}, "merge": merge, **sizes})
         node: Any = SimpleNamespace(
@@ -74,6 +75,22 @@ def test_a_slow_volunteer_plans_smaller_steps(
     start = exchange.start_round(Progress(round=3, run_tokens=100), steps_per_s)
     assert (start.inner_steps, start.batch_sequences, start.num_peers) == (steps, sequences, 2)
     assert not exchange.swarm.rounds.engine.is_late_joiner
+
+
+@pytest.mark.parametrize("done", [0, 5], ids=["from its start", "late"])
+def test_a_batch_that_grows_follows_from_the_runs_tokens(
+    exchange_for: Callable[..., tuple[BatchExchange, list[Event]]], monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    """Also for one that joins within the batch, which has the tokens from its snapshot."""
+    monkeypatch.setattr(run_batch, "GROWTH", 0.5)
+    exchange, _ = exchange_for({"target_tokens": "auto", "inner_steps": 4}, round=3, inner_steps_done=done)
+    start = exchange.start_round(Progress(round=3, run_tokens=5 * TARGET), 2.0)
+    assert start.inner_steps == 40 and exchange.swarm.rounds.engine.is_late_joiner == (done > 0)
+    assert exchange._skipped_steps == 0 and exchange._end.target_tokens == 40 * STEP
+    assert "of this step's batch of 10.2 k tokens is here" in exchange.progress_in_words()
+    assert exchange.swarm.rounds.engine.rules.target == exchange.run.batch_target
+    exchange.start_round(Progress(round=4, run_tokens=0), 2.0)
+    assert exchange._end.target_tokens == 4 * STEP
 
 
 def test_one_that_joins_within_a_batch_is_not_waited_for(

@@ -7,16 +7,17 @@ import pytest
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.rounds.batch_end import BatchEnd, BatchRules, planned_sequences, plausible_entries
 from swarmtrain.protocol.rounds.rosters import RoundPublication
+from swarmtrain.run_batch import BatchTarget
 
-RULES = BatchRules(target_tokens=1000, step_tokens=10, max_wait_s=8.0, round_limit_s=600.0, stale_s=20.0)
+RULES = BatchRules(target=BatchTarget(1000, 10**6), step_tokens=10, max_wait_s=8.0, round_limit_s=600.0, stale_s=20.0)
 
 
 def end(round: int = 5, own_rate: float = 20.0, now: float = 100.0) -> BatchEnd:
     """A batch that began at 100 s; the last rosters counted 30 tokens/s of ben, and this peer had 20."""
     found = BatchEnd(RULES)
-    found.begin(round - 1, own_rate, 90.0)
+    found.begin(round - 1, 0, own_rate, 90.0)
     found.counted({"anna": 200, "ben": 300}, 200, 100.0)
-    found.begin(round, own_rate, now)
+    found.begin(round, 0, own_rate, now)
     return found
 
 
@@ -54,7 +55,7 @@ def test_a_boast_is_bounded_by_what_rosters_counted() -> None:
 
 def test_before_any_roster_a_peer_is_believed() -> None:
     first = BatchEnd(RULES)
-    first.begin(0, 0.0, 100.0)
+    first.begin(0, 0, 0.0, 100.0)
     assert first.share(100, [told("ben", 104.0, steps=12, round=0)], 110.0).others_tokens == 120 + 30 * 6
     assert first.share(0, [told("ben", 104.0, round=0, speed=0.0)], 110.0).left_s is None
     silent = told("ben", 104.0, steps=12, round=0, speed=0.0)  # as one in its first round, which knows no speed yet
@@ -63,7 +64,7 @@ def test_before_any_roster_a_peer_is_believed() -> None:
 
 def test_before_any_roster_a_boast_is_bounded_by_this_peers_own_rate() -> None:
     first = BatchEnd(RULES)
-    first.begin(0, 0.0, 100.0)
+    first.begin(0, 0, 0.0, 100.0)
     there = first.share(20, [told("eve", 101.0, steps=10**6, round=0, speed=1e9)], 102.0)
     assert there.others_tokens == 2 * 8 * 10 * 2 + 10 and there.tokens_per_s == 10 + 8 * 10
 
@@ -72,7 +73,7 @@ def test_who_claims_a_whole_batch_on_rosters_counts_as_a_fast_volunteer() -> Non
     """Eve's publication claims everything each time. Anna and ben have 20 tokens/s."""
     batch, now, lasted = BatchEnd(RULES), 100.0, list[float]()
     for round in range(6):
-        batch.begin(round, 20.0, now)
+        batch.begin(round, 0, 20.0, now)
         began = now
         while True:
             now += 0.5
@@ -93,10 +94,10 @@ def test_who_claims_a_whole_batch_on_rosters_counts_as_a_fast_volunteer() -> Non
 
 def test_one_that_came_late_learns_no_rates_from_that_batch() -> None:
     late = BatchEnd(RULES)
-    late.begin(4, 20.0, 98.0, is_late=True)
+    late.begin(4, 0, 20.0, 98.0, is_late=True)
     assert late.share(0, [told("ben", 98.0, steps=55, round=4)], 98.0).others_tokens == 550
     late.counted({"anna": 40, "ben": 600}, 40, 100.0)  # ben's are of 20 s, of which this peer saw two
-    late.begin(5, 20.0, 100.0)
+    late.begin(5, 0, 20.0, 100.0)
     there = late.share(0, [told("ben", 100.0, speed=3.0)], 110.0)
     assert there.others_tokens == 30 * 10 and there.own_per_s == 20
 
@@ -104,16 +105,16 @@ def test_one_that_came_late_learns_no_rates_from_that_batch() -> None:
 def test_one_that_two_rosters_left_out_is_not_counted_until_one_has_it() -> None:
     batch = end()
     for round in (5, 6):
-        batch.begin(round, 20.0, 100.0)
+        batch.begin(round, 0, 20.0, 100.0)
         assert batch.share(0, [told("eve", 101.0, steps=20, round=round)], 110.0).others_tokens > 0
         batch.counted({"anna": 200, "ben": 300}, 200, 110.0)
-    batch.begin(7, 20.0, 100.0)
+    batch.begin(7, 0, 20.0, 100.0)
     ghost = [told("eve", 101.0, steps=20, round=7)]
     there = batch.share(990, ghost, 110.0)
     assert there.others_tokens == 0 and there.tokens_per_s == 20
     assert not batch.is_complete(there, wanted_by=("eve",), is_asking=False, now=110.0), "nor believed"
     batch.counted({"anna": 200, "ben": 300, "eve": 100}, 200, 110.0)
-    batch.begin(8, 20.0, 100.0)
+    batch.begin(8, 0, 20.0, 100.0)
     assert batch.share(0, [told("eve", 101.0, steps=5, round=8)], 102.0).tokens_per_s == 20 + 10
 
 
@@ -136,7 +137,7 @@ def test_one_that_asks_is_believed_if_half_is_there_or_before_it_stops_waiting()
     assert not batch.is_complete(little, wanted_by=("ben",), is_asking=False, now=114.0), "it cannot be"
     assert batch.is_complete(eighth, wanted_by=("ben",), is_asking=False, now=114.0)
     assert batch.is_complete(half, wanted_by=("ben",), is_asking=False, now=111.0)
-    batch.begin(6, 20.0, 120.0)
+    batch.begin(6, 0, 20.0, 120.0)
     assert not batch.is_complete(eighth, wanted_by=("ben",), is_asking=False, now=121.0), "it has just begun to ask"
 
 

@@ -14,7 +14,8 @@ from swarmtrain.protocol.membership.membership import Membership, PeerInfo, Peer
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.chains import Chain, ChainLink, Chains, ShownChain
 from swarmtrain.protocol.rounds.engine import RoundEngine, RoundRules
-from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster, RoundPublication, steps_of_round
+from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster, RoundPublication, SignDecision, steps_of_round
+from swarmtrain.run_batch import BatchTarget
 
 Engine: TypeAlias = RoundEngine[str, str]
 Command: TypeAlias = ev.Command[str]
@@ -134,7 +135,7 @@ def test_a_round_from_its_end_to_the_next() -> None:
 
 
 def test_a_signer_leaves_out_a_claim_of_far_more_than_the_batch() -> None:
-    engine = engine_of("a", "b", "c", rules=replace(RULES, target_tokens=30))
+    engine = engine_of("a", "b", "c", rules=replace(RULES, target=BatchTarget(30, 1000)))
     ends(engine)
     liars = replace(published("c"), tokens=1000)
     for number, offer in enumerate((published("b"), liars), start=1):
@@ -144,6 +145,17 @@ def test_a_signer_leaves_out_a_claim_of_far_more_than_the_batch() -> None:
         engine.receive(ev.PublicationFetched(f"{peer}0"), 10.2)
     reason = "everyone alive has published; without c (1000 tokens), far more than the others have"
     assert wakes(engine, 10.2) == [ev.SignRoster(roster_of("a", "b"), reason)]
+
+
+def test_a_signer_judges_claims_by_the_batch_that_has_grown() -> None:
+    """The same claim is more than the first batch, and no more than a later one."""
+    rules = replace(RULES, target=BatchTarget(30, 10**6, grows=True))
+    claims = published("a"), published("b"), replace(published("c"), tokens=1000)
+    decision = SignDecision(entries=claims, attempt=0, reason="everyone alive has published")
+    first, later = (engine_of("a", "b", "c", rules=rules) for _ in "12")
+    later.receive(ev.RoundAdvanced(1, signed(replace(roster_of("a", "b", "c"), base_tokens=10**5))), 9.0)
+    assert [each.peer for each in first._plausible(decision).entries] == ["a", "b"]
+    assert later._plausible(decision) is decision
 
 
 def test_others_are_answered_at_once_if_they_lack_something_and_else_held() -> None:

@@ -9,13 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from swarmtrain import run_batch
 from swarmtrain.protocol.rounds.messages import RoundQuestion
+from swarmtrain.run_batch import BatchTarget
 from swarmtrain.simulate.systems.batch_volunteer import BatchVolunteer
-from swarmtrain.simulate.systems.messages import Settings, SimulatedLink
+from swarmtrain.simulate.systems.messages import Phase, Settings, SimulatedLink
 from swarmtrain.simulate.systems.world import SynchronousWorld
 
+TARGET = 400_000
 SETTINGS = Settings(
-    tokens_per_step=1000, target_tokens=400_000, max_wait_s=3.0, silence_s=2.0, presence_ttl_s=30.0,
+    tokens_per_step=1000, target=BatchTarget(TARGET, 10**9), max_wait_s=3.0, silence_s=2.0, presence_ttl_s=30.0,
     publication_bytes=400_000, state_bytes=1_200_000,
 )  # fmt: skip
 SPEEDS = (5.0, 2.0, 1.0, 4.0, 0.5, 3.0, 2.5, 1.5, 0.8)
@@ -105,6 +108,35 @@ def test_one_that_hangs_costs_one_wait_and_who_joins_counts_from_its_second_batc
     assert "q" in roster.peers and "p2" not in roster.peers
 
 
+def test_batches_that_grow_are_the_same_for_all_and_last_no_longer_than_they_must(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four volunteers become twelve, one by one: each wants the batch that the tokens before it say, from its first
+    round on, and a step takes as long as those who are there need for it."""
+    monkeypatch.setattr(run_batch, "GROWTH", 0.1)
+    target, speeds = BatchTarget(40_000, 10**7, grows=True), itertools.cycle((5.0, 2.0, 1.0, 4.0))
+    world = SynchronousWorld(replace(SETTINGS, target=target), link=SimulatedLink(bytes_per_s=1e6), seed=0)
+    wanted = dict[int, set[int]]()
+    for number in range(150):
+        if number < 4 or (number % 8 == 0 and number < 72):
+            world.join(f"p{len(world.peers):02}", steps_per_s=next(speeds))
+        world.run_until(world.clock.now + 1.0)
+        for peer in world.running():
+            assert isinstance(peer, BatchVolunteer)
+            if peer.phase is Phase.TRAINING:
+                wanted.setdefault(peer.round, set()).add(peer.end.target_tokens)
+    found, history = steps_of(world), max((peer for peer in world.running()), key=lambda peer: peer.round).history
+    assert len(world.peers) == 12 == len(history[-1].entries) and history[-1].tokens > 4 * target.first_tokens
+    for roster in history:
+        assert wanted.get(roster.round, set()) <= {target.at(roster.base_tokens)}
+        assert roster.tokens <= 1.3 * target.at(roster.base_tokens) + 12_000, "each ends with the step that it is in"
+    for round, took_s in lasts_s(found).items():
+        there = sum(world.peers[entry.peer].steps_per_s for entry in history[round].entries)
+        needed_s = history[round].tokens / (there * SETTINGS.tokens_per_step)
+        print(f"round {round}: {history[round].tokens} tokens in {took_s:.1f} s, {needed_s:.1f} s of those on the roster")
+        assert took_s <= needed_s + SETTINGS.max_wait_s + 2.0
+
+
 class Liar(BatchVolunteer):
     """Ends each batch after one step, tells and publishes the whole of it, and leaves the roster to others."""
 
@@ -114,7 +146,7 @@ class Liar(BatchVolunteer):
 
     @property
     def inner_steps_done(self) -> int:
-        return self.settings.target_tokens // self.settings.tokens_per_step
+        return TARGET // self.settings.tokens_per_step
 
     def _steps_done(self) -> None:
         self.steps = self.inner_steps_done
@@ -136,7 +168,7 @@ def test_a_liar_counts_as_a_fast_volunteer_and_its_claim_is_left_out() -> None:
     claimed = [roster.tokens - own for roster, own in zip(later, honest, strict=True)]
     print(f"honest tokens {honest}, claimed {claimed}")
     assert len(later) >= 5
-    assert all(own >= 0.4 * SETTINGS.target_tokens for own in honest), honest
+    assert all(own >= 0.4 * TARGET for own in honest), honest
     assert all(claim == 0 for claim in claimed), claimed
 
 
@@ -151,4 +183,4 @@ def test_one_that_asks_and_has_nothing_does_not_end_batches() -> None:
             peer.asked(RoundQuestion(round=peer.round, has_publication=False), call)
     found = steps_of(world)
     whole = [tokens for round, (_, tokens, _) in found.items() if round > began + 1]
-    assert len(whole) >= 2 and all(tokens >= 0.95 * SETTINGS.target_tokens for tokens in whole), whole
+    assert len(whole) >= 2 and all(tokens >= 0.95 * TARGET for tokens in whole), whole
