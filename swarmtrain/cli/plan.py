@@ -180,7 +180,9 @@ def report(run: RunFile, found: Plan, links: LinksSection) -> list[str]:
         del rows["merging"]
     if run.merge.kind.common_step and (target := run.batch_target).grows:
         grows = f"{count(target.first_tokens)} to {count(target.most_tokens)}"
-        rows["rounds"] += f"; batches grow from {grows} tokens, and are planned as if all had {count(target.mean_tokens)}"
+        rows["rounds"] += (
+            f"; batches grow from {grows} tokens, and are planned as if all had {count(target.mean_tokens)}"
+        )
     if any(source.has_samples for source in run.data.mixture):
         rows["whole run"] = f"at least {rows['whole run']}; only tokens that are learnt count"
     head = f"run {run.run.name} with {counted(found.num_peers, 'volunteer')}, {_links_in_words(links)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from codes import codes_in
 
-from swarmtrain.cli.check import report, shards_in_words
+from swarmtrain.cli.check import _batch_in_words, report, shards_in_words
 from swarmtrain.cli.estimate import Estimate, doubts, estimate
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.data.prepare import FirstLook
@@ -22,8 +22,10 @@ from swarmtrain.model.gpt import build_model
 from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.peer.devices import expected_device as module
+from swarmtrain.peer.lifecycle.preparation import summary_of
 from swarmtrain.protocol.devices import FoundDevice
 from swarmtrain.run import RunFile, load_run, parse_run
+from swarmtrain.run_batch import BatchTarget
 from swarmtrain.words import counted
 
 P = 1_000_000
@@ -48,6 +50,22 @@ def test_rounds_and_tokens() -> None:
     assert cost.tokens_per_round == 16 * 128 * 25 * 3
     assert cost.inner_steps_per_peer == 5000
     assert cost.num_rounds == 200
+
+
+def test_batches_that_grow_are_told_by_their_first_and_their_largest() -> None:
+    text = 'total_tokens = 30_720_000\n[merge]\nmethod = "batch"\ninner_steps = 10\n'
+    fixed, grows = cost_of(text), cost_of(text + 'target_tokens = "auto"\n')
+    assert (fixed.num_rounds, fixed.tokens_per_round) == (1500, 20_480)
+    target = parse_run("[run]\n" + text + 'target_tokens = "auto"\n', "r").batch_target
+    assert grows.num_rounds == pytest.approx(target.num_steps, abs=1) and target.num_steps == 222
+    assert grows.tokens_per_round == pytest.approx(30_720_000 / target.num_steps, rel=1e-3)
+    assert _batch_in_words(BatchTarget(20_480, 10**6), 2048) == (
+        "10 inner steps of all volunteers together, 20.5 k tokens"
+    )
+    words = "10 inner steps of all volunteers together, 20.5 k tokens at first; grows with the run up to 602 k tokens"
+    assert _batch_in_words(target, 2048) == words
+    run = parse_run("[run]\n" + text + 'target_tokens = "auto"\n', "r")
+    assert "one step together for every 20.5 k tokens, later for up to 602 k (batch)" in summary_of(run)
 
 
 def test_few_peers_send_their_whole_pseudo_gradient_to_each() -> None:

@@ -12,11 +12,13 @@ import pytest
 import torch
 from learnt import setting, tiny
 
+from swarmtrain import run_batch
 from swarmtrain.algorithm.outer import OuterState, outer_step, weighted_mean
 from swarmtrain.peer.training.session import Start
 from swarmtrain.protocol.gossip.merge_plans import MergePlanner
 from swarmtrain.protocol.gossip.messages import DownloadPublication, MergeDue, MergeFragment
 from swarmtrain.protocol.gossip.partners import BackOff, PublicationVersion
+from swarmtrain.run_batch import BatchTarget
 from swarmtrain.simulate.comparison import compare
 from swarmtrain.simulate.learning.gossip import LearningPeer, LearningWorld, VirtualRunner
 from swarmtrain.simulate.learning.learner import Learner, Text, warm_weights
@@ -54,6 +56,25 @@ def test_each_method_learns_the_same_thing_each_time(method: str, tmp_path: Path
     assert sum(outcome.peer_tokens) == outcome.tokens and len(outcome.peer_tokens) == one.num_peers
     other = setting(scenario.with_changes(seeds=(6,)), **keys)
     assert played(method, other).held_out_loss != outcome.held_out_loss
+
+
+def test_batches_grow_with_the_tokens_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step has the tokens that the run's tokens say, up to the inner steps that volunteers are in."""
+    asked, at = list[tuple[int, int]](), BatchTarget.at
+
+    def recorded(target: BatchTarget, run_tokens: int) -> int:
+        asked.append((run_tokens, at(target, run_tokens)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(run_batch, "GROWTH", 0.5)
+    monkeypatch.setattr(BatchTarget, "at", recorded)
+    keys = {key.replace(".", "__"): value for key, value in METHODS["batch"].keys.items()}
+    one = setting(tiny(tmp_path), **keys | {"merge__inner_steps": 2, "merge__target_tokens": "auto"})
+    outcome = played("batch", one)
+    steps = [*(tokens for tokens, _ in asked), outcome.tokens]
+    for (before, target), after in zip(asked, steps[1:], strict=True):
+        assert target <= after - before <= target + one.num_peers * one.run.tokens_per_step
+    assert asked[0][1] == 2 * one.run.tokens_per_step < max(target for _, target in asked) / 4
 
 
 def test_diloco_is_a_plain_loop(tmp_path: Path) -> None:

@@ -435,6 +435,18 @@ def test_every_row_of_the_report_has_its_words() -> None:
         assert "no limit on their links" in lines[0]
 
 
+def test_batches_that_grow_are_planned_by_their_mean() -> None:
+    fixed = a_run('inner_steps = 30\nmethod = "batch"')
+    grows = a_run('inner_steps = 30\nmethod = "batch"\ntarget_tokens = "auto"')
+    few, many = planned(grows, 4), planned(fixed, 4)
+    assert few.num_rounds == pytest.approx(grows.batch_target.num_steps, rel=0.1) and few.num_rounds < many.num_rounds
+    (rounds,) = (line for line in report(grows, few, LinksSection()) if line.startswith("  rounds "))
+    assert "; batches grow from 7.68 k to 588 k tokens, and are planned as if all had " in rounds
+    tight = by_name(grows, planned(grows, 4, LinksSection(up_mbit=0.2, down_mbit=0.2, rtt_ms=40)))
+    changes = [each.change for each in tight.values() if "merge.inner_steps" in each.change]
+    assert changes and all("merge.inner_steps = 120 (now 30)" in each for each in changes)
+
+
 def test_of_samples_the_plan_is_the_least() -> None:
     samples = '[data]\nsource = "jsonl"\npaths = ["pairs.jsonl"]\nformat = "prompt-completion"\n'
     texts, pairs = (parse_run(a_text() + data, "r") for data in ("", samples))

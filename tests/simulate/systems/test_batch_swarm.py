@@ -133,7 +133,7 @@ def test_batches_that_grow_are_the_same_for_all_and_last_no_longer_than_they_mus
     for round, took_s in lasts_s(found).items():
         there = sum(world.peers[entry.peer].steps_per_s for entry in history[round].entries)
         needed_s = history[round].tokens / (there * SETTINGS.tokens_per_step)
-        print(f"round {round}: {history[round].tokens} tokens in {took_s:.1f} s, {needed_s:.1f} s of those on the roster")
+        print(f"round {round}: {history[round].tokens} tokens in {took_s:.1f} s, {needed_s:.1f} s of those there")
         assert took_s <= needed_s + SETTINGS.max_wait_s + 2.0
 
 
