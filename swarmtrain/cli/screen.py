@@ -16,6 +16,7 @@ from rich.text import Text
 from swarmtrain.cli.facts import (
     age_in_words,
     archive_in_words,
+    blind_guess_in_words,
     checkpoint_in_words,
     clock_in_words,
     contribution_in_words,
@@ -197,7 +198,7 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         "run": f"{one_line(status.run_name) or 'not known yet'} {one_line(status.run_sha256)[:12]}",
         "progress": progress_in_words(view),
         "round": f"{status.round}{steps}",
-        "loss": losses_in_words(status),
+        "loss": losses_in_words(status) + (f"; {blind_guess_in_words(status)}" if status.losses else ""),
         "speed": speeds_in_words(status),
         "contribution": contribution_in_words(status),
         "traffic": traffic_in_words(status),
@@ -382,7 +383,10 @@ def _draw_losses(status: Any, width: int, height: int, ascii_only: bool) -> list
     points = list(status.losses)
     training = [(float(point.run_tokens), point.loss) for point in points if finite(point.loss)]
     held_out = [(float(point.run_tokens), point.held_out_loss) for point in points if finite(point.held_out_loss)]
-    caption = cut_line(width, ("loss  ", "dim"), losses_in_words(status, width - cell_len("loss  ")))
+    told = losses_in_words(status, width - cell_len("loss  "))
+    hints = (f"  {blind_guess_in_words(status)}", "  lower is better") if training else ()
+    hint = next((hint for hint in hints if cell_len(f"loss  {told}{hint}") <= width), "")
+    caption = cut_line(width, ("loss  ", "dim"), told, (hint, "dim"))
     if not training and not held_out:
         return [caption]
     inner = max(1, width - 2 * (_LABEL_CELLS + 1))
