@@ -253,7 +253,7 @@ class MergeSection(Section):
             'With "batch": the step that all volunteers take, with the constants of [inner].',
             {
                 "adamw": "AdamW.",
-                "lamb": "LAMB, whose step in each tensor is as long as the tensor's weights; for very large batches, and not for an adapter.",
+                "lamb": "LAMB, whose step in each matrix is as long as the matrix's weights; for very large batches, and not for an adapter.",
             },
         ),
     )
