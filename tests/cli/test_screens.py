@@ -103,7 +103,7 @@ def test_the_last_line_leads_to_the_page_of_this_peer(width: int, foot: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("width", "shown"), [(130, "lower is better, a blind guess: 5.545"), (85, "lower is better"), (60, "")]
+    ("width", "shown"), [(130, "lower is better, a blind guess: 5.545"), (90, "lower is better"), (60, "")]
 )
 def test_how_to_read_a_loss_is_said_where_it_fits(width: int, shown: str) -> None:
     seen = view(vocabulary_size=256)

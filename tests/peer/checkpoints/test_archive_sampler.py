@@ -114,6 +114,12 @@ def test_without_room_it_is_not_tried(published: PublishedRun, tmp_path: Path, m
         measured.sampler.measure(progress)
 
 
+@pytest.fixture(autouse=True)
+def not_nice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the lowest priority, a thread may wait for minutes beside other programs."""
+    monkeypatch.setattr(archive_sampler, "_NICE", 0)
+
+
 @pytest.fixture
 def rests(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     def set_rest(seconds: float) -> None:
