@@ -256,7 +256,14 @@ class MergeSection(Section):
     max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='With "gossip": a publication that is further behind the median round is not merged, and a peer that is further behind takes the others\' weights. With "server": a pseudo-gradient that began from weights further behind is not taken in.')  # fmt: skip
     buffer_arrivals: int = Field(0, ge=0, le=10_000, description='With "server": number of arrivals after which the outer momentum is refreshed (N); 0: as many as there are volunteers.')  # fmt: skip
     momentum_share: float = Field(0.0, ge=0, le=1, description='With "server": share of the momentum that each arrival applies (c), at most 1 / N; 0: the momentum is applied only when it is refreshed.')  # fmt: skip
-    target_tokens: int | Literal["auto"] = Field(0, json_schema_extra={"allowed": _TARGETS}, description='With "batch": tokens of the large batch; the step is taken once all volunteers together have read about so many, learnt or not. 0: what merge.inner_steps inner steps read. "auto": the first batch has these, and batches grow with the run.')  # fmt: skip
+    target_tokens: int | Literal["auto"] = Field(
+        0,
+        json_schema_extra={"allowed": _TARGETS},
+        description=with_values(
+            'With "batch": tokens of the large batch; the step is taken once all volunteers together have read about so many, learnt or not. 0: what merge.inner_steps inner steps read.',
+            {"auto": "The first batches have what merge.inner_steps inner steps read, and later ones a fiftieth of the run's tokens so far."},
+        ),
+    )
     max_wait_s: float = Field(10.0, gt=0, le=3600, description='With "batch": once the batch is there, how long the step waits for volunteers that have not delivered their gradient, in seconds; then it is taken without them, and what they computed for it does not count.')  # fmt: skip
     delay_steps: int = Field(0, ge=0, le=1, description='With "batch": 1 has volunteers compute gradients for the next batch, at the old weights, while the mean of this one is made and travels.')  # fmt: skip
     optimizer: Literal["adamw", "lamb"] = Field(
