@@ -261,7 +261,9 @@ class MergeSection(Section):
         json_schema_extra={"allowed": _TARGETS},
         description=with_values(
             'With "batch": tokens of the large batch; the step is taken once all volunteers together have read about so many, learnt or not. 0: what merge.inner_steps inner steps read.',
-            {"auto": "The first batches have what merge.inner_steps inner steps read, and later ones a fiftieth of the run's tokens so far."},
+            {
+                "auto": "The first batches have what merge.inner_steps inner steps read, and later ones a fiftieth of the run's tokens so far."
+            },
         ),
     )
     max_wait_s: float = Field(10.0, gt=0, le=3600, description='With "batch": once the batch is there, how long the step waits for volunteers that have not delivered their gradient, in seconds; then it is taken without them, and what they computed for it does not count.')  # fmt: skip
