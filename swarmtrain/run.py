@@ -29,19 +29,10 @@ from swarmtrain.compatibility import KEYS_SINCE, UPDATE, Needs, needs_untrusted,
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.packages import NAME
-from swarmtrain.problems import (
-    Rewritten,
-    Section,
-    one_line,
-    problems_in_words,
-    read_toml,
-    section_fields,
-    shown,
-    with_values,
-)
+from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields, with_values
 from swarmtrain.run_adapter import FILLED_ADAPTER_KEYS, AdapterSection
 from swarmtrain.run_aliases import Translation, translate
-from swarmtrain.run_batch import BatchTarget
+from swarmtrain.run_batch import TARGETS, BatchTarget, TargetTokens
 from swarmtrain.run_data import DataSection, DataSource, SourceKeys
 from swarmtrain.run_model import BOOTSTRAP_MODEL_KEYS, PUBLISHED_BASE, ModelSection
 from swarmtrain.run_pipeline import FORMATS, PipelineSection
@@ -156,8 +147,6 @@ _OUR_RULES = ("none", "clip", "direction", "trimmed", "flag")
 _MERGE_RULES = ", ".join(f'"{rule}"' for rule in _OUR_RULES) + ' or "PACKAGE:RULE" of an installed package'
 _MERGE_RULE = rf"^({'|'.join(_OUR_RULES)}|{NAME})$"
 _METHODS = " or ".join(f'"{name}"' for name in METHODS) + ' or "PACKAGE:METHOD" of an installed package'
-_MOST_TARGET_TOKENS = 10**12
-_TARGETS = f'an integer from 0 to {_MOST_TARGET_TOKENS}, or "auto"'
 _Format = Literal["fp32", "bf16", "int8", "int4"]
 _FormatOrAuto = Literal["auto", "fp32", "bf16", "int8", "int4", "int2"]
 
@@ -256,9 +245,9 @@ class MergeSection(Section):
     max_staleness_rounds: int = Field(8, ge=1, le=1_000_000, description='With "gossip": a publication that is further behind the median round is not merged, and a peer that is further behind takes the others\' weights. With "server": a pseudo-gradient that began from weights further behind is not taken in.')  # fmt: skip
     buffer_arrivals: int = Field(0, ge=0, le=10_000, description='With "server": number of arrivals after which the outer momentum is refreshed (N); 0: as many as there are volunteers.')  # fmt: skip
     momentum_share: float = Field(0.0, ge=0, le=1, description='With "server": share of the momentum that each arrival applies (c), at most 1 / N; 0: the momentum is applied only when it is refreshed.')  # fmt: skip
-    target_tokens: int | Literal["auto"] = Field(
+    target_tokens: TargetTokens = Field(
         0,
-        json_schema_extra={"allowed": _TARGETS},
+        json_schema_extra={"allowed": TARGETS},
         description=with_values(
             'With "batch": tokens of the large batch; the step is taken once all volunteers together have read about so many, learnt or not. 0: what merge.inner_steps inner steps read.',
             {
@@ -309,14 +298,6 @@ class MergeSection(Section):
         for (key, value), defaults in _OTHER_DEFAULTS.items():
             found |= defaults if data.get(key) == value else {}
         return found | data
-
-    @field_validator("target_tokens", mode="before")
-    @classmethod
-    def _is_target(cls, given: object) -> object:
-        tokens = int(given) if isinstance(given, float) and given.is_integer() else given
-        if tokens == "auto" or (type(tokens) is int and 0 <= tokens <= _MOST_TARGET_TOKENS):
-            return tokens
-        raise ValueError(f"{shown(given)} is refused; allowed: {_TARGETS}")
 
     @field_validator("method")
     @classmethod

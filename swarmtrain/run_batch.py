@@ -8,8 +8,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
 
-__all__ = ["GROWTH", "BatchTarget"]
+from pydantic import BeforeValidator
+
+from swarmtrain.problems import shown
+
+__all__ = ["GROWTH", "TARGETS", "BatchTarget", "TargetTokens"]
+
+_MOST_TOKENS = 10**12
+TARGETS = f'an integer from 0 to {_MOST_TOKENS}, or "auto"'
+"""Values of `merge.target_tokens`, in words."""
+
+
+def _target_of(given: object) -> object:
+    tokens = int(given) if isinstance(given, float) and given.is_integer() else given
+    if tokens == "auto" or (type(tokens) is int and 0 <= tokens <= _MOST_TOKENS):
+        return tokens
+    raise ValueError(f"{shown(given)} is refused; allowed: {TARGETS}")
+
+
+TargetTokens: TypeAlias = Annotated[int | Literal["auto"], BeforeValidator(_target_of)]
+"""Type of `merge.target_tokens`; another value is refused in one sentence."""
 
 GROWTH = 0.02
 """Size of a batch that grows, as a share of the run's tokens before it; chosen in docs/results/large-batch.md."""
