@@ -176,6 +176,11 @@ class TrafficCount:
         self.times = TransferTimes(self.down)
         self.up_meter, self.down_meter = LinkMeter(self.up), LinkMeter(self.down)
 
+    def disturbed(self) -> None:
+        """Record that a transfer failed, so that what is measured now is less than the links can carry."""
+        self.up_meter.disturbed()
+        self.down_meter.disturbed()
+
     def called(self, sent_bytes: int, received_bytes: int) -> None:
         """Count a small call or its reply."""
         self.sent_bytes += sent_bytes
@@ -192,6 +197,8 @@ class Stream:
 
     def __init__(self, stream: Any, traffic: TrafficCount, peer: str = "") -> None:
         self._stream, self._traffic, self._peer = stream, traffic, peer
+        self.on_bytes: Callable[[str], None] = lambda peer: None
+        """Called with the peer when bytes came from it."""
         self._opened_s, self._received_bytes = time.monotonic(), 0
 
     async def __anext__(self) -> Any:
@@ -212,6 +219,7 @@ class Stream:
         self._received_bytes += size_bytes
         self._traffic.received_bytes += size_bytes
         self._traffic.down_meter.passed(self._peer, size_bytes)
+        self.on_bytes(self._peer)
         await self._traffic.down.turn(size_bytes)
 
     async def aclose(self) -> None:
