@@ -380,7 +380,10 @@ class RoundEngine(Generic[Envelope, Link]):
                     known.merging = merging
                     if len(one.roster.entries) > self.rules.share_above:
                         known.fetched.clear()  # such a merge ends the pulls of whole publications
-                    commands.append(ev.MergeRoster(one))
+                    roster, flaw = self.claims.bounded(one.roster)
+                    if flaw:
+                        commands.append(ev.NamePeer(roster.signer, flaw, "bad-size"))
+                    commands.append(ev.MergeRoster(replace(one, roster=roster)))
             case CatchUpDecision():
                 sources = list(decision.sources)
                 self._rng.shuffle(sources)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from swarmtrain.protocol.archive.load import archive_bytes, archive_every_s, archived_sources, not_the_slowest
+from swarmtrain.protocol.archive.load import (
+    archive_bytes,
+    archive_every_s,
+    archived_sources,
+    is_early_archive_due,
+    not_the_slowest,
+)
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.rounds.roles import LinkRates
 
@@ -40,3 +46,22 @@ def test_a_state_that_all_hold_is_not_pulled_over_the_slow_links() -> None:
     assert [info.peer for info in not_the_slowest(infos[3:])] == ["unmeasured", "old"]
     assert [info.peer for info in not_the_slowest(infos[:1])] == ["a"]
     assert not_the_slowest([]) == []
+
+
+@pytest.mark.parametrize(
+    ("gained", "since_s", "took_s", "every_s", "parameters", "due"),
+    [
+        (0.05, 6.0, 0.1, 60.0, 460_000, True),
+        (0.04, 59.0, 0.1, 60.0, 460_000, False),  # a 24th of the run is not over yet
+        (0.05, 4.0, 0.1, 60.0, 460_000, False),
+        (0.05, 20.0, 2.0, 60.0, 460_000, False),  # of slow links
+        (0.05, 41.0, 2.0, 60.0, 460_000, True),
+        (0.05, 200.0, 0.1, 3600.0, 460_000, False),  # the run file wants few
+        (0.05, 301.0, 0.1, 3600.0, 460_000, True),
+        (0.05, 50.0, 0.1, 60.0, 5_000_000, False),  # large
+    ],
+)
+def test_a_short_run_of_a_small_model_is_archived_more_often(
+    gained: float, since_s: float, took_s: float, every_s: float, parameters: int, due: bool
+) -> None:
+    assert is_early_archive_due(gained, since_s, took_s, every_s, parameters) is due
