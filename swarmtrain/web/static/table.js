@@ -127,7 +127,7 @@ export class PeerTable {
     const line = make("tr", { role: "row" });
     for (const [, kind] of this.columns) {
       if (kind !== "name") line.append(make("td", { className: kind, role: "cell" }));
-      else line.append(make("th", { scope: "row", role: "rowheader" }, make("bdi"), make("span", { className: "quiet" }), make("span", { className: "you" })));
+      else line.append(make("th", { scope: "row", role: "rowheader" }, make("bdi"), " ", make("span", { className: "quiet" }), " ", make("span", { className: "you" })));
     }
     return line;
   }
