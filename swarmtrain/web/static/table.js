@@ -1,6 +1,6 @@
 // Table of peers: sorted by their work, and only what changed is touched. It never has more than a page of lines, since a
 // browser lays out and paints all lines of a table whenever one of them changes.
-import { ago, make, NO_TIME, setText } from "./dom.js";
+import { ago, cardsWhereNarrow, make, NO_TIME, setText } from "./dom.js";
 
 const FIRST = 25;
 const PAGE = 50;
@@ -55,6 +55,7 @@ export class PeerTable {
       this.body,
     );
     section.append(make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: caption }, this.table), this.empty, this.pages);
+    cardsWhereNarrow(this.table);
   }
 
   /** Show these rows, as [id, row], sorted by their work. */
