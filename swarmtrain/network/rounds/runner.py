@@ -134,6 +134,11 @@ class RoundRunner:
         return self.engine.wanted
 
     @property
+    def is_overtaken(self) -> bool:
+        """True if others have shown, while this peer trains, that they have gone on. Any thread may ask."""
+        return self.engine.is_overtaken
+
+    @property
     def wanted_by(self) -> frozenset[str]:
         """Volunteers that have ended this peer's present round and asked for its publication. See `RoundEngine`."""
         return frozenset(self.engine.wanted_by)

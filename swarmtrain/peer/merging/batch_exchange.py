@@ -184,12 +184,18 @@ class BatchExchange(RosterExchange):
 
     def _is_over(self, tokens: int) -> bool:
         """Return whether the batch ends with the `tokens` that this peer has read for it."""
-        there, rounds = self._share(tokens), self.swarm.rounds
-        if self._end.asks_others(there):
+        there, rounds, now = self._share(tokens), self.swarm.rounds, swarm_time()
+        if self._end.asks_others(there, now):
             peers = [info.peer for info in self.swarm.membership.volunteers()]
             self._asking = self.network.submit(rounds.search.ask_now(random.sample(peers, min(_SAMPLE, len(peers)))))
         is_asking = self._asking is not None and not self._asking.done()
-        over = self._end.is_complete(there, wanted_by=rounds.wanted_by, is_asking=is_asking, now=swarm_time())
+        over = self._end.is_complete(
+            there,
+            wanted_by=rounds.wanted_by,
+            is_asking=is_asking,
+            now=now,
+            is_overtaken=rounds.is_overtaken,
+        )
         if over:
             self._asking = None
             _log.info("round %d: %d tokens here, %.0f elsewhere", self._end.round, tokens, there.others_tokens)

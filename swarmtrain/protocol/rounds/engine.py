@@ -47,7 +47,7 @@ from swarmtrain.protocol.rounds.rosters import (
 )
 from swarmtrain.protocol.rounds.signers import Signers
 from swarmtrain.protocol.rounds.state import KnownRound
-from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay, Open, Questions, StateSearches
+from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay, Open, PeerSurvey, Questions, StateSearches
 
 __all__ = ["RoundEngine", "RoundRules"]
 
@@ -113,6 +113,8 @@ class RoundEngine(Generic[Envelope, Link]):
         answer."""
         self.wanted_by: set[str] = set()
         """Volunteers that have asked so. A caller that is none is not among them."""
+        self.is_overtaken = False
+        """True if answers of others, while this peer trains, show that they have gone on with weights that hold."""
         self.wanted = False
         """True if another peer has ended this peer's present round and asked for its publication."""
         self.waiting_for, self.waiting_until_s = "", 0.0
@@ -125,6 +127,8 @@ class RoundEngine(Generic[Envelope, Link]):
         self._questions: Questions[Envelope, Link] = Questions()
         self._seeker = StateSearches(self.hearsay, self._questions, self.me if trains else "", rng)
         self._rounds: dict[int, KnownRound[Envelope, Link]] = {}
+        self._began_s = -math.inf
+        """Time at which the present round began."""
         self._ending: KnownRound[Envelope, Link] | None = None
         """Round whose end is being agreed on."""
         self._look_s = math.inf
@@ -158,6 +162,7 @@ class RoundEngine(Generic[Envelope, Link]):
                 self._look_s = now
             case ev.RoundBegun():
                 self.is_late_joiner = event.is_late_joiner
+                self._began_s, self.is_overtaken = now, False
             case ev.Left():
                 self.away = self.is_late_joiner = True
                 self._seeker.join_anew()
@@ -291,7 +296,7 @@ class RoundEngine(Generic[Envelope, Link]):
         if event.last is not None:
             self.last = event.last
         if event.round != self.round:
-            self.wanted, self.wanted_by = False, set()
+            self.wanted, self.wanted_by, self.is_overtaken = False, set(), False
         self.round = event.round
         self._rounds = {r: known for r, known in self._rounds.items() if r > event.round - _KEEP_ROUNDS}
         return self._tell()
@@ -548,6 +553,8 @@ class RoundEngine(Generic[Envelope, Link]):
         change = self.hearsay.receive(asked.peer, reply, wants_chain, now)
         commands: _Commands[Envelope] = [] if change is None else [ev.ReportChange(change)]
         if asked.of is not None:
+            if isinstance(asked.of, PeerSurvey) and self._ending is None:
+                self.is_overtaken = self._has_been_overtaken()
             went_on = self._seeker.answered(asked.of, number, (asked.peer, reply.advertised), self.round, now)
             return [*commands, *self._caught_up(went_on, now)]
         assert self._ending is not None
@@ -581,6 +588,11 @@ class RoundEngine(Generic[Envelope, Link]):
         known.ask_again_s[peer] = now + self.rules.retry_s if at_once and not is_new else now
         self._look_s = now
         return [*commands, *self._tell()] if known.best is not best else commands
+
+    def _has_been_overtaken(self) -> bool:
+        """Return whether others are beyond this peer's round, with weights that hold."""
+        view = self.hearsay.in_round(self.hearsay.of_those_who_train(), self._began_s)
+        return any(view.holds(head) for head in view.heads.values())
 
     def _got_nothing(self, number: int, now: float, *, is_malformed: bool) -> _Commands[Envelope]:
         """Continue after a question that got no valid answer; the peer is asked again later."""

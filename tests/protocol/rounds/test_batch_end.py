@@ -120,12 +120,43 @@ def test_one_that_two_rosters_left_out_is_not_counted_until_one_has_it() -> None
 def test_the_batch_ends_when_it_is_there_once_the_others_have_answered() -> None:
     batch = end()
     early, late = batch.share(700, [], 110.0), batch.share(760, [told("ben", 110.0, steps=1)], 110.0)
-    assert not batch.asks_others(early) and batch.asks_others(late) and not batch.asks_others(late)
+    assert not batch.asks_others(early, 110.0) and batch.asks_others(late, 110.0) and not batch.asks_others(late, 110.0)
     full = batch.share(1000, [told("ben", 110.0, steps=1)], 111.0)
     assert not batch.is_complete(late, wanted_by=(), is_asking=False, now=110.0)
     assert not batch.is_complete(full, wanted_by=(), is_asking=True, now=111.0)
     assert batch.is_complete(full, wanted_by=(), is_asking=False, now=111.0)
     assert batch.is_complete(early, wanted_by=(), is_asking=False, now=700.0), "the round's limit"
+
+
+def test_who_does_not_answer_is_waited_for_until_half_of_the_wait_and_no_longer() -> None:
+    batch = end()
+    full = batch.share(1000, [told("ben", 110.0, steps=1)], 110.0)
+    assert batch.asks_others(full, 110.0)
+    assert not batch.is_complete(full, wanted_by=(), is_asking=True, now=113.9)
+    assert batch.is_complete(full, wanted_by=(), is_asking=True, now=114.0)
+
+
+def test_while_others_are_in_a_later_round_they_are_asked_from_time_to_time() -> None:
+    batch = end()
+    assert not batch.asks_others(batch.share(100, [told("ben", 104.0)], 110.0), 110.0)
+    there = batch.share(100, [told("ben", 108.0, round=7)], 110.0)
+    assert [now for now in (110.0, 111.0, 113.9, 114.0, 115.0) if batch.asks_others(there, now)] == [110.0, 114.0]
+    assert not batch.is_complete(there, wanted_by=(), is_asking=False, now=115.0), "what they tell ends nothing"
+    assert batch.is_complete(there, wanted_by=(), is_asking=False, now=115.0, is_overtaken=True)
+    batch.begin(6, 20.0, 120.0)
+    assert not batch.asks_others(batch.share(100, [told("ben", 120.0, round=6)], 121.0), 121.0)
+
+
+def test_a_roster_of_this_peer_alone_says_nothing_of_the_others() -> None:
+    first = BatchEnd(RULES)
+    first.begin(0, 2.0, 90.0)
+    first.counted({"anna": 20}, 20, 100.0)
+    first.begin(1, 2.0, 100.0)
+    assert first.share(0, [told("ben", 101.0, round=1, speed=9.0)], 110.0).tokens_per_s == 2 + 8 * 2
+    parted = end()
+    parted.counted({"anna": 200}, 200, 110.0)
+    parted.begin(6, 20.0, 110.0)
+    assert parted.share(0, [told("ben", 111.0, round=6, speed=9.0)], 112.0).tokens_per_s == 20 + 30, "as before"
 
 
 def test_one_that_asks_is_believed_if_half_is_there_or_before_it_stops_waiting() -> None:
