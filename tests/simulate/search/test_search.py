@@ -87,7 +87,7 @@ def test_every_invariant_that_is_new_is_told_by_a_schedule_of_its_own(
 
     again = next(seed for seed in range(1, 100) if draw(seed).world == draw(0).world)
     found = [(0, [Violation("one", ""), Violation("two", ""), Violation("one", "")]), (again, [Violation("two", "")])]
-    monkeypatch.setattr(command, "broken", lambda seeds, jobs: found)
+    monkeypatch.setattr(command, "broken", lambda seeds, jobs, world: found)
     monkeypatch.setattr(command, "shrink", noted)
     assert command.main(["--schedules", "2", "--seed", "0"]) == 1
     printed = capsys.readouterr().out
