@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 SLOWDOWNS = (5, 6, 8, 10, 12, 16)
 """Times that each volunteer is slower than this machine: together they need 0.7 of a core."""
-TARGET_TOKENS = 30_000
+INNER_STEPS = 60
+"""Batches of 512 tokens in a step of all."""
 MAX_WAIT_S = 5.0
 LINKS = LinksSection(rtt_ms=20, up_mbit=40, down_mbit=40)
 WHOLE_STEPS = 3
@@ -72,9 +73,9 @@ def test_a_third_is_killed_with_the_signer_and_links_halve(swarm: Swarm, links: 
         swarm.folder,
         merge={
             "method": "batch",
-            "target_tokens": TARGET_TOKENS,
+            "inner_steps": INNER_STEPS,
             "max_wait_s": MAX_WAIT_S,
-            "gradient_format": "fp32",
+            "outer_momentum": 0.8,
         },
         network={"presence_ttl_s": 10.0},
     )

@@ -139,9 +139,10 @@ class RoundRunner:
         return self.engine.is_overtaken
 
     @property
-    def wanted_by(self) -> frozenset[str]:
-        """Volunteers that have ended this peer's present round and asked for its publication. See `RoundEngine`."""
-        return frozenset(self.engine.wanted_by)
+    def wanted_by(self) -> dict[str, float]:
+        """Volunteers that have ended this peer's present round, and the swarm time at which each first asked for its
+        publication. See `RoundEngine`."""
+        return dict(self.engine.wanted_by)
 
     @property
     def waiting_for(self) -> str:

@@ -53,6 +53,8 @@ class BatchExchange(RosterExchange):
     _published: LocalUpdate | None = field(default=None, init=False)
     _ended_s: float = field(default=0.0, init=False)
     """Swarm time at which this peer ended its part of the batch."""
+    _stepped_s: float = field(default=0.0, init=False)
+    """Swarm time at which this peer's last inner step ended."""
     _counted_tokens: int = field(default=0, init=False)
     """Tokens of this peer that were counted when the round began."""
     _ahead_tokens: int = field(default=0, init=False)
@@ -177,7 +179,8 @@ class BatchExchange(RosterExchange):
             if self.run.batch_rows > 1 and own.tokens:  # rosters count targets, and steps cost what they read
                 read = round(own.inner_steps * self.step_share * self.run.tokens_per_step)
                 times = read / own.tokens
-        self._end.counted({entry.peer: round(times * entry.tokens) for entry in roster.entries}, read, self._ended_s)
+        tokens = {entry.peer: round(times * entry.tokens) for entry in roster.entries}
+        self._end.counted(tokens, read, self._ended_s, lists_this_peer=self.swarm.identity.peer_id in tokens)
         at = CommonStep(roster.round + 1, roster.base_tokens / self.run.run.total_tokens)
         fields = {each.name: getattr(mean, each.name) for each in dataclasses.fields(mean)}
         return BatchMean(**fields, optimizer=self._optimizer, at=at)
@@ -195,7 +198,9 @@ class BatchExchange(RosterExchange):
             is_asking=is_asking,
             now=now,
             is_overtaken=rounds.is_overtaken,
+            step_s=now - max(self._stepped_s, self._end.started_s),
         )
+        self._stepped_s = now
         if over:
             self._asking = None
             _log.info("round %d: %d tokens here, %.0f elsewhere", self._end.round, tokens, there.others_tokens)

@@ -21,7 +21,7 @@ Pure: times are arguments, in seconds of one clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
@@ -127,22 +127,30 @@ class BatchEnd:
     """Time until which the end waits for their answers; None before it is near."""
     _are_ahead: bool = False
     """True if others tell that they are in a later round."""
-    _wanted_s: float | None = None
-    """Time since which another peer is known to have ended this batch."""
 
     def begin(self, round: int, own_rate: float, now: float, *, is_late: bool = False) -> None:
         """Begin a batch. `own_rate` are the tokens per second of this peer's last round, 0 before it; `is_late` says
         that the others have begun it before."""
         self.round, self.started_s, self._own_rate = round, now, own_rate
-        self._wanted_s, self._seen, self._is_late = None, set(), is_late
+        self._seen, self._is_late = set(), is_late
         self._asked_s, self._ends_asking_s, self._are_ahead = -math.inf, None, False
 
-    def counted(self, tokens: Mapping[str, int], own_tokens: int, ended_s: float) -> None:
+    def counted(
+        self, tokens: Mapping[str, int], own_tokens: int, ended_s: float, *, lists_this_peer: bool = True
+    ) -> None:
         """Learn rates from a roster: the `tokens` that it counted of each peer, for a batch that ended at `ended_s`,
-        and those that this peer computed for it."""
+        and those that this peer computed for it.
+
+        Without `lists_this_peer` only who is there is learnt: a liar may have signed for itself alone, and whoever else
+        was left out delivers as this peer does.
+        """
         seconds = max(ended_s - self.started_s, 1e-3)
         self._own_counted = own_tokens / seconds
         # A copy, because another thread may ask for the share meanwhile.
+        if not lists_this_peer:
+            self._missed = {peer: times for peer, times in self._missed.items() if peer not in tokens}
+            self._rates = {peer: rate for peer, rate in self._rates.items() if rate > 0 or peer not in tokens}
+            return
         missed = {peer: self._missed.get(peer, 0) + 1 for peer in set(self._seen) if peer not in tokens}
         self._missed = missed
         if self._is_late or not tokens:
@@ -212,34 +220,35 @@ class BatchEnd:
         self,
         there: BatchShare,
         *,
-        wanted_by: Collection[str],
+        wanted_by: Mapping[str, float],
         is_asking: bool,
         now: float,
         is_overtaken: bool = False,
+        step_s: float = 0.0,
     ) -> bool:
         """Return whether to end the batch now, with the tokens `there` are.
 
-        `wanted_by`: other volunteers that have ended it, and ask for this peer's gradient. One that rosters have
-        counted is believed at once if half of the batch is there, and if an eighth is, after half of `max_wait_s`, so
-        that it still waits. Of others, three quarters and a half must be there; one that is not counted is not
-        believed. `is_asking`: the others' answers are not here yet; they are waited for until half of `max_wait_s`.
+        `wanted_by`: other volunteers that have ended it, and when they first asked for this peer's gradient. One that
+        rosters have counted is believed at once if half of the batch is there, and if an eighth is, after half of
+        `max_wait_s`, so that it still waits: before the step that would end later, since one takes `step_s`. Of
+        others, three quarters and a half must be there. A peer that came late follows anybody, since it counts only if
+        it delivers before the roster is signed.
+
+        `is_asking`: the others' answers are not here yet; they are waited for until half of `max_wait_s`.
         `is_overtaken`: the others have gone on, with weights that hold, so that this batch is in vain.
         """
         is_counted = not self._rates or any(self._rates.get(peer, 0.0) > 0 for peer in wanted_by)
-        is_wanted = any(self._rates.get(peer) != 0.0 for peer in wanted_by)
-        if not is_wanted:
-            self._wanted_s = None
-        elif self._wanted_s is None:
-            self._wanted_s = now
         if is_overtaken or now - self.started_s >= self.rules.round_limit_s:
             return True
         waits = is_asking and self._ends_asking_s is not None and now < self._ends_asking_s
         if there.tokens >= self.rules.target_tokens and not waits:
             return True
-        if self._wanted_s is None:
+        if not wanted_by:
             return False
+        if self._is_late:  # nobody waits for it: to count it has to deliver at once
+            return True
         at_once, later = _FOLLOWS_COUNTED if is_counted else _FOLLOWS_OTHERS
-        has_waited = now - self._wanted_s >= self.rules.max_wait_s / 2
+        has_waited = now + step_s - min(wanted_by.values()) >= self.rules.max_wait_s / 2
         return there.share >= (later if has_waited else at_once)
 
 

@@ -111,8 +111,8 @@ class RoundEngine(Generic[Envelope, Link]):
         self.away = False
         """True if this peer has said goodbye. A peer that missed the goodbye and asks about a round learns it from the
         answer."""
-        self.wanted_by: set[str] = set()
-        """Volunteers that have asked so. A caller that is none is not among them."""
+        self.wanted_by: dict[str, float] = {}
+        """When each volunteer first asked so. A caller that is none is not among them."""
         self.is_overtaken = False
         """True if answers of others, while this peer trains, show that they have gone on with weights that hold."""
         self.wanted = False
@@ -252,7 +252,7 @@ class RoundEngine(Generic[Envelope, Link]):
             self.wanted = True
             info = self.membership.info(event.asker)
             if info is not None and info.training:
-                self.wanted_by.add(event.asker)
+                self.wanted_by.setdefault(event.asker, now)
         if question.hold_s <= 0 or self._is_news(question):
             return [self._answer(event.call, question)]
         until_s = now + min(question.hold_s, self.rules.hold_s)
@@ -296,7 +296,7 @@ class RoundEngine(Generic[Envelope, Link]):
         if event.last is not None:
             self.last = event.last
         if event.round != self.round:
-            self.wanted, self.wanted_by, self.is_overtaken = False, set(), False
+            self.wanted, self.wanted_by, self.is_overtaken = False, {}, False
         self.round = event.round
         self._rounds = {r: known for r, known in self._rounds.items() if r > event.round - _KEEP_ROUNDS}
         return self._tell()
@@ -314,7 +314,7 @@ class RoundEngine(Generic[Envelope, Link]):
         view = self._view(known)
         commands = [*self._unproved(known), *self._hang_up(known, view, list(known.asking), now)]
         self.claims.round_over(known.round)
-        self.signers.round_over(known.round, idled(view, now), {roster.signer for roster in view.rosters})
+        self.signers.round_over(known.round, known.idled | idled(view, now), {roster.signer for roster in view.rosters})
         if known.merging and not known.is_merged:
             commands.append(ev.CancelMerge())
         known.announced = {self.me: known.own}
@@ -348,6 +348,7 @@ class RoundEngine(Generic[Envelope, Link]):
         commands = self._keep_asking(known, view, now)
         if known.state_fetch is not None:
             return commands
+        known.idled |= idled(view, now)
         decision: Decision = decide(view, now)
         # Before this peer signs, every peer with an unknown roster may show its chain: that chain may hold, and a
         # roster signed on the losing one is work that is given up.
@@ -454,10 +455,7 @@ class RoundEngine(Generic[Envelope, Link]):
             me=self.me,
             round=known.round,
             ended_at_s=known.ended_s,
-            deadline_s=min(
-                max(known.ended_s, known.started_s + self.rules.round_limit_s),
-                known.ended_s + self.rules.max_wait_s,
-            ),
+            deadline_s=self._deadline_s(known),
             silence_s=self.rules.silence_s,
             share_above=self.rules.share_above,
             live=found.of[Standing.WITH_US] | found.of[Standing.BEHIND],
@@ -478,6 +476,13 @@ class RoundEngine(Generic[Envelope, Link]):
             unobtainable=frozenset(known.unobtainable),
             idle=self.signers.idle(known.round),
         )
+
+    def _deadline_s(self, known: KnownRound[Envelope, Link]) -> float:
+        """Return the time when the round is closed: at its limit, or where waits have a limit, so long after this
+        peer's own end. The others' batches may end at the round's limit too, a moment later."""
+        if self.rules.max_wait_s < math.inf:
+            return known.ended_s + self.rules.max_wait_s
+        return max(known.ended_s, known.started_s + self.rules.round_limit_s)
 
     def _signed(self, one: SignedRoster[Envelope], now: float) -> _Commands[Envelope]:
         if self._ending is None or not self._ending.keep(one):

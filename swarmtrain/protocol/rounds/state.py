@@ -68,6 +68,8 @@ class KnownRound(Generic[Envelope, Link]):
     """Digests of rosters that name a publication of this peer that it never made."""
     lacking_s: dict[str, float] = field(default_factory=dict)
     """Time since which each peer has named a roster whose chain no peer has sent."""
+    idled: set[str] = field(default_factory=set)
+    """Peers that have let their turn to sign pass. By the round's end they may have applied another's roster."""
     merging: str = ""
     """Digest of the roster that is being averaged; "" if none is."""
     is_merged: bool = False

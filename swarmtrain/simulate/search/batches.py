@@ -138,6 +138,8 @@ class SearchedBatches(SearchedRounds):
         self._newcomers_per_s = schedule.speeds[0]
         self._began: dict[str, tuple[float, frozenset[str]]] = {}
         """When each peer began its batch, and which honest peers were there then."""
+        self._computed: set[tuple[str, int, int]] = set()
+        """(peer, round, tokens) of each gradient that an honest peer has published."""
         self.batches: list[_EndedBatch] = []
         """Batches of honest peers."""
 
@@ -167,6 +169,7 @@ class SearchedBatches(SearchedRounds):
             self._began[peer.name] = self.clock.now, self._honest()
         elif moment == "ended" and peer.name not in self.liars:
             began_s, were_there = self._began[peer.name]
+            self._computed.add((peer.name, peer.round, peer.steps * self.settings.tokens_per_step))
             steps_per_s = sum(self.peers[name].steps_per_s for name in sorted(were_there & self._honest()))
             self.batches.append(
                 _EndedBatch(peer.name, peer.round, peer.engine.base, began_s, self.clock.now, steps_per_s)
@@ -181,10 +184,11 @@ class SearchedBatches(SearchedRounds):
         super().record(kind, peer, roster)
         if kind != "applied" or roster is None or peer.name in self.liars:
             return
-        computed = peer.steps * self.settings.tokens_per_step
         for entry in roster.entries:
-            if entry.peer == peer.name and entry.tokens != computed:
-                detail = f"{peer.name} computed {computed} tokens for round {roster.round}, and {entry.tokens} count"
+            if entry.peer not in self.liars and (entry.peer, roster.round, entry.tokens) not in self._computed:
+                detail = (
+                    f"{entry.tokens} tokens of {entry.peer} count in round {roster.round}, which it has not computed"
+                )
                 self.broken.append(Violation("a gradient counts as it was computed", detail))
 
 
@@ -261,6 +265,6 @@ def _early(world: SearchedBatches, schedule: FaultSchedule) -> Iterable[Violatio
         if event.roster is None or event.roster.signer in world.liars or not honest:
             continue
         tokens = sum(entry.tokens for entry in event.roster.entries if entry.peer not in world.liars)
-        if tokens < least_share * world.settings.target_tokens - world.settings.tokens_per_step:
+        if tokens < least_share * world.settings.target_tokens - len(speeds) * world.settings.tokens_per_step:
             detail = f"round {event.round} has {tokens} honest tokens of {world.settings.target_tokens}"
             yield Violation("no liar ends batches", f"{detail}, less than {least_share:.0%}")

@@ -58,6 +58,7 @@ class BatchVolunteer(SimulatedVolunteer):
             is_asking=self._is_asking,
             now=now,
             is_overtaken=self.engine.is_overtaken,
+            step_s=1 / self.steps_per_s,
         ):
             self._publish()
         else:
@@ -71,5 +72,6 @@ class BatchVolunteer(SimulatedVolunteer):
 
     def _advance(self, roster: Roster) -> None:
         own_tokens = self.steps * self.settings.tokens_per_step
-        self.end.counted({entry.peer: entry.tokens for entry in roster.entries}, own_tokens, self.ended_s)
+        tokens = {entry.peer: entry.tokens for entry in roster.entries}
+        self.end.counted(tokens, own_tokens, self.ended_s, lists_this_peer=self.name in tokens)
         super()._advance(roster)

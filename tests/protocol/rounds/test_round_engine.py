@@ -202,7 +202,7 @@ def test_others_are_answered_at_once_if_they_lack_something_and_else_held() -> N
     assert not engine.wanted_by, "nobody that this peer knows"
     for asker in ("b", "stranger"):
         engine.receive(ev.QuestionReceived(0, ev.RoundQuestion(round=0, has_publication=False), asker), 1.0)
-    assert engine.wanted_by == {"b"}
+    assert engine.wanted_by == {"b": 1.0}
     assert asks(1.0, has_publication=False, hold_s=9.0) == []
     assert asks(1.0, has_publication=False, hold_s=1.0) == []
     assert engine.wake_at() == 2.0
