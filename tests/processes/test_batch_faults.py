@@ -67,7 +67,7 @@ def assert_counted_once(children: Sequence[Child]) -> dict[int, dict[str, int]]:
     return rosters
 
 
-@pytest.mark.parametrize("moment", ["amid the batch", "before the roster"])
+@pytest.mark.parametrize("moment", ["before the roster", pytest.param("amid the batch", marks=pytest.mark.evidence)])
 def test_a_third_is_killed_with_the_signer_and_links_halve(swarm: Swarm, links: LocalLinks, moment: str) -> None:
     run_file = write_run(
         swarm.folder,

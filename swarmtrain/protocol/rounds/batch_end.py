@@ -163,6 +163,10 @@ class BatchEnd:
             rates = self._rates
         self._rates = rates | {peer: 0.0 for peer, times in missed.items() if times >= _MISSED_ROSTERS}
 
+    @property
+    def _can_be_overtaken_s(self) -> float:
+        return self.started_s + self.rules.max_wait_s / 2
+
     def share(self, own_tokens: int, others: Iterable[tuple[PeerInfo, float, float]], now: float) -> BatchShare:
         """Return how much of the batch is there.
 
@@ -211,7 +215,8 @@ class BatchEnd:
         if self._ends_asking_s is None and there.share >= _ASK_SHARE and there.others_tokens:
             self._asked_s, self._ends_asking_s = now, now + self.rules.max_wait_s / 2
             return True
-        if not self._are_ahead or now < self._asked_s + max(_ASK_AGAIN_S, self.rules.max_wait_s / 2):
+        again_s = self._asked_s + max(_ASK_AGAIN_S, self.rules.max_wait_s / 2)
+        if not self._are_ahead or now < max(again_s, self._can_be_overtaken_s):
             return False
         self._asked_s = now
         return True
@@ -235,10 +240,13 @@ class BatchEnd:
         it delivers before the roster is signed.
 
         `is_asking`: the others' answers are not here yet; they are waited for until half of `max_wait_s`.
-        `is_overtaken`: the others have gone on, with weights that hold, so that this batch is in vain.
+        `is_overtaken`: the others have gone on, with weights that hold, so that this batch is in vain. It counts from
+        half of `max_wait_s` on: until then some may still be a roster behind, and speak for nobody.
         """
         is_counted = not self._rates or any(self._rates.get(peer, 0.0) > 0 for peer in wanted_by)
-        if is_overtaken or now - self.started_s >= self.rules.round_limit_s:
+        if is_overtaken and not is_asking and self._asked_s >= self._can_be_overtaken_s:
+            return True
+        if now - self.started_s >= self.rules.round_limit_s:
             return True
         waits = is_asking and self._ends_asking_s is not None and now < self._ends_asking_s
         if there.tokens >= self.rules.target_tokens and not waits:

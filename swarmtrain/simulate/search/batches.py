@@ -261,6 +261,8 @@ def _early(world: SearchedBatches, schedule: FaultSchedule) -> Iterable[Violatio
     speeds = dict(zip(schedule.names, schedule.speeds, strict=True))
     honest = sum(speed for name, speed in speeds.items() if name not in world.liars)
     least_share = honest / (honest + _MOST_TIMES_FASTEST * max(speeds.values()))
+    if any(event.roster and event.roster.signer in world.liars for event in world.events("applied")):
+        return  # a roster that a liar signs binds as any other does
     for event in world.events("signed"):
         if event.roster is None or event.roster.signer in world.liars or not honest:
             continue

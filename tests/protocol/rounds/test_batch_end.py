@@ -161,8 +161,12 @@ def test_while_others_are_in_a_later_round_they_are_asked_from_time_to_time() ->
     batch = end()
     assert not batch.asks_others(batch.share(100, [told("ben", 104.0)], 110.0), 110.0)
     there = batch.share(100, [told("ben", 108.0, round=7)], 110.0)
-    assert [now for now in (110.0, 111.0, 113.9, 114.0, 115.0) if batch.asks_others(there, now)] == [110.0, 114.0]
+    times = (103.9, 104.0, 107.9, 108.0, 109.0)
+    assert [now for now in times if batch.asks_others(there, now)] == [104.0, 108.0]
     assert not batch.is_complete(there, wanted_by={}, is_asking=False, now=115.0), "what they tell ends nothing"
+    assert not batch.is_complete(there, wanted_by={}, is_asking=True, now=115.0, is_overtaken=True), (
+        "not all say so yet"
+    )
     assert batch.is_complete(there, wanted_by={}, is_asking=False, now=115.0, is_overtaken=True)
     batch.begin(6, 20.0, 120.0)
     assert not batch.asks_others(batch.share(100, [told("ben", 120.0, round=6)], 121.0), 121.0)
