@@ -52,7 +52,7 @@ FROM peer AS wan
 USER root
 RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends nftables && rm -rf /var/lib/apt/lists/* \
     && useradd --system --no-create-home link
-COPY peers/wan/start.py /opt/swarmtrain/start.py
+COPY peers/wan/start.py peers/wan/own_link.py /opt/swarmtrain/
 ENTRYPOINT ["python", "/opt/swarmtrain/start.py"]
 
 FROM peer

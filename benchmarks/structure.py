@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE, GENERATED = "swarmtrain/", "swarmtrain/v1/"
 TESTS = "tests/"
 
-METHODS = frozenset({"gossip", "diloco", "server"})
+METHODS = frozenset({"gossip", "diloco", "server", "batch"})
 """Values of `merge.method`."""
 METHODS_LIVE_IN = ("swarmtrain/methods/", "swarmtrain/methods.py")
 """Files in which a method's own object may say its name."""

@@ -6,11 +6,12 @@
     python benchmarks/watch_flood.py --browsers 8 --elsewhere
 
 A trainer takes inner steps of a real model in the main thread, as a volunteer does, beside a status board of fifty
-peers with a full loss curve, and a control server. Half a block without clients, a block while 32 clients watch and
-200 more are refused and ask again after `--retry-s`, and half a block without, so that a machine that slows down
-steadily changes nothing. A step's time excludes its waits for a processor (Linux: schedstat), so that other programs
-do not count but waits for Python's lock do. The processor time of the server's threads is printed beside it; together
-they are the cost of the flood.
+peers with a full loss curve, and a control server. Half a block without clients, a block while 32 clients watch and 200
+more are refused and ask again after `--retry-s`, and half a block without, so that a machine that slows down steadily
+changes nothing. A step's time excludes its waits for a processor (Linux: schedstat), so that other programs do not
+count but waits for Python's lock do. The processor time of the server's threads is printed beside it; together they are
+the cost of the flood. Where a machine's speed changes within seconds, blocks differ by more than what is looked for:
+"from step to step" compares each step in which the server's threads worked with the steps beside it.
 
 With `--browsers`, the page is served by a process of its own at a niceness of 10, as `--web` does, and instead of the
 flood so many windows of Chromium show it, on the same machine. With `--elsewhere` as many readers take the page's
@@ -35,7 +36,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
@@ -57,6 +58,14 @@ NUM_PEERS = 50
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class Step(NamedTuple):
+    """Step of the trainer: its seconds without its waits for a processor, and the processor time that the other
+    threads of the process used meanwhile."""
+
+    seconds: float
+    others_s: float
+
+
 class Trainer:
     """Trainer that takes inner steps of the example's model, over made-up tokens."""
 
@@ -75,14 +84,14 @@ class Trainer:
         self.optimizer.step(0.5, 1.0)
         self.num_steps += 1
 
-    def steps_for(self, seconds: float) -> list[float]:
-        """Take steps for `seconds`; return each one's seconds, without its waits for a processor."""
-        times, ends_s = [], time.monotonic() + seconds
+    def steps_for(self, seconds: float) -> list[Step]:
+        """Take steps for `seconds`."""
+        steps, ends_s = [], time.monotonic() + seconds
         while time.monotonic() < ends_s:
-            before_s = _time_less_queueing_s()
+            before_s, others_s = _time_less_queueing_s(), _others_s()
             self.step()
-            times.append(_time_less_queueing_s() - before_s)
-        return times
+            steps.append(Step(_time_less_queueing_s() - before_s, _others_s() - others_s))
+        return steps
 
 
 def _time_less_queueing_s() -> float:
@@ -166,16 +175,13 @@ def measure(trainer: Trainer, address: str, given: argparse.Namespace) -> None:
             clients.stdin.write(word + "\n")
             return clients.stdout.readline().strip()
 
-        times: dict[str, list[float]] = {"without": [], "with": []}
-        serving_s = {"without": 0.0, "with": 0.0}  # processor time of the server's threads
+        steps: dict[str, list[list[Step]]] = {"without": [], "with": []}
         ratios = []
 
         def half(which: str) -> float:
-            before_s = _others_s()
-            steps = trainer.steps_for(given.block_s / 2)
-            serving_s[which] += _others_s() - before_s
-            times[which] += steps
-            return statistics.mean(steps)
+            taken = trainer.steps_for(given.block_s / 2)
+            steps[which].append(taken)
+            return statistics.mean(step.seconds for step in taken)
 
         for number in range(given.blocks):
             quiet = half("without")
@@ -186,19 +192,41 @@ def measure(trainer: Trainer, address: str, given: argparse.Namespace) -> None:
             ratios.append(flooded / quiet)
             print(f"block {number}: ratio {ratios[-1]:.4f}; {told}", flush=True)
         say("end")
-    shares = {name: 100 * busy_s / (given.blocks * given.block_s) for name, busy_s in serving_s.items()}
-    for name, steps in times.items():
-        median, mean = 1000 * statistics.median(steps), 1000 * statistics.mean(steps)
-        print(
-            f"{name}: step median {median:.2f} ms, mean {mean:.2f} ms; the server used {shares[name]:.3f} % of a core"
-        )
+    medians, slower, shares = dict[str, float](), dict[str, float](), dict[str, float]()
+    for name, halves in steps.items():
+        every = [step for taken in halves for step in taken]
+        total_s = sum(step.seconds for step in every)
+        medians[name] = statistics.median(step.seconds for step in every)
+        shares[name] = sum(step.others_s for step in every) / total_s
+        slower[name] = sum(excess_s(taken) for taken in halves) / total_s
+        print(f"{name}: step median {1000 * medians[name]:.2f} ms, mean {1000 * total_s / len(every):.2f} ms; ", end="")
+        print(f"the server used {shares[name]:.3%} of a core, in steps that were {slower[name]:.3%} longer by it")
     low, high = interval_of_median(ratios)
     print(f"step time with / without: median of {len(ratios)} pairs of blocks {statistics.median(ratios):.4f} ", end="")
-    print(f"(95 %: {low:.4f} to {high:.4f}), ", end="")
-    print(f"of the medians {statistics.median(times['with']) / statistics.median(times['without']):.4f}")
-    print(
-        f"what the server's threads can take from the trainer: {shares['with'] - shares['without']:.3f} % of its time"
-    )
+    print(f"(95 %: {low:.4f} to {high:.4f}), of the medians {medians['with'] / medians['without']:.4f}; ", end="")
+    print(f"from step to step {1 + slower['with'] - slower['without']:.4f}")
+
+
+_NEIGHBOURS = 8
+"""Steps on each side beside which one is measured."""
+_WORKS_S = 1e-4
+"""Processor time of the server's threads in a step from which on they worked in it."""
+
+
+def excess_s(steps: Sequence[Step]) -> float:
+    """Return by how many seconds the steps in which the server's threads worked are longer together.
+
+    Each is compared with the median of those close to it in which they did not, so that a machine whose speed changes
+    within seconds changes nothing.
+    """
+    total_s = 0.0
+    for place, step in enumerate(steps):
+        if step.others_s < _WORKS_S:
+            continue
+        near = steps[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS + 1]
+        if idle := [other.seconds for other in near if other.others_s < _WORKS_S]:
+            total_s += step.seconds - statistics.median(idle)
+    return total_s
 
 
 def interval_of_median(values: Sequence[float]) -> tuple[float, float]:

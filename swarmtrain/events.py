@@ -407,11 +407,11 @@ class DoneEvent(_Event):
     """The peer's work is over: the run has ended, or the peer leaves it."""
 
     event: Literal["done"] = "done"
-    held_out_loss: float | None = Field(description="Last loss on the held-out text, in nats per byte; null if it was not measured.")  # fmt: skip
+    held_out_loss: float | None = Field(description="Last loss on the held-out text, in nats per byte; null if it was not measured, or is not a finite number.")  # fmt: skip
     own_loss: float | None = Field(None, description="With `gossip` and `server`: the loss of this peer's own weights; `held_out_loss` is the consensus' or the server's.")  # fmt: skip
     sources: tuple[str, ...] = Field((), description="With data.sources: their names; empty otherwise.")
     source_losses: tuple[float, ...] = Field((), description="Loss on the part of the held-out text of each of `sources`, in nats per byte.")  # fmt: skip
-    tokens: int = Field(description="Tokens that this peer trained on.")
+    tokens: int = Field(description="Tokens that this peer trained on in the rounds that it ended, whether or not a merge counted them (one that came too late does not); `run_tokens` has only what was counted.")  # fmt: skip
     run_tokens: int = Field(description="Tokens the whole run was trained on.")
     wall_s: float = Field(description="Seconds that the process ran.")
     reason: str = Field(description="Why it ends: `total_tokens`, `interrupted`, `asked` (by the control socket) or a sentence.")  # fmt: skip

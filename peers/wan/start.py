@@ -15,9 +15,9 @@ import socket
 import subprocess
 import sys
 
+from own_link import OwnLink
 from pydantic import ValidationError
 
-from swarmtrain.network.links.own_link import OwnLink
 from swarmtrain.peer.local.swarm import link_shape
 from swarmtrain.rehearsal import LinksSection
 

@@ -62,7 +62,9 @@ class CommonOptimizer:
         r = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
         AdamW:  theta <- theta (1 - eta lambda) - eta r
         LAMB:   u = r + lambda theta;  theta <- theta - eta |theta| / |u| u, tensor by tensor
-    LAMB's ratio is 1 where a norm is 0.
+    LAMB's ratio |theta| / |u| is 1 where a norm is 0, and for tensors without weight decay: biases, and the scales of
+    norms. So has its authors' code (`exclude_from_layer_adaptation` of google-research/albert), and so have apex and
+    timm. Otherwise a bias, which begins at zero, would stay as short as its first step.
     """
 
     shapes: Sequence[tuple[int, ...]]
@@ -70,10 +72,10 @@ class CommonOptimizer:
     name: Literal["adamw", "lamb"] = "adamw"
 
     @cached_property
-    def _places(self) -> list[tuple[slice, float]]:
-        """Place of each tensor in the vector, and its weight decay."""
+    def _places(self) -> list[tuple[slice, bool]]:
+        """Place of each tensor in the vector, and whether it is one of a weight decay, even if that is 0."""
         ends = itertools.accumulate((math.prod(shape) for shape in self.shapes), initial=0)
-        decays = (self.constants.weight_decay if len(shape) >= 2 else 0.0 for shape in self.shapes)
+        decays = (len(shape) >= 2 for shape in self.shapes)
         return list(zip(itertools.starmap(slice, itertools.pairwise(ends)), decays, strict=True))
 
     @torch.no_grad()
@@ -102,17 +104,17 @@ class CommonOptimizer:
         ahead = torch.sqrt(second, out=memory.empty(size)).div_(root).add_(ADAMW_EPS)
         learning_rate, theta = learning_rate_at(c, at.progress), memory.empty(size).copy_(state.theta)
         if self.name == "adamw":
-            for place, decay in self._places:
-                if decay:
-                    theta[place].mul_(1 - learning_rate * decay)
+            for place, decays in self._places:
+                if decays:
+                    theta[place].mul_(1 - learning_rate * c.weight_decay)
             theta.addcdiv_(first, ahead, value=-learning_rate / correction)
         else:
             torch.div(first, ahead, out=ahead).div_(correction)
-            for place, decay in self._places:
-                update, weights = ahead[place], theta[place]
-                if decay:
-                    update.add_(weights * decay)
-                of_weights, of_update = norm_of(weights), norm_of(update)
-                ratio = of_weights / of_update if of_weights > 0 and 0 < of_update < math.inf else 1.0
+            for place, decays in self._places:
+                update, weights, ratio = ahead[place], theta[place], 1.0
+                if decays:
+                    update.add_(weights * c.weight_decay)
+                    of_weights, of_update = norm_of(weights), norm_of(update)
+                    ratio = of_weights / of_update if of_weights > 0 and 0 < of_update < math.inf else 1.0
                 weights.sub_(update.mul_(learning_rate * ratio))
         return OuterState(theta=theta, momentum=moments)

@@ -236,17 +236,35 @@ class FedBackSum:
 
         A gradient that is not finite is encoded as zeros.
         """
-        wanted = gradient if self._lost is None else gradient + self._lost / tokens
-        if not torch.isfinite(wanted).all():
-            return encode_pieces(torch.zeros_like(gradient), self.format), lambda: None
-        pieces = encode_pieces(wanted, self.format)
-        lost = torch.cat([decode_pieces(piece, self.format) for piece in pieces])
+        pieces, wanted = self._encode(gradient, tokens)
+        if wanted is None:
+            return pieces, lambda: None
+        lost = self._decode(pieces)
         lost = torch.sub(wanted, lost, out=lost).mul_(tokens)
 
         def counted() -> None:
             self._lost = lost
 
         return pieces, counted
+
+    @torch.no_grad()
+    def decoded(self, gradient: Tensor, tokens: int) -> Tensor:
+        """Return what others decode (P,) of the same gradient, which has counted."""
+        pieces, wanted = self._encode(gradient, tokens)
+        decoded = self._decode(pieces)
+        if wanted is not None:
+            self._lost = torch.sub(wanted, decoded).mul_(tokens)
+        return decoded
+
+    def _encode(self, gradient: Tensor, tokens: int) -> tuple[list[Tensor], Tensor | None]:
+        """Return the pieces, and what they encode (P,); None if that is not finite, and zeros are encoded."""
+        wanted = gradient if self._lost is None else gradient + self._lost / tokens
+        if not torch.isfinite(wanted).all():
+            return encode_pieces(torch.zeros_like(gradient), self.format), None
+        return encode_pieces(wanted, self.format), wanted
+
+    def _decode(self, pieces: Sequence[Tensor]) -> Tensor:
+        return torch.cat([decode_pieces(piece, self.format) for piece in pieces])
 
 
 def surely_finite(data: Tensor, format: Format, sizes: Sequence[int]) -> bool:

@@ -33,6 +33,7 @@ _COLOURS = ("--training", "--held-out", "--other-1", "--other-2", "--other-3", "
 _DASHES = ((), (6, 4), (2, 3))
 """Of the curves: with the colours, so many differ."""
 _KNOWN_VOLUNTEERS = 1024
+_TIME_UNITS = (("virtual days", 86400.0), ("virtual hours", 3600.0), ("virtual minutes", 60.0))
 _NEARLY_EQUAL = 1.02
 """Ratio of tokens at which losses are still said to be of equal tokens."""
 
@@ -169,7 +170,7 @@ def _curves(found: Comparison, rows: Sequence[ComparisonRow]) -> list[Markup]:
     if not any(one.curve for row in rows for one in row.outcomes.values()):
         return []
     title = element("h2", "Held-out loss ", element("span", "lower is better", class_="quiet"), id="learning-title")
-    choice = axis_choice((("tokens", "by tokens"), ("virtual minutes", "by virtual time")))
+    choice = axis_choice((("tokens", "by tokens"), (_time_unit(rows)[0], "by virtual time")))
     seeds = [element("option", f"seed {seed}", value=str(seed)) for seed in found.scenario.scenario.seeds]
     seed = element("label", "Of ", element("select", *seeds, id="seed"), class_="seed")
     chosen = element("div", element("legend", "Methods", class_="unseen"), id="methods", class_="methods")
@@ -188,23 +189,33 @@ def _curves(found: Comparison, rows: Sequence[ComparisonRow]) -> list[Markup]:
 def _drawn(rows: Sequence[ComparisonRow], is_shown: Sequence[bool]) -> list[dict[str, Any]]:
     """Return the curves of each row by seed, and how they are drawn, those that are shown at first first."""
     order = sorted(range(len(rows)), key=lambda place: (not is_shown[place], place))
+    unit = _time_unit(rows)
     return [
         {
             "name": _name(rows[row]),
             "shown": is_shown[row],
             "colour": _COLOURS[place % len(_COLOURS)],
             "dash": list(_DASHES[place // len(_COLOURS) % len(_DASHES)]),
-            "seeds": {str(seed): _curve(one.curve) for seed, one in rows[row].outcomes.items()},
+            "seeds": {str(seed): _curve(one.curve, unit) for seed, one in rows[row].outcomes.items()},
         }
         for place, row in enumerate(order)
     ]
 
 
-def _curve(points: Sequence[tuple[int, float, float]]) -> dict[str, list[float]]:
+def _time_unit(rows: Sequence[ComparisonRow]) -> tuple[str, float]:
+    """Return the unit of the curves' times, and its seconds: of days, minutes would be numbers without meaning."""
+    times_s = (time_s for row in rows for one in row.outcomes.values() for _, time_s, _ in one.curve)
+    longest_s = max(filter(math.isfinite, times_s), default=0.0)
+    return next(((name, unit_s) for name, unit_s in _TIME_UNITS if longest_s >= 2 * unit_s), _TIME_UNITS[-1])
+
+
+def _curve(points: Sequence[tuple[int, float, float]], unit: tuple[str, float]) -> dict[str, list[float]]:
+    """Return a curve as `{tokens, NAME, loss}`, with its times in the `unit` of that name."""
+    name, unit_s = unit
     kept = [point for point in points if all(map(math.isfinite, point))]
     return {
         "tokens": [tokens for tokens, _, _ in kept],
-        "virtual minutes": [round(time_s / 60, 4) for _, time_s, _ in kept],
+        name: [round(time_s / unit_s, 4) for _, time_s, _ in kept],
         "loss": [float(f"{loss:.5g}") for _, _, loss in kept],
     }
 

@@ -120,8 +120,8 @@ def _measure(
     loss = TextLoss.of_parts(parts)
     if as_json:
         fields: dict[str, object] = {
-            "held_out_loss": loss.nats_per_byte,
-            "bits_per_byte": loss.bits_per_byte,
+            "held_out_loss": loss.nats_per_byte if loss.is_finite else None,  # JSON has no NaN
+            "bits_per_byte": loss.bits_per_byte if loss.is_finite else None,
             "perplexity": loss.perplexity,
             "bytes": loss.num_bytes,
             "tokens": loss.num_tokens,
@@ -130,10 +130,14 @@ def _measure(
         }
         if loss.by_source:
             fields["sources"] = [
-                {"name": name, "held_out_loss": each.nats_per_byte, "bytes": each.num_bytes}
+                {
+                    "name": name,
+                    "held_out_loss": each.nats_per_byte if each.is_finite else None,
+                    "bytes": each.num_bytes,
+                }
                 for name, each in loss.by_source.items()
             ]
-        click.echo(json.dumps(fields))
+        click.echo(json.dumps(fields, allow_nan=False))
     else:
         click.echo(_in_words("held-out loss" if text is None else "loss", loss))
         for name, each in loss.by_source.items():
@@ -194,6 +198,8 @@ def _score(model: Path, request: TaskRequest, threads: int | None, device: Devic
 
 
 def _in_words(what: str, loss: TextLoss) -> str:
+    if not loss.is_finite:
+        return f"{what} is not a finite number over {loss.num_bytes} bytes: training diverged"
     perplexity = "" if loss.perplexity is None else f", perplexity {loss.perplexity:.4g} a token"
     return (
         f"{what} {loss.nats_per_byte:.4f} nats/byte over {loss.num_bytes} bytes "

@@ -37,6 +37,7 @@ from swarmtrain.words import (
 __all__ = [
     "age_in_words",
     "archive_in_words",
+    "blind_guess_in_words",
     "checkpoint_in_words",
     "clock_in_words",
     "contribution_in_words",
@@ -44,6 +45,7 @@ __all__ = [
     "exchange_in_words",
     "finite",
     "limits_in_words",
+    "losses_explained",
     "losses_in_words",
     "progress_in_words",
     "round_in_words",
@@ -60,6 +62,7 @@ __all__ = [
 ]
 
 _MAX_YEARS = 10
+_MOST_NATS = 40.0
 _STATES = {
     wire.PEER_STATE_STARTING: "starting",
     wire.PEER_STATE_WAITING: "waiting",
@@ -211,6 +214,30 @@ def losses_in_words(status: Any, cells: float = math.inf) -> str:
         with_sources = ": ".join(part for part in (in_both, source_losses_in_words(names, losses)) if part)
         return next((text for text in (with_sources, in_both) if cell_len(text) <= cells), in_nats)
     return parts[0] if parts else "none yet"
+
+
+def blind_guess_in_words(status: Any) -> str:
+    """Say how to read a training loss, in a few words."""
+    if not status.vocabulary_size:
+        return "lower is better"
+    return f"lower is better, a blind guess: {math.log(status.vocabulary_size):.3f}"
+
+
+def losses_explained(status: Any, training_loss: float) -> str:
+    """Say in some sentences what losses are, by a training loss in nats per token; 0: there is none yet."""
+    told = ["Nats say how unsure the model is of what comes next."]
+    blind = ""
+    if status.vocabulary_size:
+        number = count_in_words(status.vocabulary_size)
+        blind = f"a blind guess among its {number} tokens would be {math.log(status.vocabulary_size):.3f} nats/token"
+    choices = math.exp(min(training_loss, _MOST_NATS)) if training_loss > 0 else 0.0
+    among = f"{choices:.1f}" if choices < 10 else count_in_words(round(choices))
+    now = f"{training_loss:.3f} is as unsure as a blind guess among {among} tokens" if choices else ""
+    if blind or now:
+        words = "; ".join(part for part in (blind, now) if part)
+        told.append(f"{words[0].upper()}{words[1:]}.")
+    told.append(f"Nats/byte count each byte of text alike, whatever the tokens; a blind guess: {math.log(256):.3f}.")
+    return " ".join(told)
 
 
 def shares_of(peers: Sequence[Any]) -> list[str]:

@@ -9,10 +9,10 @@ from rich.text import Text
 
 from swarmtrain.words import one_line
 
-__all__ = ["FACT_LINES", "aligned", "clipped", "cut_line", "fact_lines", "wrap", "wrapped_lines"]
+__all__ = ["FACT_INDENT", "FACT_LINES", "aligned", "clipped", "cut_line", "fact_lines", "wrap", "wrapped_lines"]
 
 FACT_LINES = 4
-_INDENT = 14
+FACT_INDENT = 14
 
 
 def cut_line(width: int, *parts: str | Text | tuple[str, str]) -> Text:
@@ -24,8 +24,8 @@ def cut_line(width: int, *parts: str | Text | tuple[str, str]) -> Text:
 
 def fact_lines(width: int, name: str, text: str, most: int = FACT_LINES) -> list[Text]:
     """Return a named fact in at most `most` lines."""
-    lines = wrap(text, width - _INDENT, most)
-    return [cut_line(width, (f"{name if not n else '':<{_INDENT}}", "dim"), line) for n, line in enumerate(lines)]
+    lines = wrap(text, width - FACT_INDENT, most)
+    return [cut_line(width, (f"{name if not n else '':<{FACT_INDENT}}", "dim"), line) for n, line in enumerate(lines)]
 
 
 def wrapped_lines(text: str, width: int, most: int, style: str = "") -> list[Text]:

@@ -183,7 +183,11 @@ def command(
                     click.echo(part.line(), err=as_json)
                 line = f"held-out loss {trained.loss}"
                 if compare_alone:
-                    part, loss = _alone(directory, base, trained, on, stop)
+                    try:
+                        part, loss = _alone(directory, base, trained, on, stop)
+                    except RunTimeError:
+                        click.echo(line, err=as_json)
+                        raise
                     click.echo(part.line(), err=as_json)
                     line += f"; one volunteer alone {loss:.3f}"
         except Interrupted:
@@ -352,7 +356,7 @@ def _train(plan: _Plan, stop: StopFlag, page: PageProcess) -> _Trained:
     try:
         with listed(plan.directory), open_sink(options, make_display) as emit:
             try:
-                parts, measured = _watch(swarm, emit, plan, rehearsing, page)
+                parts, measured, has_diverged = _watch(swarm, emit, plan, rehearsing, page)
             except Interrupted:
                 # not click.echo, which would write past the display
                 sys.stderr.write("ending the volunteers, then the bootstrap; Ctrl-C again ends all at once\n")
@@ -367,6 +371,12 @@ def _train(plan: _Plan, stop: StopFlag, page: PageProcess) -> _Trained:
     finally:
         swarm.stop()
     if measured is None or measured.held_out_loss is None:
+        if has_diverged:
+            raise RunTimeError(
+                "the final model's held-out loss is not a finite number: training diverged; lower inner.learning_rate. "
+                f"The model is in {plan.directory / 'bootstrap' / 'model'}",
+                code="training-diverged",
+            )
         raise RunTimeError(
             "the run ended before the held-out loss was measured; see the logs in its folder", code="loss-not-measured"
         )
@@ -387,21 +397,25 @@ def _rehearsing(swarm: LocalSwarm, plan: _Plan) -> FaultInjection | None:
 
 def _watch(
     swarm: LocalSwarm, emit: EventSink, plan: _Plan, rehearsing: FaultInjection | None, page: PageProcess
-) -> tuple[dict[str, _Part], DoneEvent | None]:
+) -> tuple[dict[str, _Part], DoneEvent | None, bool]:
     """Start all peers and show their events to the end; return (each volunteer's work, the last event of a peer that
-    measured the model)."""
+    measured the model, whether a peer warned that training diverged)."""
+    from swarmtrain.cli.background import say
     from swarmtrain.cli.progress import said_meanwhile
-    from swarmtrain.events import DoneEvent, InviteEvent
+    from swarmtrain.events import DoneEvent, InviteEvent, WarningEvent
 
     company, place = ["--wait-for", str(len(plan.extra))], swarm.place("bootstrap", limited=False)
     swarm.start("bootstrap", ["bootstrap", *plan.run_arguments, *place, *company])
     with said_meanwhile(lambda: "the bootstrap is preparing the run"):
         invite, _ = swarm.wait_for_invite(show=emit)
     page.start()
+    if plan.web is None and not plan.as_json:
+        say(f"to see it in a browser: swarmtrain watch bootstrap --dir {shlex.quote(str(plan.directory))} --web")
     parts = {name: _Part(name) for name in plan.names}
     for name, extra in zip(parts, plan.extra, strict=True):
         swarm.start(name, ["join", invite.invite, *swarm.place(name, limited=True), *extra])
     measured: dict[str, DoneEvent] = {}
+    has_diverged = False
     if rehearsing is not None:
         rehearsing.begin()
     for event in swarm.events():
@@ -413,8 +427,9 @@ def _watch(
             parts[event.name].take(event)
         if isinstance(event, DoneEvent) and event.held_out_loss is not None:
             measured[event.name] = event
+        has_diverged |= isinstance(event, WarningEvent) and event.code == "training-diverged"
     # The bootstrap has the model that is shown.
-    return parts, measured.get("bootstrap", next(iter(measured.values()), None))
+    return parts, measured.get("bootstrap", next(iter(measured.values()), None)), has_diverged
 
 
 def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:

@@ -22,6 +22,7 @@ from swarmtrain.cli.facts import (
     exchange_in_words,
     finite,
     limits_in_words,
+    losses_explained,
     progress_in_words,
     sentence,
     shares_of,
@@ -58,6 +59,8 @@ _NAME_CELLS = 32
 _MOST_POINTS = 600
 _MOST_NAMED = 8
 _MOST_EVENTS = 60
+_CHANCE = 0.02
+"""Relative change of a loss that says nothing: one round's training loss differs so much from the next one's."""
 OF_THE_SWARM = (
     *("joined", "peer_joined", "peer_lost", "peer_left", "refused", "clipped", "caught_up", "assigned", "moved"),
 )
@@ -201,6 +204,7 @@ class _Curves:
             "swarm": _curve(self.swarm),
             "own": _curve(self.own if len(self._status.peers) != 1 or not self.swarm else []),
             "sources": source_losses_in_words(names, losses),
+            "help": losses_explained(self._status, self.training[-1][2] if self.training else 0.0),
         }
 
 
@@ -282,18 +286,27 @@ def _why_no_end(view: View, here: Sequence[Any]) -> str:
 
 
 def _learns(curves: _Curves) -> tuple[str, str]:
-    """Return the newest loss, and how it has changed since the first one that is known.
+    """Return the newest loss, and how it has changed since the first one that is known; with "yes" or "no" if it has
+    changed by more than chance.
 
     It is the held-out loss, unless that is of a time when the run had not half of its present tokens.
     """
     held_out, training = [loss for _, _, loss in curves.held_out], [loss for _, _, loss in curves.training]
     is_old = bool(held_out and training) and 2 * curves.held_out[-1][0] < curves.training[-1][0]
     if (newest := curves.newest_held_out) and not is_old:
-        change = _change(held_out[0], newest) if held_out else ""
-        return f"{newest:.3f} nats/byte", f"held-out loss, {bits_per_byte(newest):.3f} bits/byte{change}"
+        first = held_out[0] if held_out else newest
+        more = f"held-out loss, {bits_per_byte(newest):.3f} bits/byte{_change(first, newest)}"
+        return f"{_yes_or_no(first, newest)}{newest:.3f} nats/byte", more
     if training:
-        return f"{training[-1]:.3f} nats/token", f"training loss{_change(training[0], training[-1])}"
+        first, newest = training[0], training[-1]
+        return f"{_yes_or_no(first, newest)}{newest:.3f} nats/token", f"training loss{_change(first, newest)}"
     return "no loss yet", "the first round is not over"
+
+
+def _yes_or_no(first: float, last: float) -> str:
+    if abs(last - first) < _CHANCE * first:
+        return ""
+    return "Yes: " if last < first else "No: "
 
 
 def _change(first: float, last: float) -> str:

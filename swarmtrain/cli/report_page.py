@@ -108,7 +108,7 @@ def report_of(sources: ReportSources) -> Report:
             answers_list(_answers(view, panels)),
             element(
                 "div",
-                _loss(learning["sources"]),
+                _loss(learning),
                 _contributors(view, events),
                 *_stages(panels["pipeline"]),
                 *_happened(shown, num_left_out),
@@ -160,15 +160,16 @@ def _progress(progress: Mapping[str, Any]) -> Markup:
     return element("section", bar, id="progress", aria_label="How far the run is")
 
 
-def _loss(sources: str) -> Markup:
+def _loss(learning: Mapping[str, Any]) -> Markup:
     title = element("h2", "Loss ", element("span", "lower is better", class_="quiet"), id="learning-title")
     choice = axis_choice((("tokens", "by tokens"), ("time", "by time")))
     figures = [element("figure", id=name) for name in ("chart-held-out", "chart-training")]
-    told = f"held-out by source: {sources}" if sources else ""
+    told = f"held-out by source: {learning['sources']}" if learning["sources"] else ""
     return element(
         "section",
         element("div", title, choice, class_="title"),
         element("div", *figures, class_="charts"),
+        element("p", learning["help"], id="loss-help", class_="quiet"),
         element("p", told, id="sources", class_="quiet"),
         id="learning",
         aria_labelledby="learning-title",
@@ -202,9 +203,10 @@ def _contributor(view: View, peer: Any, share: str, part: float, last: Any) -> M
     parts += [element("span", short, class_="quiet")] if name and short != name else []
     parts += [element("span", "this peer", class_="you")] if is_me else []
     last_speed = finite(peer.tokens_per_s) or finite(peer.last_tokens_per_s)
+    tokens, kind = ("bootstrap", "number") if is_role else (count_in_words(peer.tokens), "number tokens")
     cells = [
-        element("td", "" if is_role else share, class_="number"),
-        element("td", "bootstrap" if is_role else count_in_words(peer.tokens), class_="number"),
+        element("td", "" if is_role else share, class_="number share"),
+        element("td", tokens, class_=kind),
         element("td", speed_of(last_speed) if last_speed > 0 else "", class_="number"),
         element("td", clipped(peer.device, _NAME_CELLS)),
         element("td", _how_it_ended(view, peer, last), class_="wraps"),

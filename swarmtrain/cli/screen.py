@@ -16,6 +16,7 @@ from rich.text import Text
 from swarmtrain.cli.facts import (
     age_in_words,
     archive_in_words,
+    blind_guess_in_words,
     checkpoint_in_words,
     clock_in_words,
     contribution_in_words,
@@ -36,7 +37,7 @@ from swarmtrain.cli.facts import (
     traffic_in_words,
     volunteers_in_words,
 )
-from swarmtrain.cli.lines import FACT_LINES, aligned, clipped, cut_line, fact_lines, wrapped_lines
+from swarmtrain.cli.lines import FACT_INDENT, FACT_LINES, aligned, clipped, cut_line, fact_lines, wrapped_lines
 from swarmtrain.cli.peers import PeerPhase, View, title
 from swarmtrain.cli.plot import plot
 from swarmtrain.v1 import control_pb2 as wire
@@ -192,12 +193,13 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         lines += fact_lines(width, "folder", one_line(str(view.folder)))
     if not status.time:
         return lines
+    loss = losses_in_words(status)
     steps = f", inner step {status.inner_steps_done} of {status.inner_steps}" if status.inner_steps else ""
     facts = {
         "run": f"{one_line(status.run_name) or 'not known yet'} {one_line(status.run_sha256)[:12]}",
         "progress": progress_in_words(view),
         "round": f"{status.round}{steps}",
-        "loss": losses_in_words(status),
+        "loss": loss + _loss_hint(status, width - FACT_INDENT - cell_len(loss)),
         "speed": speeds_in_words(status),
         "contribution": contribution_in_words(status),
         "traffic": traffic_in_words(status),
@@ -377,12 +379,19 @@ def _progress_bar(view: View, width: int, ascii_only: bool) -> list[Text]:
     return [cut_line(width, (full * done, "green"), (empty * (cells - done), "dim"), f"  {words}")]
 
 
+def _loss_hint(status: Any, cells: int) -> str:
+    """Say how to read a training loss, in at most `cells`; empty if they do not do, or there is none."""
+    hints = (f"; {blind_guess_in_words(status)}", "; lower is better") if status.losses else ()
+    return next((hint for hint in hints if cell_len(hint) <= cells), "")
+
+
 def _draw_losses(status: Any, width: int, height: int, ascii_only: bool) -> list[Text]:
     """Draw the loss curves with their axes in `height` lines; without a loss, only a line that says so."""
     points = list(status.losses)
     training = [(float(point.run_tokens), point.loss) for point in points if finite(point.loss)]
     held_out = [(float(point.run_tokens), point.held_out_loss) for point in points if finite(point.held_out_loss)]
-    caption = cut_line(width, ("loss  ", "dim"), losses_in_words(status, width - cell_len("loss  ")))
+    told = losses_in_words(status, width - cell_len("loss  "))
+    caption = cut_line(width, ("loss  ", "dim"), told, (_loss_hint(status, width - cell_len(f"loss  {told}")), "dim"))
     if not training and not held_out:
         return [caption]
     inner = max(1, width - 2 * (_LABEL_CELLS + 1))

@@ -55,6 +55,11 @@ class TextLoss:
         return tuple(loss.nats_per_byte for loss in self.by_source.values())
 
     @property
+    def is_finite(self) -> bool:
+        """Whether the loss is a number that events can tell: it is not if training has diverged."""
+        return math.isfinite(self.sum_nats)
+
+    @property
     def nats_per_byte(self) -> float:
         """Held-out loss as the run reports it."""
         return self.sum_nats / self.num_bytes
@@ -69,9 +74,9 @@ class TextLoss:
     def perplexity(self) -> float | None:
         """exp(nats per token): the number of equally likely tokens among which the next one is guessed.
 
-        None if a float cannot hold it, since events hold finite numbers only.
+        None if a float cannot hold it, or the loss is not finite, since events hold finite numbers only.
         """
         try:
-            return math.exp(self.sum_nats / self.num_tokens)
+            return math.exp(self.sum_nats / self.num_tokens) if self.is_finite else None
         except OverflowError:
             return None

@@ -227,6 +227,8 @@ class ModelCard:
 def _loss_in_words(loss: TextLoss | None) -> str:
     if loss is None:
         return "not measured"
+    if not loss.is_finite:
+        return "not a finite number, since training diverged"
     return f"{loss.nats_per_byte:.4f} nats a byte ({loss.bits_per_byte:.4f} bits a byte)"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import random
 from collections.abc import Collection, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.records import MAX_LOSS
+from swarmtrain.network.tasks import end_tasks
 from swarmtrain.protocol.history import CELLS, Credibility, HistoryPoint, TextSample, ToldHistory, bounded
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -34,6 +36,8 @@ _MOST_ASKED = 5
 """So many that a liar among them is outvoted."""
 _MOST_BOOTSTRAPS = 2
 """Of those asked: anybody can call itself a bootstrap."""
+_ANSWERS_S = 10.0
+"""Seconds for all answers together. A call takes half of that at most, and the connection before it some time too."""
 
 
 def history_to_proto(points: Sequence[HistoryPoint], sample: TextSample | None) -> pb.HistoryReply:
@@ -88,8 +92,10 @@ def _sample_untrusted(sample: pb.TextSample) -> TextSample:
 
 
 async def ask_for_history(swarm: Swarm, inviters: Collection[str], run_tokens: int) -> list[ToldHistory]:
-    """Ask some peers for the run's history: those of `inviters`, who are named in the invite, some bootstraps and
-    volunteers. Return what each tells, as far as it can be, where this peer counts `run_tokens` now.
+    """Ask some peers at once for the run's history: those of `inviters`, who are named in the invite, some bootstraps
+    and volunteers. Return what each tells, as far as it can be, where this peer counts `run_tokens` now.
+
+    Whoever has not answered after `_ANSWERS_S` is left out.
     """
     live = swarm.membership.live()
     named = [info.peer for info in live if info.peer in inviters][:_MOST_ASKED]
@@ -97,16 +103,27 @@ async def ask_for_history(swarm: Swarm, inviters: Collection[str], run_tokens: i
     bootstraps = [info.peer for info in others if info.is_bootstrap][: min(_MOST_BOOTSTRAPS, _MOST_ASKED - len(named))]
     volunteers = [info.peer for info in others if not info.is_bootstrap]
     left = _MOST_ASKED - len(named) - len(bootstraps)
-    answers = []
-    for peer in (*named, *bootstraps, *random.sample(volunteers, min(left, len(volunteers)))):
-        try:
-            points, sample = history_from_proto_untrusted(await swarm.calls.history(peer))
-        except BadBytesError as error:
-            swarm.peers.refused(peer, error)
-        except PeerError:
-            continue  # it is gone, or of a version that tells no history
-        else:
-            credibility = Credibility.INVITER if peer in inviters else Credibility.STRANGER
-            told = ToldHistory(teller=peer, credibility=credibility, points=points, sample=sample)
-            answers.append(bounded(told, run_tokens, swarm.accounting.rules.began_s, swarm_time()))
-    return answers
+    asked = [*named, *bootstraps, *random.sample(volunteers, min(left, len(volunteers)))]
+    if not asked:
+        return []
+    tasks = [asyncio.create_task(_told_by(swarm, peer, peer in inviters)) for peer in asked]
+    try:
+        await asyncio.wait(tasks, timeout=_ANSWERS_S)
+    finally:
+        await end_tasks(tasks)
+    answers = [task.result() for task in tasks if not task.cancelled()]
+    now, began_s = swarm_time(), swarm.accounting.rules.began_s
+    return [bounded(told, run_tokens, began_s, now) for told in answers if told is not None]
+
+
+async def _told_by(swarm: Swarm, peer: str, is_inviter: bool) -> ToldHistory | None:
+    """Return what a peer tells of the run's history; None if it tells nothing that can be used."""
+    try:
+        points, sample = history_from_proto_untrusted(await swarm.calls.history(peer))
+    except BadBytesError as error:
+        swarm.peers.refused(peer, error)
+        return None
+    except PeerError:
+        return None  # it is gone, or of a version that tells no history
+    credibility = Credibility.INVITER if is_inviter else Credibility.STRANGER
+    return ToldHistory(teller=peer, credibility=credibility, points=points, sample=sample)

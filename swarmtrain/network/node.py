@@ -160,8 +160,8 @@ class NodeSettings:
 class TrafficCount:
     """Traffic of a node: bytes of its messages in serialised form (the transport adds a few per cent).
 
-    Also holds the limits of both directions, what their links were measured to carry, and how long received transfers
-    took.
+    Also holds the limits of both directions, how long received transfers took, and what the link was measured to carry,
+    if `measure_link` was called.
     """
 
     sent_bytes: int = 0
@@ -169,12 +169,27 @@ class TrafficCount:
     up: Throttle = field(default_factory=Throttle)
     down: Throttle = field(default_factory=Throttle)
     times: TransferTimes = field(init=False)
-    up_meter: LinkMeter = field(init=False)
-    down_meter: LinkMeter = field(init=False)
+    up_meter: LinkMeter | None = field(default=None, init=False)
+    down_meter: LinkMeter | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.times = TransferTimes(self.down)
+
+    def measure_link(self) -> None:
+        """Measure from now on what the link carries, for runs whose peers divide their work by it."""
         self.up_meter, self.down_meter = LinkMeter(self.up), LinkMeter(self.down)
+
+    @property
+    def link_bytes_per_s(self) -> tuple[float, float]:
+        """Measured rates of the link up and down; 0 where nothing is measured."""
+        up, down = (0.0 if meter is None else meter.bytes_per_s for meter in (self.up_meter, self.down_meter))
+        return up, down
+
+    def round_over(self) -> None:
+        """Let what was measured of the link in a round count; see `LinkMeter.round_over`."""
+        for meter in (self.up_meter, self.down_meter):
+            if meter is not None:
+                meter.round_over()
 
     def called(self, sent_bytes: int, received_bytes: int) -> None:
         """Count a small call or its reply."""
@@ -211,7 +226,8 @@ class Stream:
         """Count `size_bytes` as received; returns when more may be received."""
         self._received_bytes += size_bytes
         self._traffic.received_bytes += size_bytes
-        self._traffic.down_meter.passed(self._peer, size_bytes)
+        if self._traffic.down_meter is not None:
+            self._traffic.down_meter.passed(self._peer, size_bytes)
         await self._traffic.down.turn(size_bytes)
 
     async def aclose(self) -> None:

@@ -173,7 +173,8 @@ def service_type() -> Any:
                 yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
                 return
             file = self._node.served_files.get(request.snapshot_sha256.hex())
-            self._node.traffic.up_meter.asks(caller)
+            if self._node.traffic.up_meter is not None:
+                self._node.traffic.up_meter.asks(caller)
             count_sent = functools.partial(self._count_sent_to, caller)
             if file is None:
                 answers = self._store.serve(request, count_sent, caller)
@@ -204,7 +205,8 @@ def service_type() -> Any:
 
         def _count_sent_to(self, reader: str, size_bytes: int) -> None:
             self._count_sent(size_bytes)
-            self._node.traffic.up_meter.sent(reader, size_bytes)
+            if self._node.traffic.up_meter is not None:
+                self._node.traffic.up_meter.sent(reader, size_bytes)
 
         def _count(self, request: Any, reply: _R) -> _R:
             size = reply.ByteSize()

@@ -161,6 +161,7 @@ class Swarm:
             has_hosts=self.asynchronous,
         )
         if not self.asynchronous:
+            node.traffic.measure_link()
             presence.link = self._own_link
         self.history: Callable[[], pb.HistoryReply] = pb.HistoryReply
         """Returns what this peer tells of the run since its start."""
@@ -230,8 +231,7 @@ class Swarm:
         """Offer this state to late joiners from now on (`StateProvider.put`). Nobody may write into its buffers any
         more."""
         self.offer.put(progress, body, fill)
-        self.node.traffic.up_meter.round_over()
-        self.node.traffic.down_meter.round_over()
+        self.node.traffic.round_over()
         self.accounting.learn(progress.peer_tokens)
         self.rounds.advance(progress)
         if self.rounds.last is not None:
@@ -367,8 +367,8 @@ class Swarm:
 
     def _own_link(self) -> LinkRates:
         """Return this peer's link, as it is measured by now."""
-        traffic = self.node.traffic
-        return LinkRates(traffic.up_meter.bytes_per_s, traffic.down_meter.bytes_per_s, not self.reaching.hidden)
+        up, down = self.node.traffic.link_bytes_per_s
+        return LinkRates(up, down, not self.reaching.hidden)
 
     def _speeds(self) -> dict[str, float]:
         """Return the tokens per second that each volunteer claims."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
+from swarmtrain.errors import RunTimeError
 from swarmtrain.events import Event
 from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.swarm import PublishedRun
@@ -96,7 +97,7 @@ def train_alone(
     It chooses its device and precision as a volunteer with these settings does, and tells `emit` what it trains on. Its
     schedule runs over exactly those tokens, and it merges with nobody: an outer rate of 1 without momentum leaves plain
     AdamW. Where peers make a large batch together, it makes batches as large by itself, and takes the same step with
-    each. `advance` is called after each round with the number of its tokens.
+    each. `advance` is called after each round with the number of its tokens. Raises RunTimeError if training diverges.
     """
     use_threads(settings.limits.threads)
     run = _lone_run(published.run, tokens)
@@ -125,8 +126,14 @@ def train_alone(
         loop.train(session)
     finally:
         loop.close()
-    loss = held_out_loss(model, session.replica.state.theta, published, data.tokenizer).nats_per_byte
-    return TrainedAlone(loss, session.replica.own_tokens, num_steps)
+    loss = held_out_loss(model, session.replica.state.theta, published, data.tokenizer)
+    if not loss.is_finite:
+        raise RunTimeError(
+            "the volunteer alone has a held-out loss that is not a finite number: training diverged; lower "
+            "inner.learning_rate",
+            code="training-diverged",
+        )
+    return TrainedAlone(loss.nats_per_byte, session.replica.own_tokens, num_steps)
 
 
 def _lone_run(run: RunFile, tokens: int) -> RunFile:

@@ -77,7 +77,7 @@ from swarmtrain.peer.model_files.fetcher import FilesPlace, files_place
 from swarmtrain.peer.pipeline.bootstrap import PipelineBootstrap
 from swarmtrain.peer.pipeline.stage_sizes import cut_and_measure
 from swarmtrain.protocol.archive.departure import DepartureQueue
-from swarmtrain.protocol.archive.load import archive_every_s, archived_sources
+from swarmtrain.protocol.archive.load import archive_every_s, archived_sources, is_early_archive_due
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import PublishedSection, RunFile, needs_of, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
@@ -343,14 +343,16 @@ class _Bootstrap(BootstrapPeer):
         wait_for(self.network.submit(tell()), self.stop)
 
     def _archive_until_the_end(self, swarm: Swarm) -> None:
-        """Archive a volunteer's state as soon as there is one, then every `archive_every_s`, and at the end.
+        """Archive a volunteer's state as soon as there is one, then every `archive_every_s`, and at the end; a small
+        model of a short run more often, so that its held-out loss becomes a curve.
 
         Gives up if the run has had its tokens and nobody has delivered the last state for a minute.
         """
         total = self.published.run.run.total_tokens
         every_s, size = self.published.run.network.archive_every_s, num_trained_parameters(self.published.run)
         # At once: after a restart it knows little of what was trained meanwhile, until it has pulled a state.
-        next_s = time.monotonic()
+        next_s = ended_s = time.monotonic()
+        took_s = 0.0
         end_seen_s = first_s = math.inf
         complete = self.is_final = self.progress.run_tokens >= total
         while not complete:
@@ -378,14 +380,19 @@ class _Bootstrap(BootstrapPeer):
                 last = min(told) >= total or time.monotonic() > first_s + _LAST_ROUND_S
             waiting = () if self.leavers is None else self.leavers.waiting(swarm_time())
             is_new = self._is_new(swarm, newest)
-            due = is_new and (bool(waiting) or time.monotonic() >= next_s)
+            gained, since_s = (newest - self.progress.run_tokens) / total, time.monotonic() - ended_s
+            early = self.settings.samples_archive and is_early_archive_due(gained, since_s, took_s, every_s, size)
+            due = is_new and (bool(waiting) or early or time.monotonic() >= next_s)
             archive, began_s = self._archive if self.server is None else self._archive_own, time.monotonic()
             archived = (due or last) and archive(swarm, last)
+            if due or last:
+                ended_s = time.monotonic()
+                took_s = ended_s - began_s
             if archived:
-                next_s = time.monotonic() + archive_every_s(every_s, time.monotonic() - began_s, size)
+                next_s = ended_s + archive_every_s(every_s, took_s, size)
                 complete = self.is_final = last and self.progress.run_tokens >= total
             elif due and self.archived is not None and self.archived.watch.refused_s is not None:
-                next_s = time.monotonic() + _REFUSED_AGAIN_S
+                next_s = ended_s = time.monotonic() + _REFUSED_AGAIN_S
             elif not told and self.progress.run_tokens >= total:
                 # An archive between two looks had all tokens, and everybody has left since.
                 complete = self.is_final = True

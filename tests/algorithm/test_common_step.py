@@ -61,11 +61,14 @@ def test_adamw_is_torchs_to_the_bit() -> None:
         assert before.theta.data_ptr() != state.theta.data_ptr(), "another thread may read the old one"
 
 
-def test_lamb_scales_each_tensors_step_to_its_weights() -> None:
-    optimizer, state = CommonOptimizer(SHAPES, CONSTANTS, "lamb"), start()
+@pytest.mark.parametrize("weight_decay", [0.1, 0.0])
+def test_lamb_scales_each_matrixs_step_to_its_weights(weight_decay: float) -> None:
+    constants = InnerConstants(**{**vars(CONSTANTS), "weight_decay": weight_decay})
+    optimizer, state = CommonOptimizer(SHAPES, constants, "lamb"), start()
     moments = [(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)) for shape in SHAPES]
     weights = [each.double() for each in split(state.theta)]
-    weights[1].zero_()  # as B of an adapter begins: its ratio is 1
+    weights[1].zero_()  # as a bias begins
+    weights[2].zero_()  # a matrix of zeros: its ratio is 1 in the first step
     state = OuterState(flatten(weights), state.momentum)
     for number in range(1, 5):
         gradient = made(number, 0.1)
@@ -75,11 +78,26 @@ def test_lamb_scales_each_tensors_step_to_its_weights() -> None:
             m.mul_(0.9).add_(0.1 * part.double())
             v.mul_(0.95).add_(0.05 * part.double() ** 2)
             update = (m / (1 - 0.9**number)) / ((v / (1 - 0.95**number)).sqrt() + 1e-8)
+            ratio = 1.0
             if part.dim() >= 2:
-                update += 0.1 * weights[index]
-            size, length = float(weights[index].norm()), float(update.norm())
-            weights[index] -= learning_rate_at(CONSTANTS, 0.5) * (size / length if size else 1.0) * update
+                update += weight_decay * weights[index]
+                size, length = float(weights[index].norm()), float(update.norm())
+                ratio = size / length if size else 1.0
+            weights[index] -= learning_rate_at(CONSTANTS, 0.5) * ratio * update
         assert torch.allclose(state.theta.double(), torch.cat([each.flatten() for each in weights]), atol=2e-6, rtol=0)
+
+
+def test_with_lamb_a_bias_that_begins_at_zero_moves_as_with_adam() -> None:
+    bias, moved = slice(1200, 1230), []
+    for name in ("adamw", "lamb"):
+        optimizer = CommonOptimizer(SHAPES, CONSTANTS, name)  # type: ignore[arg-type]
+        state = start()
+        state.theta[bias] = 0.0
+        for number in range(1, 21):
+            state = optimizer.step(state, torch.ones(SIZE), CommonStep(number, 0.5))
+        moved.append(state.theta[bias])
+    assert torch.allclose(moved[0], moved[1], rtol=1e-5)
+    assert float(moved[1].abs().min()) == pytest.approx(20 * learning_rate_at(CONSTANTS, 0.5), rel=1e-3)
 
 
 def test_the_mean_gradient_is_clipped_and_a_bad_one_changes_nothing() -> None:

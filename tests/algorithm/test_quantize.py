@@ -440,7 +440,7 @@ def test_pieces_decode_alone_and_together(format: Format, size: int) -> None:
 
 
 def test_what_rounding_loses_of_a_gradient_goes_into_the_next_that_counts() -> None:
-    generator, encoder = torch.Generator().manual_seed(3), FedBackSum("int8")
+    generator, encoder, same = torch.Generator().manual_seed(3), FedBackSum("int8"), FedBackSum("int8")
     wanted, sent = torch.zeros(3000), torch.zeros(3000)
     for number, tokens in enumerate([512, 64, 2048, 512, 1024, 300]):
         gradient = torch.randn(3000, generator=generator)
@@ -448,9 +448,12 @@ def test_what_rounding_loses_of_a_gradient_goes_into_the_next_that_counts() -> N
         if number in (1, 3):  # it came too late: as if it had never been
             continue
         counted()
+        read = torch.cat([decode_pieces(piece, "int8") for piece in pieces])
+        assert torch.equal(same.decoded(gradient, tokens), read)
         wanted += tokens * gradient
-        sent += tokens * torch.cat([decode_pieces(piece, "int8") for piece in pieces])
+        sent += tokens * read
     alone = tokens * float((decode_pieces(torch.cat(encode_pieces(gradient, "int8")), "int8") - gradient).abs().max())
     assert float((wanted - sent).abs().max()) <= 1.5 * alone, "only the last one's rounding is missing"
     gradient[7] = math.inf
     assert not decode_pieces(torch.cat(encoder.encode(gradient, 10)[0]), "int8").count_nonzero()
+    assert not same.decoded(gradient, 10).count_nonzero()

@@ -36,7 +36,7 @@ def owner(view: View, use: MachineUse | None = None) -> dict[str, Any]:
 def test_the_first_answers_are_those_of_the_terminal() -> None:
     panels, _ = everybody(view_of())
     learns, ends, here = ((each["answer"], each["more"]) for each in panels["answers"])
-    assert learns == ("2.100 nats/byte", "held-out loss, 3.030 bits/byte, down from 4.750")
+    assert learns == ("Yes: 2.100 nats/byte", "held-out loss, 3.030 bits/byte, down from 4.750")
     assert ends == ("about 2 min 27 s left", "40% of 3 M tokens")
     assert here == ("2 volunteers", "12.3 k tokens/s together, 1 more took part before")
     assert panels["head"]["sentence"] == "training round 12: 14 of 25 steps" and panels["head"]["tone"] == "good"
@@ -49,7 +49,40 @@ def test_a_held_out_loss_of_long_ago_is_no_answer() -> None:
         point.held_out_loss = 0
     view.status.losses[1].held_out_loss = 4.5
     learns = everybody(view)[0]["answers"][0]
-    assert (learns["answer"], learns["more"]) == ("2.250 nats/token", "training loss, down from 4.750")
+    assert (learns["answer"], learns["more"]) == ("Yes: 2.250 nats/token", "training loss, down from 4.750")
+
+
+@pytest.mark.parametrize(
+    ("newest", "answer", "more"),
+    [
+        (4.0, "Yes: 4.000 nats/token", "training loss, down from 4.750"),
+        (4.7, "4.700 nats/token", "training loss, down from 4.750"),
+        (4.8, "4.800 nats/token", "training loss, up from 4.750"),
+        (6.5, "No: 6.500 nats/token", "training loss, up from 4.750"),
+    ],
+)
+def test_whether_it_learns_is_said_where_it_is_more_than_chance(newest: float, answer: str, more: str) -> None:
+    view = view_of(held_out_loss=0)
+    for point in view.status.losses:
+        point.held_out_loss = 0
+    view.status.losses[-1].loss = newest
+    learns = everybody(view)[0]["answers"][0]
+    assert (learns["answer"], learns["more"]) == (answer, more)
+
+
+def test_losses_are_explained() -> None:
+    view = view_of(vocabulary_size=256)
+    told = everybody(view)[0]["learning"]["help"]
+    assert "A blind guess among its 256 tokens would be 5.545 nats/token; 2.250 is as unsure as a blind guess" in told
+    assert "among 9.5 tokens" in told and "a blind guess: 5.545" in told
+    del view.status.losses[:]
+    view.status.vocabulary_size = 50_257
+    told = everybody(view)[0]["learning"]["help"]
+    assert "among its 50.3 k tokens would be 10.825 nats/token. Nats/byte" in told
+    view.status.vocabulary_size = 0
+    assert everybody(view)[0]["learning"]["help"].startswith("Nats say how unsure the model is")
+    view.status.losses.add(round=1, run_tokens=1, loss=900.0, time=NOW)
+    assert "as unsure as a blind guess among" in everybody(view)[0]["learning"]["help"]
 
 
 def test_a_peer_that_has_ended_says_how_far_it_came() -> None:
@@ -218,7 +251,10 @@ def test_a_late_volunteers_curves_begin_with_the_run() -> None:
     assert learning["own"]["tokens"] == [1_100_000]
     assert learning["held_out"]["loss"] == [3.5, 1.5]
     answer = with_history(view, history())[0]["answers"][0]
-    assert (answer["answer"], answer["more"]) == ("1.500 nats/byte", "held-out loss, 2.164 bits/byte, down from 3.500")
+    assert (answer["answer"], answer["more"]) == (
+        "Yes: 1.500 nats/byte",
+        "held-out loss, 2.164 bits/byte, down from 3.500",
+    )
 
 
 def test_what_happened_is_told_without_what_is_the_machines() -> None:

@@ -102,6 +102,22 @@ def test_the_last_line_leads_to_the_page_of_this_peer(width: int, foot: str) -> 
     assert "\n".join(lines).rstrip().endswith(foot)
 
 
+@pytest.mark.parametrize(
+    ("width", "shown"), [(130, "lower is better, a blind guess: 5.545"), (90, "lower is better"), (60, "")]
+)
+def test_how_to_read_a_loss_is_said_where_it_fits(width: int, shown: str) -> None:
+    seen = view(vocabulary_size=256)
+    (line,) = (line for line in on_screen(draw_watch(seen, width, 30), width, 30) if line.startswith("loss "))
+    assert line.partition("lower")[1:] == shown.partition("lower")[1:]
+
+    def status() -> str:
+        return " ".join(" ".join(line.plain for line in draw_status(seen, 120, 9)).split())
+
+    assert "bits/byte); lower is better, a blind guess: 5.545" in status()
+    seen.status.vocabulary_size = 0
+    assert "bits/byte); lower is better" in status() and "guess" not in status()
+
+
 def test_watch_grows_with_the_terminal() -> None:
     small, big = (sum("│" in line.plain for line in draw_watch(view(), *size)) for size in SIZES)
     assert big > small + 8

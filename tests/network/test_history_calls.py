@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from codes import raises_code
+from virtual_loop import virtually
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.history import ask_for_history, history_from_proto_untrusted, history_to_proto
@@ -72,6 +74,11 @@ def test_too_much_is_refused() -> None:
         history_from_proto_untrusted(pb.HistoryReply(sample=pb.TextSample(prompt="x" * 2000, text="x" * 2001)))
 
 
+SILENT = pb.HistoryReply()
+"""Stands for no answer at all."""
+ANSWER_S = 2.0
+
+
 class FakeSwarm:
     """Swarm of peers that answer, fail, or lie."""
 
@@ -82,19 +89,38 @@ class FakeSwarm:
         self.calls = SimpleNamespace(history=self._history)
         self.peers = SimpleNamespace(refused=lambda peer, error: self.refused.append((peer, error.code)))
         self.asked: list[str] = []
+        self.given_up: list[str] = []
         self.refused: list[tuple[str, str]] = []
         self._peers = peers
 
     async def _history(self, peer: str) -> pb.HistoryReply:
         self.asked.append(peer)
         reply = self._peers[peer]
+        if reply is SILENT:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.given_up.append(peer)
+        await asyncio.sleep(ANSWER_S)
         if isinstance(reply, PeerError):
             raise reply
         return reply
 
 
 def asked(swarm: FakeSwarm, inviters: tuple[str, ...] = (), run_tokens: int = 20_000) -> list[ToldHistory]:
-    return asyncio.run(ask_for_history(swarm, inviters, run_tokens))  # type: ignore[arg-type]
+    return asked_within(swarm, inviters, run_tokens)[0]
+
+
+def asked_within(
+    swarm: FakeSwarm, inviters: tuple[str, ...] = (), run_tokens: int = 20_000
+) -> tuple[list[ToldHistory], float]:
+    """Return what was told, and the virtual seconds that it took."""
+
+    async def body(now: Callable[[], float]) -> tuple[list[ToldHistory], float]:
+        began_s = now()
+        return await ask_for_history(swarm, inviters, run_tokens), now() - began_s  # type: ignore[arg-type]
+
+    return virtually(body)
 
 
 def test_five_are_asked_of_whom_two_may_call_themselves_bootstraps() -> None:
@@ -121,3 +147,17 @@ def test_who_fails_or_lies_costs_its_answer_only() -> None:
     peers = {"one": lie, "other": UnreachableError("it does not know this call")}
     swarm = FakeSwarm(peers, ("one", "other"))
     assert asked(swarm) == [] and swarm.refused == [("one", "bad-number")]
+
+
+def test_all_are_asked_at_once() -> None:
+    told, took_s = asked_within(FakeSwarm(dict.fromkeys("abcde", history_to_proto(POINTS, SAMPLE))))
+    assert len(told) == 5 and took_s == pytest.approx(ANSWER_S)
+
+
+def test_who_is_silent_delays_the_others_answers_for_a_bounded_time() -> None:
+    good = history_to_proto(POINTS, SAMPLE)
+    swarm = FakeSwarm({"a": SILENT, "b": good, "c": SILENT, "d": UnreachableError("gone"), "e": good}, ("a", "b"))
+    told, took_s = asked_within(swarm, inviters=("a",))
+    assert sorted(one.teller for one in told) == ["b", "e"] and took_s == pytest.approx(10.0)
+    assert sorted(swarm.given_up) == ["a", "c"], "nothing waits for them any more"
+    assert not swarm.refused, "a silent peer is not a liar"

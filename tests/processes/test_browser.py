@@ -5,7 +5,8 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,7 +14,10 @@ import pytest
 from browser import FOREIGN, NO_CHROMIUM, NOWHERE, PROGRAM, Browser, browsing
 from swarm import Child, Swarm, wait_until, write_run
 
+from swarmtrain.cli.page import page_of
+from swarmtrain.cli.peers import PeerPhase, View
 from swarmtrain.events import PeerLostEvent
+from swarmtrain.v1 import control_pb2
 from swarmtrain.web.server import PageServer
 
 pytestmark = [
@@ -114,6 +118,14 @@ def assert_sorted_by_work(page: Any, first: set[str], last: str) -> None:
     assert set(seen[0][:2]) == first and seen[0][2:] == [last, "bootstrap"], seen
 
 
+def assert_fits(page: Any) -> None:
+    """Neither the page nor a table of its peers scrolls sideways."""
+    width = int(page.evaluate("innerWidth"))
+    for name in ("html", "#here .scroll", "#before .scroll"):
+        wide, room = page.locator(name).evaluate("(part) => [part.scrollWidth, part.clientWidth]")
+        assert wide <= room, f"{width} pixels: {name} is {wide} wide and has {room}"
+
+
 def assert_accessible(browser: Browser, url: str) -> None:
     """axe finds nothing on the page, with all that opens open: on a phone by day, and on a desk by night."""
     from axe_playwright_python.sync_playwright import Axe
@@ -126,8 +138,7 @@ def assert_accessible(browser: Browser, url: str) -> None:
         found = Axe().run(page).response["violations"]
         told = [(each["id"], each["impact"], [node["html"][:120] for node in each["nodes"]]) for each in found]
         assert not told, f"{width} pixels, {scheme}: {told}"
-        wide, room = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
-        assert wide <= room, f"{width} pixels: the page is {wide} wide"
+        assert_fits(page)
         page.context.close()
 
 
@@ -243,6 +254,97 @@ def test_a_swarm_is_seen_in_a_browser(swarm: Swarm) -> None:
     swarm.interrupt_all([anna, bert, again])
     if not is_reached:
         pytest.skip("all but the page over the network: this machine has no address but its own")
+
+
+def test_a_volunteer_reads_who_is_here_and_pauses_on_a_phone() -> None:
+    """Seen: the table scrolled sideways for what a peer does, and the button to pause was below four sections."""
+    now, orders = time.time(), list[str]()
+    status = control_pb2.PeerStatus(
+        peer="id-anna",
+        name="anna",
+        role="volunteer",
+        state=control_pb2.PEER_STATE_TRAINING,
+        doing="training round 12: 14 of 25 steps",
+        time=now,
+        run_name="stdlib-gpt",
+        round=12,
+        run_tokens=1_200_000,
+        total_tokens=3_000_000,
+        vocabulary_size=256,
+        end_time=now + 147,
+    )
+    status.losses.add(round=11, run_tokens=1_100_000, loss=2.25, time=now)
+    status.limits.threads = 2
+    for name, tokens in (("anna", 400_000), ("a-name-without-an-end-" * 3, 600_000), ("cleo", 200_000)):
+        peer = status.peers.add(peer=f"id-{name}", name=name, tokens=tokens, present=True, round=12, tokens_per_s=4000)
+        peer.device, peer.heard_time, peer.hidden = "Intel(R) Xeon(R) Platinum 8488C", now - 7, True
+    view = View(status=status, phase=PeerPhase.RUNNING, now=now)
+
+    def order(name: str, given: Mapping[str, Any]) -> str:
+        orders.append(name)
+        return "pausing: it finishes its step"
+
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = PageServer(sock, order, "k" * 32)
+    server.start()
+    server.publish(*page_of(view))
+    try:
+        with browsing() as browser:
+            for width in (320, 390, 800, 1024, 1440):
+                page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/#key={'k' * 32}", width=width)
+                page.locator("#here tbody tr").first.wait_for()
+                assert_fits(page)
+                cells = page.locator("#here tbody tr").first.locator("td:visible").all_inner_texts()
+                assert {"50%", "600 k", "4 k", "round 12", "through hosts"} <= set(cells), (width, cells)
+                assert "as unsure as a blind guess among" in page.locator("#loss-help").inner_text()
+                pause = page.get_by_role("button", name="Pause")
+                below = pause.bounding_box()["y"] + pause.bounding_box()["height"]
+                assert below < 844, f"{width} pixels: the button ends at {below}"
+                pause.click()
+                page.get_by_text("pausing: it finishes its step").wait_for()
+                is_open = page.locator("#machine .more").evaluate("(each) => each.open")
+                assert is_open is (width >= 1120) and not browser.errors
+                page.context.close()
+            assert orders == 5 * ["pause"]
+    finally:
+        server.stop()
+
+
+TIMES = """async () => {
+  const { times } = await import("./static/charts.js");
+  const { clock, keepDates } = await import("./static/dom.js");
+  const [year, day] = [new Date().getFullYear(), 86400];
+  const at = (...parts) => new Date(...parts).getTime() / 1000;
+  const newYear = at(year - 1, 0, 1);
+  const told = () => [
+    times([newYear - day, newYear, newYear + day], day),
+    times([newYear - 7200, newYear, newYear + 7200], 7200),
+    times([at(year, 5, 1, 10), at(year, 5, 1, 11)], 3600),
+    [clock(newYear), clock(at(year, 5, 1, 10))],
+  ];
+  const before = told();
+  keepDates();
+  return [year, before, told()];
+}"""
+
+
+def test_an_axis_of_days_names_days_and_years() -> None:
+    """Seen: the axis of a report had times of day, whatever day and year the reader opened it."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = PageServer(sock, lambda name, given: "", "k" * 32)
+    server.start()
+    try:
+        with browsing() as browser:
+            page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/")
+            year, (days, hours, today, clocks), in_a_file = page.evaluate(TIMES)
+            assert days == [f"31 Dec\n{year - 2}", f"1 Jan\n{year - 1}", "2 Jan"]
+            assert hours == [f"22:00\n31 Dec {year - 2}", f"00:00\n1 Jan {year - 1}", "02:00"]
+            assert today == ["10:00\n1 Jun", "11:00"], "the present year goes without saying"
+            assert clocks[0] == f"1 Jan {year - 1}, 00:00" and str(year) not in clocks[1]
+            assert in_a_file[:2] == [days, hours]
+            assert in_a_file[2] == [f"10:00\n1 Jun {year}", "11:00"] and in_a_file[3][1] == f"1 Jun {year}, 10:00"
+    finally:
+        server.stop()
 
 
 def row(number: int, *, is_me: bool) -> dict[str, Any]:

@@ -307,6 +307,19 @@ def test_a_page_names_no_winner_where_volunteers_or_attacks_differ(tmp_path: Pat
     assert bold(text) == ["gossip outer_momentum=0.5"]
 
 
+@pytest.mark.parametrize(
+    ("lasts_s", "unit", "ends"),
+    [(60.0, "virtual minutes", 1.0), (3 * 3600.0, "virtual hours", 3.0), (5 * 86400.0, "virtual days", 5.0)],
+)
+def test_curves_of_days_are_not_drawn_by_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasts_s: float, unit: str, ends: float
+) -> None:
+    curve = ((100, lasts_s / 2, 3.0), (200, lasts_s, 2.0))
+    monkeypatch.setattr(comparison, "_play", lambda scenario, one: outcome(2.0, curve=curve))
+    text, data = page_of(compare(tiny(tmp_path, grid=GRID), jobs=1, kept=None))
+    assert f'value="{unit}"' in text and data["curves"][0]["seeds"]["0"][unit] == [ends / 2, ends]
+
+
 def test_without_tensors_the_best_did_the_most_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def play(scenario: Any, one: Play) -> RunOutcome:
         return outcome(math.nan, throughput_share=dict(one.point)["merge.outer_momentum"], spread=0.02, rounds=7)

@@ -39,14 +39,8 @@ from swarmtrain.network.tasks import run_together
 from swarmtrain.protocol.membership.membership import Membership, PeerState
 from swarmtrain.protocol.rounds.link_claims import AveragingTimes
 from swarmtrain.protocol.rounds.roles import MAX_PIECES, PIECES_AT_ONCE, share_pieces
-from swarmtrain.protocol.rounds.rosters import (
-    Roster,
-    RoundPublication,
-    piece_due_s,
-    share_due_s,
-    share_ranges,
-    sources_of,
-)
+from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, share_ranges, sources_of
+from swarmtrain.protocol.rounds.share_waits import ShareWaits
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer
 
@@ -303,12 +297,10 @@ class _MergeInShares:
         self._mean = bytearray(groups.total_bytes)
         ranges = share_ranges(groups.num_chunks, len(entries), roster.shares)
         self._pieces = [share_pieces(chunks) if roster.shares else [chunks] for chunks in ranges]
-        self._roster_s, self._times = swarm_time(), merger.owners.averaging_times(roster)
-        has_share = self._own is not None and bool(ranges[self._own])
-        self._own_share_s = math.inf if has_share else self._roster_s
-        """Time at which this peer's own share was ready."""
-        self._piece_s: dict[int, float] = {}
-        """Time at which the last piece of each owner came."""
+        self._roster_s = swarm_time()
+        times = merger.owners.averaging_times(roster) if roster.shares else None
+        silence_s = merger.settings.silence_s
+        self._waits = ShareWaits(self._roster_s, [len(chunks) for chunks in ranges], self._own, times, silence_s)
 
     async def run(self) -> bytearray:
         """Return the mean. Raises UnobtainableError."""
@@ -335,8 +327,9 @@ class _MergeInShares:
             self._mean[start:end] = part
             made.append(await self._publish(self._part(index, self._pieces[index][number]), part))
             if len(made) == len(ranges):
-                self._own_share_s = swarm_time()
-                took_s, num = self._own_share_s - self._roster_s, len(ranges)
+                now, num = swarm_time(), len(ranges)
+                self._waits.own_is_ready(now)
+                took_s = now - self._roster_s
                 _log.info("round %d: own share averaged in %d pieces in %.2f s", self._roster.round, num, took_s)
             self._share_ready(made)
 
@@ -397,7 +390,7 @@ class _MergeInShares:
                 if part is not None:
                     start, end = self._bytes(piece[1])
                     self._mean[start:end] = part
-                    self._piece_s[index] = swarm_time()
+                    self._waits.came(index, len(piece[1]), swarm_time())
                     missing.remove(piece)
 
         await run_together([ask(), *(pull_some() for _ in range(PIECES_AT_ONCE))])
@@ -409,14 +402,7 @@ class _MergeInShares:
         return self._merger.membership.state(owner) in (PeerState.LOST, PeerState.LEFT)
 
     def _is_lost(self, index: int) -> bool:
-        return swarm_time() >= self._due_s(index) or self._is_gone(self._roster.peers[index])
-
-    def _due_s(self, index: int) -> float:
-        silence_s, times = self._merger.settings.silence_s, self._times
-        if not self._roster.shares or times is None:
-            return share_due_s(self._roster_s, self._own_share_s, silence_s)
-        last_s = self._piece_s.get(index, self._roster_s)
-        return piece_due_s(self._roster_s, last_s, times.pairs_s[index], times.everyone_s, silence_s)
+        return swarm_time() >= self._waits.due_s(index) or self._is_gone(self._roster.peers[index])
 
     async def _manifests(self, index: int, number: int) -> list[pb.Signed]:
         """Ask an owner for the pieces of its share from this number on. Returns the manifests of those that are

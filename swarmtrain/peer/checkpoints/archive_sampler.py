@@ -1,7 +1,8 @@
 """What the archived model is worth while the run goes on: its held-out loss, and a sample of what it writes.
 
-A bootstrap does not train, so it can afford that now and then: in a thread of the lowest priority, for a twentieth of
-the time at most, and only if the model fits into free memory twice.
+A bootstrap does not train, so it can afford that now and then: in a thread of the lowest priority, with a twentieth of
+one processor at most, and only if the model fits into free memory twice. What counts is the processor's time: beside
+programs that have it, the lowest priority makes a second of work last ten and more.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from swarmtrain.peer.lifecycle.node import eval_event, held_out_loss_of
 from swarmtrain.protocol.history import HistoryPoint, TextSample
 from swarmtrain.protocol.tokens.progress import Progress
 
-__all__ = ["ArchiveSampler", "held_out_point", "text_sample"]
+__all__ = ["ArchiveSampler", "held_out_point", "rest_s", "text_sample"]
 
 _log = logging.getLogger(__name__)
 _REST_OF_WORK = 19.0
-"""Seconds of rest for each second of work."""
-_LEAST_REST_S = 20.0
+"""Seconds of rest for each of the processor's seconds of work."""
+_LEAST_REST_S = 2.0
+_END_S = 20.0
 _NICE = 19
 _SAMPLE_TOKENS = 200
 _SAMPLE_S = 30.0
@@ -45,6 +47,11 @@ _MAX_CHARACTERS = 2000
 _ROOM = 2.0
 
 
+def rest_s(processor_s: float) -> float:
+    """Return for how long the sampler rests after work that took so much of the processor's time."""
+    return max(_LEAST_REST_S, _REST_OF_WORK * processor_s)
+
+
 class _ClosedError(Exception):
     """Leaves a measurement: the peer ends."""
 
@@ -52,8 +59,8 @@ class _ClosedError(Exception):
 class ArchiveSampler:
     """Measures what is `offer`ed, the newest first, until `close`.
 
-    `emit` gets an `eval` event for each measurement, `record` its point of the run's history and the sample. `files`
-    returns the folder of the run's model files; None if the model is built in.
+    `emit` gets an `eval` event for each measurement, a warning if its loss is not finite, `record` its point of the
+    run's history and the sample. `files` returns the folder of the run's model files; None if the model is built in.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class ArchiveSampler:
         self._news = threading.Condition()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._has_diverged = False
 
     def offer(self, progress: Progress) -> None:
         """Measure the archive of this progress as soon as it can be afforded, unless there is a newer one by then."""
@@ -85,13 +93,13 @@ class ArchiveSampler:
         with self._news:
             self._news.notify()
         if self._thread is not None:
-            self._thread.join(_LEAST_REST_S)
+            self._thread.join(_END_S)
 
     def _run(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # of this thread alone, on Linux
         while (progress := self._next()) is not None:
-            began_s = time.monotonic()
+            began_s = time.thread_time()
             try:
                 self.measure(progress)
             except _ClosedError:
@@ -102,7 +110,7 @@ class ArchiveSampler:
                 _log.exception("the archive could not be measured")
                 return
             gc.collect()  # models of transformers refer to themselves: it would stay beside the next one
-            self._closed.wait(max(_LEAST_REST_S, _REST_OF_WORK * (time.monotonic() - began_s)))
+            self._closed.wait(rest_s(time.thread_time() - began_s))
 
     def _next(self) -> Progress | None:
         with self._news:
@@ -120,7 +128,11 @@ class ArchiveSampler:
         tokenizer = tokenizer_from_bytes_untrusted(self._published.tokenizer, self._published.run.model.vocabulary_size)
         loss = held_out_loss_of(exported.model, self._published, tokenizer, self._check)
         point = held_out_point(progress, loss)
-        self._emit(eval_event(point.round, loss))
+        if loss.is_finite or not self._has_diverged:  # told once, and not with each archive
+            self._emit(eval_event(point.round, loss))
+        self._has_diverged = not loss.is_finite
+        if self._has_diverged:
+            return
         self._record(point, self._sampled(exported, tokenizer, progress))
 
     def _check(self) -> None:

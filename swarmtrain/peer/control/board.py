@@ -114,6 +114,8 @@ class Watched:
     total_tokens: int = 0
     shows_invite: bool = False
     """See `run.show_invite` of the run file."""
+    vocabulary_size: int = 0
+    """Tokens that the model chooses among."""
     tokens_per_step: int = 0
     estimates: Callable[[int], Estimate] | None = None
     """Returns what the run costs each of a number of volunteers that hold the whole model."""
@@ -228,6 +230,7 @@ class StatusBoard:
         with self._lock:
             self._base.peer, self._base.name = watched.peer, watched.name
             self._base.shows_invite = watched.shows_invite
+            self._base.vocabulary_size = watched.vocabulary_size
             self._set_run(watched.run_name, watched.run_sha256, watched.total_tokens)
         self._watched = watched
 

@@ -146,6 +146,7 @@ class ControlSession:
                 run_sha256=swarm.published.sha256,
                 total_tokens=run.run.total_tokens,
                 shows_invite=run.run.show_invite,
+                vocabulary_size=run.model.vocabulary_size,
                 tokens_per_step=run.tokens_per_step,
                 estimates=estimates,
             )

@@ -91,7 +91,7 @@ class BootstrapPeer:
     """Files of the run's model, which this peer serves; None if the model is built in, and before they are found."""
     name: str = ""
     loss: TextLoss | None = None
-    """Held-out loss at the run's end, once it was measured."""
+    """Held-out loss at the run's end, once it was measured; None too if it is not a finite number."""
     has_news: bool = False
     """True if anything was archived since this process started. Then the archived weights are newer than a model left
     in the folder."""
@@ -166,7 +166,8 @@ class BootstrapPeer:
         kept = None if self.has_news else kept_final_model(self.folder, self.published, self.model_folder)
         model = model if kept is None else kept
         tokenizer = tokenizer_from_bytes_untrusted(self.published.tokenizer, self.published.run.model.vocabulary_size)
-        loss = self.loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
+        loss = held_out_loss_of(model, self.published, tokenizer, self.stop.check)
+        self.loss = loss if loss.is_finite else None
         self.emit(eval_event(max(0, progress.round - 1), loss))
         if kept is not None:
             self.emit(had_ended(self.folder))
@@ -175,7 +176,8 @@ class BootstrapPeer:
         warning = save_final_weights(self.folder, weights, self.published, progress, loss, self.model_folder)
         if warning is not None:
             self.emit(warning)
-        self._sample_final(model, tokenizer, progress, loss)
+        if loss.is_finite:
+            self._sample_final(model, tokenizer, progress, loss)
 
     def _sample_final(self, model: LanguageModel, tokenizer: Tokenizer, progress: Progress, loss: TextLoss) -> None:
         """Let the final model write, for the page and for a report: some seconds at most, none if it must leave."""

@@ -279,8 +279,18 @@ def held_out_loss_of(
     return TextLoss.of_parts(parts)
 
 
-def eval_event(round: int, loss: TextLoss, own_loss: TextLoss | None = None) -> EvalEvent:
-    """Return the event with the held-out loss after a round, in all its units."""
+def eval_event(round: int, loss: TextLoss, own_loss: TextLoss | None = None) -> EvalEvent | WarningEvent:
+    """Return the event with the held-out loss after a round, in all its units.
+
+    Events hold finite numbers only: return a warning if the loss is not, and leave `own_loss` out if that is not.
+    """
+    if not loss.is_finite:
+        return WarningEvent(
+            message=f"the held-out loss after round {round} is not a finite number: training diverged; lower "
+            "inner.learning_rate in a new run",
+            code="training-diverged",
+        )
+    own_loss = own_loss if own_loss is not None and own_loss.is_finite else None
     return EvalEvent(
         round=round,
         held_out_loss=loss.nats_per_byte,

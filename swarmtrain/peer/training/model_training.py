@@ -472,6 +472,7 @@ class ModelTraining:
 
     def _done(self, reason: str, loss: TextLoss | None = None, own_loss: TextLoss | None = None) -> DoneEvent:
         replica = self.session.replica
+        loss, own_loss = (each if each is not None and each.is_finite else None for each in (loss, own_loss))
         return DoneEvent(
             held_out_loss=None if loss is None else loss.nats_per_byte,
             own_loss=None if own_loss is None else own_loss.nats_per_byte,

@@ -6,7 +6,7 @@ archived as often as the run file says, from as many volunteers as are averaged 
 
 from __future__ import annotations
 
-__all__ = ["archive_bytes", "archive_every_s", "archived_sources"]
+__all__ = ["archive_bytes", "archive_every_s", "archived_sources", "is_early_archive_due"]
 
 _MOST_SOURCES = 16
 """Volunteers whose weights are averaged, at most."""
@@ -20,6 +20,12 @@ _MOST_SHARE = 0.1
 """Share of the time that archiving may take, because links are there for merging."""
 _MOST_EVERY_S = 1800.0
 """Longest interval between two archives unless the run file says more."""
+_CURVE_ARCHIVES = 24
+"""Archives of a small model's run, at least: each is a point of the held-out curve."""
+_EARLIEST = 1 / 12
+"""Shortest interval between two of those, as a share of that of the run file: 5 s of 60."""
+_EARLY_SHARE = 0.05
+"""Share of the time that those may take."""
 
 
 def archived_sources(num_parameters: int) -> int:
@@ -41,3 +47,14 @@ def archive_every_s(every_s: float, took_s: float, num_parameters: int) -> float
     if num_parameters <= _SMALL_PARAMETERS:  # if it took long, some peer did not answer
         return every_s
     return max(every_s, min(took_s / _MOST_SHARE, _MOST_EVERY_S))
+
+
+def is_early_archive_due(gained: float, since_s: float, took_s: float, every_s: float, num_parameters: int) -> bool:
+    """Return whether an archive is due before `archive_every_s` says so, since the run is short.
+
+    `gained` is what was trained since the last archive, as a share of all tokens of the run; that archive was `since_s`
+    ago and took `took_s`. Only a small model's archive comes early.
+    """
+    if num_parameters > _SMALL_PARAMETERS or gained * _CURVE_ARCHIVES < 1:
+        return False
+    return since_s >= max(_EARLIEST * every_s, took_s / _EARLY_SHARE)

@@ -384,7 +384,10 @@ class RoundEngine(Generic[Envelope, Link]):
                     return [*commands, *self._over(known, now), ev.FinishRound(one)]
                 if not known.merging:
                     known.merging = merging
-                    commands.append(ev.MergeRoster(one))
+                    roster, flaw = self.claims.bounded(one.roster)
+                    if flaw:
+                        commands.append(ev.NamePeer(roster.signer, flaw, "bad-size"))
+                    commands.append(ev.MergeRoster(replace(one, roster=roster)))
             case CatchUpDecision():
                 sources = list(decision.sources)
                 self._rng.shuffle(sources)

@@ -5,6 +5,9 @@ share, and nobody loses anything but its help. One that tells more gets a share 
 whoever waited averages that share itself, and when it signs a roster it takes what that peer tells for a quarter, for a
 sixteenth after the second such share, and so on. Each share that comes in time takes half of a quarter back, and so do
 eight rounds, since a peer without a share can show nothing.
+
+Whoever signs a roster writes the shares. Its readers take only shares that an honest signer may have written
+(`bounded`): otherwise it could let an accomplice average the whole mean.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.protocol.membership.membership import Membership
-from swarmtrain.protocol.rounds.roles import LinkRates, carrying_s, divide, equal_shares, known_rates
+from swarmtrain.protocol.rounds.roles import LinkRates, carrying_s, divide, equal_shares, known_rates, largest_share
+from swarmtrain.protocol.rounds.rosters import Roster
 
 __all__ = ["AveragingTimes", "LinkClaims"]
 
@@ -72,6 +76,25 @@ class LinkClaims:
             return ()
         shares = divide(links, num_chunks, body_bytes).shares
         return shares if shares != equal_shares(num_chunks, [True] * len(peers)) else ()
+
+    def bounded(self, roster: Roster) -> tuple[Roster, str]:
+        """Return the roster, and what is wrong with its shares, "" if nothing: no peer may average more than
+        `largest_share`.
+
+        Wrong shares are left away. Every reader then takes equal ones, since the limit is the same for all, unless
+        fewer than a third of the peers can be dialled; and the mean does not depend on who averages what.
+        """
+        if not roster.shares:
+            return roster, ""
+        links = (self.own if peer == self.membership.me else self._claim(peer) for peer in roster.peers)
+        num_dialled = sum(link is None or link.can_be_dialled for link in links) or len(roster.peers)
+        num_chunks, largest = sum(roster.shares), max(roster.shares)
+        most = largest_share(num_chunks, len(roster.peers), num_dialled)
+        if largest <= most:
+            return roster, ""
+        owner = roster.peers[roster.shares.index(largest)]
+        flaw = f"a roster by which {owner} averages {largest} of {num_chunks} chunks of the mean, more than {most}"
+        return dataclasses.replace(roster, shares=()), flaw
 
     def averaging_times(
         self, peers: Sequence[str], shares: Sequence[int], body_bytes: int, limit_s: float

@@ -11,6 +11,7 @@ bytes, and the averaging takes as long as the slowest direction of a link: max o
 The w that make this least are the solution of the linear program in DeDLOC (arXiv 2106.10207, section 3.2), of which
 butterfly all-reduce (equal w) and a parameter server (one w of 1) are special cases. A peer that nobody can dial has
 w = 0. Here w is limited too, because an owner can write what it likes into its part and peers only tell their rates.
+The limit follows from who is on the roster (`largest_share`), so whoever reads a roster checks it.
 
 `divide` finds them without a solver: with all owners busy until the same time t, w follows from t, and t from the sum
 of all w. Links that are too slow to send their own gradient by then own nothing; the whole then lasts as long as the
@@ -37,14 +38,14 @@ __all__ = [
     "divide",
     "equal_shares",
     "known_rates",
+    "largest_share",
     "share_pieces",
 ]
 
 _LEAST_OF_EQUAL = 0.1
 """Shares of less than this part of an equal one are none: each costs a pull from everyone."""
 _MOST_OF_EQUAL = 3
-"""No share is larger than this multiple of an equal one among those that can be dialled, however fast a peer says that
-its link is."""
+"""No share is larger than this multiple of an equal one, however fast a peer says that its link is."""
 _SLOWEST_BYTES_PER_S, _FASTEST_BYTES_PER_S = 1e-6, 1e15
 """Rates between which all sums and quotients here are finite."""
 _PIECES, MAX_PIECES = 16, 64
@@ -116,25 +117,33 @@ def equal_shares(num_chunks: int, owners: Sequence[bool]) -> tuple[int, ...]:
     return tuple(end - start for start, end in itertools.pairwise([0, *ends]))
 
 
+def largest_share(num_chunks: int, num_peers: int, num_dialled: int) -> int:
+    """Return the most chunks that one of `num_peers` peers on a roster may average, of which others can dial
+    `num_dialled`: three times an equal share. If fewer than a third can be dialled, they have equal shares."""
+    parts = (math.ceil(_MOST_OF_EQUAL * num_chunks / num_peers), math.ceil(num_chunks / max(1, num_dialled)))
+    return min(num_chunks, max(parts))
+
+
 def divide(links: Sequence[LinkRates], num_chunks: int, body_bytes: int) -> Roles:
     """Return who averages how many of `num_chunks` chunks of a mean of `body_bytes` bytes over the peers with `links`.
 
     Equal shares if no link is known, or the rate of one is not to be reckoned with. Peers that cannot be dialled get
-    none, unless nobody can be. No share is much larger than an equal one (`_MOST_OF_EQUAL`).
+    none, unless nobody can be. No share is larger than `largest_share`.
     """
     dialled = [link.can_be_dialled for link in links]
     if not any(dialled):
         dialled = [True] * len(links)
     equal, rates = equal_shares(num_chunks, dialled), known_rates(links)
     equal_s = averaging_s(links, equal, body_bytes)
-    if len(links) < 3 or not all(_SLOWEST_BYTES_PER_S <= rate <= _FASTEST_BYTES_PER_S for rate in rates):
+    are_sound = all(_SLOWEST_BYTES_PER_S <= rate <= _FASTEST_BYTES_PER_S for rate in rates)
+    if len(links) < 3 or not num_chunks or not are_sound:
         return Roles(equal, equal_s)
-    most = _MOST_OF_EQUAL / sum(dialled)
+    most_chunks = largest_share(num_chunks, len(links), sum(dialled))
     while True:
-        shares = _fastest(rates, dialled, num_chunks, most)
+        shares = _fastest(rates, dialled, num_chunks, most_chunks)
         least = _LEAST_OF_EQUAL * num_chunks / sum(dialled)
         others = [may and not 0 < share < least for may, share in zip(dialled, shares, strict=True)]
-        if others == dialled or sum(others) * most < 1:
+        if others == dialled or sum(others) * most_chunks < num_chunks:
             break
         dialled = others
     its_s = averaging_s(links, shares, body_bytes)
@@ -142,14 +151,14 @@ def divide(links: Sequence[LinkRates], num_chunks: int, body_bytes: int) -> Role
     return Roles(equal, equal_s) if equal_s <= its_s * (1 + (1e-9 if are_alike else -1e-9)) else Roles(shares, its_s)
 
 
-def _fastest(rates: Sequence[float], may_own: Sequence[bool], num_chunks: int, most: float) -> tuple[int, ...]:
-    """Return the shares with which the owners are ready first, if none has more than the part `most` of the whole.
+def _fastest(rates: Sequence[float], may_own: Sequence[bool], num_chunks: int, most_chunks: int) -> tuple[int, ...]:
+    """Return the shares with which the owners are ready first, if none has more than `most_chunks`.
 
     In units of V: by time t an owner of rate r has carried 1 + (n - 2) w = r t, so w = (r t - 1) / (n - 2). That the w
     of the fastest k owners add up to 1 gives t; k is the largest for which none of them is negative. An owner for which
-    w is too much gets `most`, and the others divide what is left in the same way.
+    w is too much gets the most, and the others divide what is left in the same way.
     """
-    others, most_chunks = len(rates) - 2, math.ceil(most * num_chunks)
+    others, most = len(rates) - 2, most_chunks / max(1, num_chunks)
     free = sorted((index for index, may in enumerate(may_own) if may), key=lambda index: -rates[index])
     parts, left = [0.0] * len(rates), 1.0
     while free:

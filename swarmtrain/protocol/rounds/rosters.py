@@ -46,10 +46,8 @@ __all__ = [
     "is_silent",
     "joining_steps",
     "peers_to_ask",
-    "piece_due_s",
     "pulls_whole",
     "round_steps",
-    "share_due_s",
     "share_ranges",
     "sources_of",
     "standing",
@@ -57,16 +55,6 @@ __all__ = [
     "steps_of_round",
     "worst_roster",
 ]
-
-
-_PATIENCE = 2.0
-"""Multiple of the time that its owner and whoever waits should need after which a share of which nothing comes is
-overdue."""
-_PIECE_PART = 0.25
-"""Part of the time that all should need after which a piece is overdue that its owner can make only once the slowest
-has sent its bytes: there are four times as many pieces, or more."""
-_MOST_PATIENCE = 4.0
-"""Multiple of the time that all should need after which a share is overdue although pieces of it come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -527,29 +515,6 @@ def share_ranges(num_chunks: int, num_peers: int, shares: Sequence[int] = ()) ->
     sizes that differ by at most one."""
     sizes = shares or equal_shares(num_chunks, [True] * num_peers)
     return [range(a, b) for a, b in itertools.pairwise([0, *itertools.accumulate(sizes)])]
-
-
-def share_due_s(roster_at_s: float, own_share_at_s: float, silence_s: float) -> float:
-    """Return the time until which to wait for the shares of owners that answer. After it, this peer averages these
-    shares itself, from the publications that the roster names.
-
-    `roster_at_s` is when the roster came, `own_share_at_s` when this peer's share was averaged. An owner may lack bytes
-    that nobody can give it; it then never has a share although it lives.
-    """
-    return own_share_at_s + max(silence_s, 2 * (own_share_at_s - roster_at_s))
-
-
-def piece_due_s(roster_at_s: float, last_piece_s: float, pair_s: float, everyone_s: float, silence_s: float) -> float:
-    """Return the time until which to wait for the next piece of a share, on a roster whose shares follow from links.
-
-    A peer that has no share itself does not see how long one takes, so it goes by what its reckoning gives for this
-    roster (`link_claims.AveragingTimes`): the time that the owner and it need (`pair_s`), and of the time that everyone
-    needs only a part, since any peer can tell of a link so slow that this is as long as a round may be. While pieces
-    come (`last_piece_s`) it waits longer, but not for ever: the owner may send one now and then.
-    """
-    next_s = max(silence_s, _PIECE_PART * everyone_s)
-    due_s = max(roster_at_s + _PATIENCE * pair_s, max(roster_at_s, last_piece_s) + next_s)
-    return min(due_s, roster_at_s + _MOST_PATIENCE * max(silence_s, everyone_s))
 
 
 def joining_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]:

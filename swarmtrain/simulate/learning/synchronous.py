@@ -14,7 +14,7 @@ from swarmtrain.algorithm.common_step import NUM_MOMENTS, CommonOptimizer, Commo
 from swarmtrain.algorithm.fragments import fragments_of, mean_by_fragment
 from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, kept_where, outer_step, weighted_mean
-from swarmtrain.algorithm.quantize import FedBackSum, decode_pieces, encoded_size_bytes
+from swarmtrain.algorithm.quantize import FedBackSum, encoded_size_bytes
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.protocol.rounds.batch_end import planned_sequences
 from swarmtrain.simulate.learning.learner import Learner
@@ -239,7 +239,8 @@ def batch(setting: Setting) -> RunOutcome:
             gradient, counted = learner.loop.mean_gradient()
             weights.append(counted)
             recorder.count(number, counted)
-            gradients.append(_as_published(gradient, counted, encoders[number]))
+            encoder = encoders[number]
+            gradients.append(gradient if encoder is None else encoder.decoded(gradient, counted))
             worked_s += setting.takes_s(number, now_s, steps) * sequences[number] / full
         mean, untrained = _mean_of(learners, gradients, weights)
         at = CommonStep(taken + 1, tokens / setting.total_tokens)
@@ -264,15 +265,6 @@ def batch(setting: Setting) -> RunOutcome:
         curve=tuple(recorder.points),
         peer_tokens=recorder.peer_tokens,
     )
-
-
-def _as_published(gradient: Tensor, tokens: int, encoder: FedBackSum | None) -> Tensor:
-    """Return a mean gradient (P,) of so many tokens as others read it."""
-    if encoder is None:
-        return gradient
-    pieces, counted = encoder.encode(gradient, tokens)
-    counted()
-    return torch.cat([decode_pieces(piece, encoder.format) for piece in pieces])
 
 
 def _wire(setting: Setting) -> str:

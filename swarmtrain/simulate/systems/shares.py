@@ -7,7 +7,6 @@ late is averaged here. Averaging itself takes no time.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -16,14 +15,8 @@ from typing import TYPE_CHECKING
 from swarmtrain.protocol.membership.membership import PeerState
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.roles import PIECES_AT_ONCE, share_pieces
-from swarmtrain.protocol.rounds.rosters import (
-    Roster,
-    RoundPublication,
-    piece_due_s,
-    share_due_s,
-    share_ranges,
-    sources_of,
-)
+from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, share_ranges, sources_of
+from swarmtrain.protocol.rounds.share_waits import ShareWaits
 from swarmtrain.run import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -41,20 +34,17 @@ class ShareMerge:
     ) -> None:
         self._transfers, self._owner, self._world, self._roster, self._done = transfers, owner, world, roster, done
         self._settings = owner.settings
-        self._began_s = world.clock.now
         ranges = share_ranges(self._settings.num_chunks, len(roster.entries), roster.shares)
         self._shares = [share_pieces(chunks) if roster.shares else [chunks] for chunks in ranges]
         me = owner.name
         self._own = roster.peers.index(me) if me in roster.peers else None
         self._lacking = {(i, piece) for i, share in enumerate(self._shares) for piece in share if piece}
-        self._own_share_s = math.inf if any(index == self._own for index, _ in self._lacking) else self._began_s
         self._queues: dict[str, deque[tuple[range, Callable[[bool], None]]]] = {}
         """Pulls that wait for each publication's present one, which is the first of them."""
         self._averaged_here: set[int] = set()
         self._begun: set[int] = set()
-        self._times = owner.engine.averaging_times(roster)
-        self._last_s: dict[int, float] = {}
-        """Time at which the last piece of each share came."""
+        times, sizes = owner.engine.averaging_times(roster), [len(chunks) for chunks in ranges]
+        self._waits = ShareWaits(world.clock.now, sizes, self._own, times, owner.settings.silence_s)
         self._is_over = False
 
     def begin(self) -> None:
@@ -96,7 +86,7 @@ class ShareMerge:
         self._begun.add(piece.start)
         owner, now = self._world.peers[self._roster.peers[index]], self._world.clock.now
         is_here = owner.alive and self._owner.membership.state(owner.name) is PeerState.LIVE
-        if not is_here or now >= self._due_s(index):
+        if not is_here or now >= self._waits.due_s(index):
             if is_here:
                 self._owner.tell(ev.ShareJudged(owner.name, in_time=False))
             self._averaged_here.add(index)
@@ -114,7 +104,7 @@ class ShareMerge:
                 self._next_piece(index, piece)
                 return
             self._lacking.discard((index, piece))
-            self._last_s[index] = self._world.clock.now
+            self._waits.came(index, len(piece), self._world.clock.now)
             if not self._left(index):
                 self._owner.tell(ev.ShareJudged(owner.name, in_time=True))
             self._look_whether_done()
@@ -137,13 +127,6 @@ class ShareMerge:
 
         owner.transfers.tell_when_kept(self._name(piece), told)
         self._owner.later(self._settings.share_again_s, look)
-
-    def _due_s(self, index: int) -> float:
-        silence_s, times = self._settings.silence_s, self._times
-        if times is None:
-            return share_due_s(self._began_s, self._own_share_s, silence_s)
-        last_s = self._last_s.get(index, self._began_s)
-        return piece_due_s(self._began_s, last_s, times.pairs_s[index], times.everyone_s, silence_s)
 
     # ------------------------------------------------------------------ averaging
 
@@ -169,7 +152,7 @@ class ShareMerge:
         if index == self._own:
             self._transfers.keep(self._name(piece))
             if not (left := self._left(index)):
-                self._own_share_s = self._world.clock.now
+                self._waits.own_is_ready(self._world.clock.now)
             self._owner.tell(ev.ShareAveraged(self._roster.digest, len(self._shares[index]) - len(left)))
         self._look_whether_done()
 

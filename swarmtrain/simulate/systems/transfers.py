@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from swarmtrain.protocol.membership.membership import Membership, PeerState
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.engine import RoundEngine
-from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, share_due_s, sources_of
+from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, sources_of
+from swarmtrain.protocol.rounds.share_waits import share_due_s
 from swarmtrain.simulate.clock import Clock, Timer
 from swarmtrain.simulate.systems.messages import Settings, WorldMoment
 from swarmtrain.simulate.systems.network import End, NetworkPlace

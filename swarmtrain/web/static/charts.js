@@ -1,6 +1,6 @@
 // Curves, drawn by uPlot (global, see vendor/): a caption that reads the value below the pointer, and a table for whoever
 // does not see the picture.
-import { clock, count, make, setText } from "./dom.js";
+import { clock, count, make, setText, yearNow } from "./dom.js";
 
 const HEIGHT = 230;
 const ROWS = 24;
@@ -30,22 +30,28 @@ function until(values, place) {
   return place < 0 ? "" : number(values[place]);
 }
 
-/** Name the marks of an axis of times, `step` seconds apart: a time of day, and below it the day where one begins. */
-function times(marks, step) {
-  let before = "";
+const DAY = { month: "short", day: "numeric" };
+const TIME = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
+const format = (parts) => new Intl.DateTimeFormat(undefined, parts);
+const [dayOf, dayAndYearOf] = [format(DAY), format({ year: "numeric", ...DAY })];
+const [timeOf, timeAndSecondsOf] = [format(TIME), format({ ...TIME, second: "2-digit" })];
+
+/**
+ * Name the marks of an axis of times, `step` seconds apart: a time of day, and below it the day where one begins; or days,
+ * and below them the year. A year is named where it begins, and at the first mark unless it is the present one; in a file
+ * always there.
+ */
+export function times(marks, step) {
+  let [day, year] = ["", yearNow()];
   return marks.map((mark) => {
     const then = new Date(1000 * mark);
-    const day = then.toLocaleDateString(undefined, { month: "short", day: "numeric" });
-    const isNew = day !== before;
-    before = day;
-    if (step >= 86400) return day;
-    const time = then.toLocaleTimeString(undefined, {
-      hour: "2-digit",
-      minute: "2-digit",
-      ...(step < 60 ? { second: "2-digit" } : {}),
-      hourCycle: "h23",
-    });
-    return isNew ? `${time}\n${day}` : time;
+    const [dayBefore, yearBefore] = [day, year];
+    [day, year] = [dayOf.format(then), then.getFullYear()];
+    const isNewYear = year !== yearBefore;
+    if (step >= 86400) return isNewYear ? `${day}\n${year}` : day;
+    const time = (step < 60 ? timeAndSecondsOf : timeOf).format(then);
+    if (day === dayBefore && !isNewYear) return time;
+    return `${time}\n${isNewYear ? dayAndYearOf.format(then) : day}`;
   });
 }
 

@@ -20,7 +20,7 @@ function box(curve, draw) {
 
 function begin() {
   const chart = new CurveChart(get("chart-methods"), "Held-out loss", "nats per byte");
-  let axis = "tokens";
+  let axis = document.querySelector("#axis input:checked").value;
   const draw = () => {
     const seed = get("seed").value;
     const shown = curves.filter((curve) => curve.shown && curve.seeds[seed]?.loss.length);

@@ -50,10 +50,23 @@ export function ago(seconds) {
 const TIME = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
 const timeOfDay = new Intl.DateTimeFormat(undefined, TIME);
 const dayAndTime = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric", ...TIME });
+const moment = new Intl.DateTimeFormat(undefined, { year: "numeric", month: "short", day: "numeric", ...TIME });
+let isKept = false;
 
-/** Format a time of day, with the date if it is not today's. */
+/** Write all times with their day and year from now on: a file is read on another day than it was made. */
+export function keepDates() {
+  isKept = true;
+}
+
+/** Return the year that need not be named: this one, and none in a file. */
+export function yearNow() {
+  return isKept ? 0 : new Date().getFullYear();
+}
+
+/** Format a time of day, with the date if it is not today's, and with the year if it is another one. */
 export function clock(time) {
   const then = new Date(1000 * time);
+  if (then.getFullYear() !== yearNow()) return moment.format(then);
   const sameDay = then.toDateString() === new Date().toDateString();
   return (sameDay ? timeOfDay : dayAndTime).format(then);
 }

@@ -18,6 +18,7 @@ export class OwnPeer {
     this.key = key;
     this.shown = null;
     this.facts = make("dl", { className: "facts" });
+    this.more = this.#foldedOnPhones(make("summary", {}, "What it does and uses"), this.facts);
     this.told = make("p", { className: "told", role: "status" });
     this.pause = this.#button("Pause", () => this.#order(this.shown.paused ? "resume" : "pause"));
     this.leave = this.#button("Leave…", () => this.#askToLeave());
@@ -32,7 +33,8 @@ export class OwnPeer {
     this.limits = make("details", {}, make("summary", {}, "Change the limits"), this.form);
     this.limits.addEventListener("toggle", () => this.limits.open && this.#fillForm());
     this.controls = make("div", { className: "controls" }, this.pause, this.leave);
-    section.append(this.facts, this.controls, this.really, this.limits, this.told);
+    section.querySelector(".title").append(this.controls);
+    section.append(this.really, this.told, this.more, this.limits);
   }
 
   show(machine) {
@@ -45,6 +47,16 @@ export class OwnPeer {
     setText(this.pause, machine.paused ? "Resume" : "Pause");
     this.limits.hidden = !machine.running || !machine.limits;
     if (!machine.running) this.really.hidden = true;
+  }
+
+  /** Return `what` that opens where there is room beside the curves, and is always open there. */
+  #foldedOnPhones(...what) {
+    const details = make("details", { className: "more" }, ...what);
+    const isWide = matchMedia("(min-width: 70rem)");
+    const fold = () => (details.open = isWide.matches);
+    isWide.addEventListener("change", fold);
+    fold();
+    return details;
   }
 
   #button(text, act) {

@@ -63,6 +63,7 @@ const draw = {
   },
   learning(learning) {
     charts.show(learning);
+    setText(get("loss-help"), learning.help);
     setText(get("sources"), learning.sources ? `held-out by source: ${learning.sources}` : "");
   },
   pipeline(stages) {

@@ -13,20 +13,20 @@ export function perSecond(speed) {
 /** Columns: name, class, and the text of a row's cell at a time (Unix seconds). */
 const COLUMNS = [
   ["Name", "name", null],
-  ["Share", "number", (row) => row.share],
-  ["Tokens", "number", (row) => row.work],
-  ["Tokens/s", "number", (row) => perSecond(row.speed)],
-  ["Doing", "", (row) => row.doing || row.stages || (row.round >= 0 ? `round ${row.round}` : row.bootstrap && row.here ? "bootstrap" : "")],
+  ["Share", "number share", (row) => row.share],
+  ["Tokens", "number tokens", (row) => row.work],
+  ["Tokens/s", "number speed", (row) => perSecond(row.speed)],
+  ["Doing", "doing", (row) => row.doing || row.stages || (row.round >= 0 ? `round ${row.round}` : row.bootstrap && row.here ? "bootstrap" : "")],
   ["Trains on", "device", (row) => row.device],
-  ["Heard", "number", (row, now) => (row.me || !row.heard ? "" : ago(now - row.heard))],
-  ["Reached", "", (row) => row.reached],
+  ["Heard", "number heard", (row, now) => (row.me || !row.heard ? "" : ago(now - row.heard))],
+  ["Reached", "reached", (row) => row.reached],
 ];
 
 export class PeerTable {
   /** Put a table into `section`, with only the columns of those names. */
   constructor(section, caption, names) {
     this.columns = COLUMNS.filter(([name]) => names.includes(name));
-    this.body = make("tbody");
+    this.body = make("tbody", { role: "rowgroup" });
     this.lines = new Map();
     this.rows = [];
     this.begin = 0;
@@ -46,12 +46,12 @@ export class PeerTable {
     this.place = make("span", { className: "quiet", role: "status" });
     this.pages = make("div", { className: "pages" }, this.more, this.fewer, this.previous, this.place, this.next);
     this.empty = make("p", { className: "quiet" });
-    const heads = this.columns.map(([name, kind]) => make("th", { scope: "col", className: kind }, name));
+    const heads = this.columns.map(([name, kind]) => make("th", { scope: "col", role: "columnheader", className: kind }, name));
     this.table = make(
       "table",
-      { className: "peers" },
+      { className: "peers", role: "table" },
       make("caption", { className: "unseen" }, caption),
-      make("thead", {}, make("tr", {}, ...heads)),
+      make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...heads)),
       this.body,
     );
     section.append(make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: caption }, this.table), this.empty, this.pages);
@@ -123,10 +123,11 @@ export class PeerTable {
   }
 
   #line() {
-    const line = make("tr");
+    // with roles: on a phone a line is laid out as a card, which would cost a table its meaning for some screen readers
+    const line = make("tr", { role: "row" });
     for (const [, kind] of this.columns) {
-      if (kind !== "name") line.append(make("td", { className: kind }));
-      else line.append(make("th", { scope: "row" }, make("bdi"), make("span", { className: "quiet" }), make("span", { className: "you" })));
+      if (kind !== "name") line.append(make("td", { className: kind, role: "cell" }));
+      else line.append(make("th", { scope: "row", role: "rowheader" }, make("bdi"), make("span", { className: "quiet" }), make("span", { className: "you" })));
     }
     return line;
   }

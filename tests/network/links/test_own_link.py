@@ -8,8 +8,8 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
+from own_link import Address, OwnLink
 
-from swarmtrain.network.links.own_link import Address, OwnLink
 from swarmtrain.network.links.proxy import LinkShape
 
 SIZE_BYTES = 60_000

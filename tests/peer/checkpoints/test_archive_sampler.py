@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +14,13 @@ from patience import PATIENCE_S
 
 from swarmtrain.data.tokens import tokenizer_from_bytes_untrusted
 from swarmtrain.errors import UserError
-from swarmtrain.events import EvalEvent, Event
+from swarmtrain.events import EvalEvent, Event, WarningEvent
 from swarmtrain.machine_memory import Memory
 from swarmtrain.model.run_model import build_run_model
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.checkpoints import archive_sampler
-from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler
+from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler, rest_s
 from swarmtrain.peer.lifecycle.node import held_out_loss_of, save_weights
 from swarmtrain.protocol.history import HistoryPoint, TextSample
 from swarmtrain.protocol.tokens.progress import Progress
@@ -59,9 +61,11 @@ class Measured:
             published, folder, self.events.append, lambda point, sample: self.records.append((point, sample))
         )
 
-    def archive(self, round: int, tokens: int) -> Progress:
+    def archive(self, round: int, tokens: int, *, has_diverged: bool = False) -> Progress:
         progress = Progress(round=round, run_tokens=tokens)
         model = build_run_model(self.published.run, None)
+        if has_diverged:
+            next(iter(model.trained_tensors())).data.fill_(math.nan)
         save_weights(self.folder, dict(model.trained_parameters()), self.published, progress, None)
         return progress
 
@@ -83,6 +87,16 @@ def test_the_loss_is_the_models_and_the_sample_continues_held_out_text(published
     assert again.records[0][1].text == sample.text, "the same round writes the same"
 
 
+def test_a_loss_that_is_not_finite_is_told_once(published: PublishedRun, tmp_path: Path) -> None:
+    measured = Measured(published, tmp_path / "archive")
+    for round in (3, 4):
+        measured.sampler.measure(measured.archive(round, 1000 * round, has_diverged=True))
+    (warning,) = measured.events
+    assert isinstance(warning, WarningEvent) and warning.code == "training-diverged" and not measured.records
+    measured.sampler.measure(measured.archive(5, 5000))
+    assert isinstance(measured.events[-1], EvalEvent) and len(measured.records) == 1, "it has come back"
+
+
 def test_an_archive_that_is_not_the_one_offered_is_left_alone(published: PublishedRun, tmp_path: Path) -> None:
     measured = Measured(published, tmp_path / "archive")
     measured.archive(4, 5000)
@@ -98,6 +112,12 @@ def test_without_room_it_is_not_tried(published: PublishedRun, tmp_path: Path, m
     monkeypatch.setattr(archive_sampler, "machine_memory", lambda: Memory(total_bytes=10**9, available_bytes=1000))
     with pytest.raises(MemoryError):
         measured.sampler.measure(progress)
+
+
+@pytest.fixture(autouse=True)
+def not_nice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the lowest priority, a thread may wait for minutes beside other programs."""
+    monkeypatch.setattr(archive_sampler, "_NICE", 0)
 
 
 @pytest.fixture
@@ -145,6 +165,39 @@ def test_the_newest_that_was_offered_meanwhile_comes_next(rests: Any) -> None:
     slow.offer(Progress(round=5))
     slow.close()
     assert slow.measured == [1, 4], "it has ended"
+
+
+def test_it_rests_by_what_it_took_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen on a busy machine: half a second of work lasted ten, and a run of six minutes had two points."""
+    rests: list[float] = []
+    clocks = {"thread_time": 100.0, "monotonic": 7000.0}
+
+    class Busy(Slow):
+        def measure(self, progress: Progress) -> None:
+            super().measure(progress)
+            clocks["thread_time"] += 0.5
+            clocks["monotonic"] += 10.0
+
+    def rest(processor_s: float) -> float:
+        rests.append(processor_s)
+        return 0.0
+
+    told = {name: lambda name=name: clocks[name] for name in clocks}
+    monkeypatch.setattr(archive_sampler, "time", SimpleNamespace(**told))
+    monkeypatch.setattr(archive_sampler, "rest_s", rest)
+    busy = Busy()
+    busy.offer(Progress(round=1))
+    assert busy.began.acquire(timeout=PATIENCE_S)
+    busy.offer(Progress(round=2))
+    busy.let_go.release()
+    assert busy.began.acquire(timeout=PATIENCE_S)
+    busy.close()
+    assert rests == [0.5]
+
+
+def test_a_twentieth_of_a_processor() -> None:
+    assert rest_s(1.0) == 19.0 and rest_s(10.0) == 190.0
+    assert rest_s(0.0) == 2.0, "an archive that could not be read is not tried at once"
 
 
 def test_it_ends_while_it_rests(rests: Any) -> None:

@@ -22,6 +22,8 @@ from recorded_rank import DIGESTS, FITTING, digest
 from torch import Tensor
 
 from swarmtrain.algorithm.batch import join_rows, num_targets
+from swarmtrain.algorithm.common_step import NUM_MOMENTS, CommonOptimizer, CommonStep
+from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.data.batches import Batches
 from swarmtrain.errors import Problem, RunTimeError
 from swarmtrain.model.gpt import build_model
@@ -31,7 +33,7 @@ from swarmtrain.peer.devices.rank_group import RankGroup, loopback_interface
 from swarmtrain.peer.devices.rank_process import RankWork
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.training.gradients import add_gradient
-from swarmtrain.peer.training.loop import ModelLoop
+from swarmtrain.peer.training.loop import ModelLoop, inner_constants
 from swarmtrain.protocol.devices import Precision
 from swarmtrain.run import RunFile
 
@@ -222,6 +224,31 @@ def test_a_resumed_peer_has_the_bits_of_an_uninterrupted_one_until_its_rank_stan
     finally:
         again.loop.end()
     assert not other.is_running() and not again.folder.exists()
+
+
+def test_common_steps_of_two_ranks_are_those_of_one() -> None:
+    merge = {"method": "batch", "target_tokens": 3 * 16 * BATCH}
+    run = RunFile.model_validate({**RUN.model_dump(include={"run", "model", "inner"}), "merge": merge})
+    after = []
+    for others in ((), (CPU,)):
+        compute = ComputeDevice(others=others, microbatch_sequences=2)
+        loop = ModelLoop(run, build_model(run.model, 0), batches_at(), compute=compute)
+        optimizer = CommonOptimizer(loop.parameters.shapes, inner_constants(run))
+        theta = loop.parameters.read()
+        state = OuterState(theta, torch.zeros(NUM_MOMENTS * len(theta)))
+        for number in range(1, 6):
+            before = loop.parameters.read()
+            for _ in range(3):
+                loop.take_step(number / 10)
+            assert torch.equal(loop.parameters.read(), before), "its steps leave the weights as they are"
+            gradient, targets = loop.mean_gradient()
+            assert targets == run.target_tokens
+            state = optimizer.step(state, gradient, CommonStep(number, number / 10))
+            loop.parameters.write(state.theta)
+        loop.close()
+        assert (state.theta - theta).abs().max() > 1e-2
+        after.append(state.theta)
+    assert (after[0] - after[1]).abs().max() <= 1e-6
 
 
 def test_a_rank_that_does_not_start_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:

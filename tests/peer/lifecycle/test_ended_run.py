@@ -19,7 +19,7 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import OuterState, flatten
 from swarmtrain.data.batches import Batches
 from swarmtrain.data.tokens import MAGIC, ByteTokenizer
-from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, Event, WarningEvent
+from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, Event, WarningEvent, to_json_line
 from swarmtrain.model.export import load_exported
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.network.codec import tensor_specs
@@ -167,6 +167,13 @@ class Life:
     def leave(self, theta: Tensor) -> None:
         leave_model(self.folder, self.published, theta)
 
+    def diverge(self) -> None:
+        """Let one of its own weights be no number."""
+        replica = self.training.session.replica
+        theta = replica.state.theta.clone()
+        theta[3] = math.nan
+        replica.state = OuterState(theta, replica.state.momentum)
+
     def live(self) -> DoneEvent:
         """Play what is left of its life if the run has all its tokens."""
         self.training._take_present()
@@ -248,6 +255,38 @@ def test_a_first_life_that_ends_alone_writes_its_model(tmp_path: Path) -> None:
     assert torch.equal(model_in(life.folder), life.own) and not life.said()
 
 
+@pytest.mark.parametrize("diverged", ["both", "the consensus", "its own"])
+def test_a_final_model_without_a_finite_loss_is_saved_and_told(tmp_path: Path, diverged: str) -> None:
+    """Seen: no event can hold a NaN, so the peer failed with the loss in its hand, before it saved."""
+    life = Life(tmp_path)
+    life.last = life.later
+    if diverged != "the consensus":
+        life.diverge()
+    if diverged != "its own":
+        life.last[3] = math.nan
+    done = life.live()
+    assert torch.equal(model_in(life.folder).nan_to_num(), life.last.nan_to_num())
+    told = [event for event in life.events if isinstance(event, EvalEvent)]
+    if diverged == "its own":
+        assert done.held_out_loss == told[0].held_out_loss and told[0].own_loss is None and not life.said()
+    else:
+        assert done.held_out_loss is None and life.said() == ["training-diverged"] and not told
+        assert "not a finite number" in (life.folder.model_path / "README.md").read_text()
+    assert (done.own_loss is not None) is (diverged == "the consensus")
+    assert done.reason == "total_tokens" and all(to_json_line(event) for event in [*life.events, done])
+
+
+def test_a_peer_that_is_stopped_between_a_loss_that_is_not_finite_and_the_end_still_ends(tmp_path: Path) -> None:
+    life = Life(tmp_path)
+    life.diverge()
+
+    def is_asked(theta: Tensor) -> Tensor:
+        raise Interrupted
+
+    life.training.exchange.final_theta = is_asked
+    assert life.live().held_out_loss is None
+
+
 def test_a_model_of_another_run_is_not_taken_for_this_ones(tmp_path: Path) -> None:
     folder, published = PeerFolder(tmp_path), published_run()
     leave_model(folder, published, weights_of(published, 2))
@@ -318,6 +357,25 @@ def test_a_final_model_that_cannot_write_ends_its_run_all_the_same(
     peer._measure_and_save()
     told = history.message()
     assert [point.held_out_loss for point in told.points] == [peer.loss.nats_per_byte] and not told.HasField("sample")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bootstrap_saves_a_final_model_without_a_finite_loss(tmp_path: Path, kind: str) -> None:
+    peer, events = boot(tmp_path, KINDS[kind])
+    peer.settings = dataclasses.replace(peer.settings, samples_archive=True)
+    theta = weights_of(peer.published, 4)
+    theta[3] = math.nan
+    peer.has_news = True
+    has(peer, theta)
+    peer._measure_and_save()
+    assert torch.equal(model_in(peer.folder).isnan(), theta.isnan())
+    assert [getattr(event, "code", event) for event in events] == ["training-diverged"]
+    assert peer.ended("total_tokens", TOTAL).held_out_loss is None
+    again, events = boot(tmp_path, KINDS[kind])
+    has(again, weights_of(peer.published, 5))
+    again._measure_and_save()
+    assert [getattr(event, "code", event) for event in events] == ["training-diverged", "run-had-ended"]
+    assert bool(model_in(peer.folder).isnan().any()), "it stays as it is"
 
 
 @pytest.mark.parametrize("kind", KINDS)

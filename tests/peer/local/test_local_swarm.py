@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from codes import raises_code
 
-from swarmtrain.cli.local import _again
+from swarmtrain.cli.local import _again, _Plan, _train
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, WarningEvent
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.local.swarm import LocalSwarm
+from swarmtrain.run import RunFile
 
 _PEER = """
 import json, os, signal, sys, time
@@ -201,3 +204,34 @@ def test_a_child_of_a_child_that_stays_is_not_waited_for(tmp_path: Path, monkeyp
     finally:
         os.close(write)  # ends the one that stayed
         os.close(read)
+
+
+_DIVERGED = """
+import json, sys
+name = sys.argv[sys.argv.index("--name") + 1]
+done = {"event": "done", "name": name, "held_out_loss": None, "tokens": 9, "run_tokens": 9, "wall_s": 1.0,
+    "reason": "total_tokens"}
+if name == "bootstrap":
+    print(json.dumps({"event": "invite", "name": name, "line": "", "invite": "st1", "run_sha256": "", "addresses": []}))
+    print(json.dumps({"event": "warning", "name": name, "message": "not a finite number", "code": sys.argv[1]}))
+print(json.dumps(done), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "code"), [("training-diverged", "training-diverged"), ("archive-not-written", "loss-not-measured")]
+)
+def test_a_run_whose_final_loss_is_not_finite_says_where_its_model_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: str
+) -> None:
+    start = LocalSwarm.start
+
+    def start_told(self: LocalSwarm, name: str, arguments: object, program: object = ()) -> None:
+        start(self, name, [said], ("-c", _DIVERGED))
+
+    monkeypatch.setattr(LocalSwarm, "start", start_told)
+    run = RunFile.model_validate({"run": {"total_tokens": 10_000}})
+    plan = _Plan([], run, tmp_path, [[]], True, None)
+    with raises_code(code, RunTimeError) as raised:
+        _train(plan, StopFlag(), cast(Any, SimpleNamespace(start=lambda: None)))
+    assert (str(tmp_path / "bootstrap" / "model") in str(raised.value)) is (code == "training-diverged")

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from swarmtrain.protocol.archive.load import archive_bytes, archive_every_s, archived_sources
+from swarmtrain.protocol.archive.load import (
+    archive_bytes,
+    archive_every_s,
+    archived_sources,
+    is_early_archive_due,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,3 +33,22 @@ def test_a_large_one_so_that_links_are_free_for_merging() -> None:
     assert archive_every_s(60, 90, 57_000_000) == 900
     assert archive_every_s(60, 900, 57_000_000) == 1800
     assert archive_every_s(7200, 900, 57_000_000) == 7200
+
+
+@pytest.mark.parametrize(
+    ("gained", "since_s", "took_s", "every_s", "parameters", "due"),
+    [
+        (0.05, 6.0, 0.1, 60.0, 460_000, True),
+        (0.04, 59.0, 0.1, 60.0, 460_000, False),  # a 24th of the run is not over yet
+        (0.05, 4.0, 0.1, 60.0, 460_000, False),
+        (0.05, 20.0, 2.0, 60.0, 460_000, False),  # of slow links
+        (0.05, 41.0, 2.0, 60.0, 460_000, True),
+        (0.05, 200.0, 0.1, 3600.0, 460_000, False),  # the run file wants few
+        (0.05, 301.0, 0.1, 3600.0, 460_000, True),
+        (0.05, 50.0, 0.1, 60.0, 5_000_000, False),  # large
+    ],
+)
+def test_a_short_run_of_a_small_model_is_archived_more_often(
+    gained: float, since_s: float, took_s: float, every_s: float, parameters: int, due: bool
+) -> None:
+    assert is_early_archive_due(gained, since_s, took_s, every_s, parameters) is due

@@ -5,7 +5,8 @@ from __future__ import annotations
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.rounds.link_claims import AveragingTimes, LinkClaims
 from swarmtrain.protocol.rounds.roles import LinkRates
-from swarmtrain.protocol.rounds.rosters import piece_due_s
+from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication
+from swarmtrain.protocol.rounds.share_waits import ShareWaits, piece_due_s
 
 BODY, NUM_CHUNKS = 25_000_000, 96
 MBIT = 125_000.0
@@ -95,3 +96,63 @@ def test_one_that_tells_of_a_link_that_crawls_makes_nobody_wait_for_hours() -> N
     assert due_s(crawls) == LIMIT_S / 4, "b may have to wait for d's bytes, but not for all of them"
     assert due_s(honest, 1150.0) == 150.0 + 50.0, "pieces come as fast as the slowest sends"
     assert due_s(honest, 1790.0) == 4 * 200.0, "an owner that sends one now and then"
+
+
+def roster(shares: tuple[int, ...], peers: str = "abcdef") -> Roster:
+    entries = tuple(RoundPublication(peer=peer, snapshot=peer, tokens=1, inner_steps=1) for peer in peers)
+    return Roster(round=0, signer="a", entries=entries, shares=shares)
+
+
+def test_a_signer_cannot_give_one_peer_more_than_three_equal_shares() -> None:
+    some = claims(link(10), **{peer: link(100) for peer in "bcdef"})
+    for shares in ((), (0, 48, 48, 0, 0, 0), (16,) * 6):
+        assert some.bounded(roster(shares)) == (roster(shares), "")
+    for shares in ((0, 96, 0, 0, 0, 0), (0, 49, 47, 0, 0, 0)):
+        bounded, flaw = some.bounded(roster(shares))
+        assert bounded == roster(()) and bounded.digest == roster(shares).digest, "all take the same mean"
+        assert flaw == f"a roster by which b averages {max(shares)} of 96 chunks of the mean, more than 48"
+
+
+def test_where_few_can_be_dialled_they_may_average_everything_in_equal_shares() -> None:
+    told = {peer: link(100, can_be_dialled=False) for peer in "cdefgh"}
+    some = claims(link(10), b=link(100), **told)
+    shares = some.shares(list("abcdefgh"), NUM_CHUNKS, BODY)
+    assert shares == (48, 48, 0, 0, 0, 0, 0, 0), "however fast b is"
+    assert some.bounded(roster(shares, "abcdefgh")) == (roster(shares, "abcdefgh"), "")
+    assert some.bounded(roster((0, 96, 0, 0, 0, 0, 0, 0), "abcdefgh"))[0].shares == ()
+    nobody = claims(link(10, can_be_dialled=False), b=link(100, can_be_dialled=False), **told)
+    assert nobody.bounded(roster((96, 0, 0, 0, 0, 0, 0, 0), "abcdefgh"))[1]
+
+
+def waits(crawls: float, num: int = 3) -> ShareWaits:
+    """Waits of the last of `num` peers, which has no share, for shares of 48, 24 and 24 chunks; the first owner tells
+    of a link with which it needs `crawls` seconds, the others ten."""
+    times = AveragingTimes(crawls, (crawls, *[10.0] * (num - 1), 10.0))
+    return ShareWaits(1000.0, (48, *[48 // (num - 1)] * (num - 1), 0), num, times, silence_s=5.0)
+
+
+def test_an_owner_that_sends_nothing_is_measured_by_the_others() -> None:
+    some = waits(crawls=600.0)
+    assert some.due_s(0) == 2200.0, "twice what it says that it needs"
+    some.came(1, 24, 1008.0)
+    assert some.due_s(0) == 1032.0, "half of what the others average has come in 8 s"
+    assert some.due_s(2) == 1150.0, "of the others of number 2 only a third has come"
+    some.came(0, 3, 1030.0)
+    assert some.due_s(0) == 1064.0, "it has sent something"
+    some.came(2, 24, 1060.0)
+    assert some.due_s(0) == 1064.0, "more that comes later does not move it"
+
+
+def test_beside_others_that_are_fast_an_owner_still_has_the_time_of_a_silence() -> None:
+    some = waits(crawls=10.0)
+    some.came(1, 24, 1000.1)
+    assert some.due_s(0) == 1005.0
+
+
+def test_an_owner_of_all_and_equal_shares_are_waited_for_as_told() -> None:
+    alone = ShareWaits(1000.0, (96, 0), 1, AveragingTimes(20.0, (20.0, 20.0)), silence_s=5.0)
+    assert alone.due_s(0) == 1040.0
+    equal = ShareWaits(1000.0, (48, 48), 1, None, silence_s=5.0)
+    assert equal.due_s(0) == float("inf"), "its own share takes as long"
+    equal.own_is_ready(1010.0)
+    assert equal.due_s(0) == 1030.0

@@ -16,6 +16,7 @@ from swarmtrain.protocol.rounds.roles import (
     divide,
     equal_shares,
     known_rates,
+    largest_share,
     share_pieces,
 )
 
@@ -55,7 +56,7 @@ def program_s(links: Sequence[LinkRates], body_bytes: float) -> float:
     for i in range(num):
         others = [j for j in range(num) if j != i]
         for j in range(num):  # the product's own limit
-            at_most(0.0, (at["g", j, i], 1.0), (slowest, -3 / owners))
+            at_most(0.0, (at["g", j, i], 1.0), (slowest, -max(3 / num, 1 / owners)))
         at_most(0.0, (slowest, 1.0), *((at["g", j, i], -1.0) for j in range(num)))
         for j, k in itertools.product(range(num), range(num)):  # j averages no faster than any k sends
             at_most(0.0, (at["g", j, i], 1.0), (at["a", k, j], -1.0))
@@ -121,7 +122,7 @@ def test_equal_links_have_equal_shares(num: int, num_chunks: int, rate: float) -
 def test_fast_links_average_much_and_slow_ones_nothing() -> None:
     hidden = LinkRates(50 * MBIT, 50 * MBIT, can_be_dialled=False)
     roles = divide([*of_mbit(10, 20, 50, 100, 200), hidden], 1000, BODY)
-    assert roles.shares == (0, 0, 50, 350, 600, 0)
+    assert roles.shares == (0, 0, 83, 417, 500, 0)
     assert roles.averaging_s == pytest.approx(BODY / (10 * MBIT)), "its own upload takes the slowest link so long"
     equal = equal_shares(1000, [True] * 5 + [False])
     assert averaging_s([*of_mbit(10, 20, 50, 100, 200), hidden], equal, BODY) == pytest.approx(1.8 * 80)
@@ -137,7 +138,13 @@ def test_whoever_boasts_gets_three_times_an_equal_share_at_most() -> None:
 @given(groups, st.integers(1, 300))
 def test_no_share_is_larger_than_three_equal_ones(links: list[LinkRates], num_chunks: int) -> None:
     owners = sum(link.can_be_dialled for link in links) or len(links)
-    assert max(divide(links, num_chunks, BODY).shares) <= math.ceil(3 * num_chunks / owners)
+    assert max(divide(links, num_chunks, BODY).shares) <= largest_share(num_chunks, len(links), owners)
+
+
+def test_the_largest_share_does_not_depend_on_who_can_be_dialled_unless_few_can() -> None:
+    assert [largest_share(96, 8, dialled) for dialled in (8, 5, 3)] == [36, 36, 36]
+    assert [largest_share(96, 8, dialled) for dialled in (2, 1)] == [48, 96]
+    assert largest_share(1, 8, 8) == 1 and largest_share(10, 2, 2) == 10
 
 
 anything = st.floats(0.0, math.inf) | st.just(math.nan)

@@ -29,11 +29,11 @@ from swarmtrain.protocol.rounds.rosters import (
     peers_to_ask,
     pulls_whole,
     round_steps,
-    share_due_s,
     share_ranges,
     standing,
     standings,
 )
+from swarmtrain.protocol.rounds.share_waits import share_due_s
 
 
 def offer(peer: str, base: str = "") -> RoundPublication:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -94,3 +95,56 @@ def test_one_that_tells_of_a_link_that_it_does_not_have_is_believed_less() -> No
     assert shares[0] == SETTINGS.num_chunks / 2, "it was believed at first, and got as much as anybody can"
     assert shares[-1] < shares[0] / 4
     assert len(set(world.digests(5).values())) == 1
+
+
+def with_a_liar(share: float | None, told_mbit: float = 0.0, sends_every_s: float = math.inf) -> float:
+    """Let the lowest peer sign rosters that give p3 this part of the mean (None: equal shares), and p3 send a piece of
+    it every so many seconds. Return the seconds from the first roster to the last other volunteer that has the mean."""
+    world = SynchronousWorld(replace(SETTINGS, inner_steps=590))
+    for number, rate in enumerate(SIX):
+        told = told_mbit * MBIT if number == 3 else 0.0
+        link = SimulatedLink(latency_s=0.0125, bytes_per_s=rate * MBIT, told_bytes_per_s=told)
+        world.join(f"p{number}", steps_per_s=1.0, link=link)
+
+    def lies(peers: Sequence[str], num_chunks: int, body_bytes: int) -> tuple[int, ...]:
+        if share is None:
+            return ()
+        its, others = int(share * num_chunks), [peer for peer in peers if peer != "p3"]
+        rest = dict(zip(others, equal_shares(num_chunks - its, [True] * len(others)), strict=True))
+        return tuple(rest.get(peer, its) for peer in peers)
+
+    world.peers["p0"].engine.claims.shares = lies  # type: ignore[method-assign]
+    transfers, next_s = world.peers["p3"].transfers, 0.0
+    keep = transfers.keep
+
+    def keep_back(what: str) -> None:
+        nonlocal next_s
+        if not what.startswith("share-of-"):
+            keep(what)
+        elif sends_every_s < math.inf:
+            next_s = max(next_s, world.clock.now) + sends_every_s
+            world.at(next_s, keep, what)
+
+    transfers.keep = keep_back  # type: ignore[method-assign]
+    others = [peer for name, peer in world.peers.items() if name != "p3"]
+    while any(peer.round < 1 for peer in others):
+        world.clock.step()
+    assert len({peer.digest_at[1] for peer in others}) == 1
+    signed = [event.time_s for event in world.events("signed")]
+    return world.clock.now - signed[0]
+
+
+@pytest.mark.parametrize("told_mbit", [100.0, 0.26])
+def test_a_signer_that_gives_all_to_an_accomplice_delays_as_one_silent_owner(told_mbit: float) -> None:
+    """`docs/results/untrusted-peers.md` has what it took before."""
+    equal_s = with_a_liar(None)
+    took_s = {
+        "all, nothing": with_a_liar(1.0, told_mbit),
+        "all, every 20 s": with_a_liar(1.0, told_mbit, sends_every_s=20.0),
+        "half, nothing": with_a_liar(0.5, told_mbit),
+        "half, every 20 s": with_a_liar(0.5, told_mbit, sends_every_s=20.0),
+    }
+    print(f"told {told_mbit} Mbit/s: equal {equal_s:.1f} s", *(f"{case} {each:.1f} s" for case, each in took_s.items()))
+    assert took_s["all, nothing"] == pytest.approx(equal_s) and took_s["all, every 20 s"] <= equal_s
+    assert took_s["half, nothing"] <= 1.6 * equal_s, "the most that it may give"
+    assert took_s["half, every 20 s"] <= 2.2 * equal_s

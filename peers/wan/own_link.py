@@ -1,7 +1,7 @@
-"""Emulate the link of one peer that has a network of its own, such as a container.
+"""Emulate the link of one peer that has a network of its own: a container of wan.yaml, started by start.py.
 
 Where all peers of a swarm are on one machine, `proxy` knows both ends of a connection. Here each peer carries its own
-half: the firewall of its network redirects what it dials and what others dial to us (peers/wan/), and we connect to the
+half: the firewall of its network redirects what it dials and what others dial to us (start.py), and we connect to the
 original target. What the peer sends passes the line up, what it receives the line down, both with the link's delay; at
 the other end the other peer's link does the same.
 """
