@@ -340,6 +340,8 @@ NEEDS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     old_folder_counts_anew: ("old folder",),
     first_sightings_earn_from_the_beginning: ("liar joins",),
     one_source_is_believed: ("liar joins",),
+    boasts_are_believed: ("lie: boasts", "lie: whole batch"),
+    late_signer_asks_nobody: ("lie: never ends",),
 }
 """Kinds of faults without which a broken rule cannot show: schedules without them are not played."""
 

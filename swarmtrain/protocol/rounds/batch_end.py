@@ -40,6 +40,8 @@ _MOST_TIMES_MEDIAN = 8.0
 larger one lets a liar end batches sooner, a smaller one fails volunteers that are much faster than the others."""
 _MISSED_ROSTERS = 2
 """Rosters in a row without a peer after which it is not counted."""
+_MOST_RATES = 256
+"""Peers whose rates are kept: identities cost nothing."""
 _FOLLOWS_COUNTED = 0.5, 0.125
 """Shares of the batch from which on another peer's end is followed: at once, and after half of `max_wait_s`. This is
 for peers that rosters have counted."""
@@ -109,8 +111,7 @@ class BatchEnd:
     started_s: float = 0.0
     """Time at which this peer began to add up gradients for the batch."""
     _rates: dict[str, float] = field(default_factory=dict)
-    """Tokens per second of each peer that the last roster with others counted, this one included; 0 for one that the
-    last two left out."""
+    """Tokens per second of each peer that rosters with others have counted, this one included, the latest last."""
     _missed: dict[str, int] = field(default_factory=dict)
     """Number of rosters in a row that each peer was not on, although it was there."""
     _seen: set[str] = field(default_factory=set)
@@ -149,7 +150,6 @@ class BatchEnd:
         # A copy, because another thread may ask for the share meanwhile.
         if not lists_this_peer:
             self._missed = {peer: times for peer, times in self._missed.items() if peer not in tokens}
-            self._rates = {peer: rate for peer, rate in self._rates.items() if rate > 0 or peer not in tokens}
             return
         missed = {peer: self._missed.get(peer, 0) + 1 for peer in set(self._seen) if peer not in tokens}
         self._missed = missed
@@ -160,8 +160,13 @@ class BatchEnd:
         rates = {peer: min(rate, most) for peer, rate in found.items()}
         rates = {peer: (rate + (self._rates.get(peer) or rate)) / 2 for peer, rate in rates.items()}
         if len(rates) < 2:  # of this peer alone, which says nothing of the others
-            rates = self._rates
-        self._rates = rates | {peer: 0.0 for peer, times in missed.items() if times >= _MISSED_ROSTERS}
+            return
+        before = {peer: rate for peer, rate in self._rates.items() if peer not in rates}
+        self._rates = dict([*before.items(), *rates.items()][-_MOST_RATES:])
+
+    def _rate(self, peer: str) -> float | None:
+        """Return the tokens per second of a peer: 0 if two rosters have left it out, None if it is not known."""
+        return 0.0 if self._missed.get(peer, 0) >= _MISSED_ROSTERS else self._rates.get(peer)
 
     @property
     def _can_be_overtaken_s(self) -> float:
@@ -183,7 +188,7 @@ class BatchEnd:
                 self._are_ahead = self._are_ahead or info.round > self.round
                 continue
             self._seen.add(info.peer)
-            counted = self._rates.get(info.peer)
+            counted = self._rate(info.peer)
             if counted == 0.0:
                 continue
             said = info.steps_per_s * self.rules.step_tokens
@@ -243,7 +248,7 @@ class BatchEnd:
         `is_overtaken`: the others have gone on, with weights that hold, so that this batch is in vain. It counts from
         half of `max_wait_s` on: until then some may still be a roster behind, and speak for nobody.
         """
-        is_counted = not self._rates or any(self._rates.get(peer, 0.0) > 0 for peer in wanted_by)
+        is_counted = not self._rates or any((self._rate(peer) or 0.0) > 0 for peer in wanted_by)
         if is_overtaken and not is_asking and self._asked_s >= self._can_be_overtaken_s:
             return True
         if now - self.started_s >= self.rules.round_limit_s:
