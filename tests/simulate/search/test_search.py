@@ -303,7 +303,9 @@ def lie(kind: str, peer: int) -> ScheduledFault:
     return ScheduledFault(kind=f"lie: {kind}", peer=peer, at_s=4.0, lasts_s=42.0)
 
 
-def gone(at_s: float, *kinds: str) -> tuple[ScheduledFault, ...]:
+def gone(at_s: float, victims: set[int], num_peers: int) -> tuple[ScheduledFault, ...]:
+    """Kill these at one moment, and halve the others' links."""
+    kinds = ("kill" if peer in victims else "narrow" for peer in range(num_peers))
     return tuple(ScheduledFault(kind=kind, peer=peer, at_s=at_s, lasts_s=20.0) for peer, kind in enumerate(kinds))
 
 
@@ -316,7 +318,7 @@ def gone(at_s: float, *kinds: str) -> tuple[ScheduledFault, ...]:
         ),
         pytest.param(
             batches(
-                (2.0, 10.0, 2.0, 5.0, 2.0, 2.0), 3.0, *gone(7.7, *"kill narrow narrow kill narrow narrow".split()),
+                (2.0, 10.0, 2.0, 5.0, 2.0, 2.0), 3.0, *gone(7.7, {0, 3}, 6),
                 shares=True, seed=58888,
             ),
             id="the next roster is told once it is applied",
