@@ -355,15 +355,16 @@ def _turn(view: RoundView, now: float) -> _Turn:
     """Return whose turn it is to sign.
 
     A candidate's turn ends when it has been silent for `silence_s`. If it has not published, the turn ends at this
-    peer's time limit. If it has published and answers but does not sign, the turn ends `silence_s` after the limit,
-    plus `silence_s` for each candidate that was passed over before.
+    peer's time limit, or once it has had time to answer for the first time. If it has published and answers but does
+    not sign, the turn ends `silence_s` after the limit, plus `silence_s` for each candidate that was passed over
+    before.
     """
     passed_over: set[str] = set()
     idled: set[str] = set()
     for candidate in view.candidates:
         if candidate == view.me:
             break
-        closes_s = view.deadline_s
+        closes_s = max(view.deadline_s, _first_answer_due_s(view, candidate, now))
         if candidate in view.announced:
             closes_s += view.silence_s * (1 + len(passed_over))
         silent_s = _silence_ends_s(view, candidate, now)

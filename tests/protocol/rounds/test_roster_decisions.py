@@ -115,6 +115,9 @@ def test_one_whose_turn_comes_at_the_time_limit_first_asks_those_whom_nobody_has
     assert signed(decide(of_two, 205)) == "bc"
     of_all = view("b", "acde", "bcde", asked_at_s=asked, answered_at_s=dict.fromkeys("acde", 200.0), **told)
     assert signed(decide(of_all, 200.1)) == "bcde"
+    # Nor is one passed over that nobody has asked: it may have signed long ago.
+    others = view("d", "abce", "ad", asked_at_s={"a": 100.0}, answered_at_s={"a": 199.0}, idle=frozenset("a"), **told)
+    assert decide(others, 200) == WaitDecision(until_s=205, reason="b signs the roster")
     # One that it asked when its steps ended has had its time.
     silent = view("b", "ac", "b", asked_at_s={"a": 100.0, "c": 100.0}, heard_at_s={"a": 199.0, "c": 198.0})
     assert signed(decide(silent, 200)) == "b"
