@@ -385,7 +385,7 @@ def test_a_saved_data_set_has_its_files_in_its_folder(home: Home) -> None:
 def test_no_path_of_one_of_several_sources_leads_out(home: Home) -> None:
     for pattern in PATHS:
         named = [
-            {"name": "code"},
+            {"name": "honest", "source": "text", "paths": ["texts/good.txt"]},
             {"name": "own", "source": "text", "paths": [pattern.format(home=home.here, end="txt")]},
         ]
         run = a_run(sources=named, source="python-stdlib", held_out_bytes=8192)

@@ -125,8 +125,8 @@ class DepartureQueue:
         began_s = self._began_s.setdefault(peer, now)  # another thread may have called `waiting` in between
         if is_new:
             self._has_news = True
-        others = [other.peer for other in self._membership.volunteers() if not self._asks(other.peer, now)]
-        return not any(self._membership.heard_s(other) > began_s for other in others)
+        others = (other.peer for other in self._membership.volunteers())
+        return not any(self._membership.heard_s(other) > began_s and not self._asks(other, now) for other in others)
 
     def is_asked(self, now: float) -> bool:
         """Return whether any peer wants to leave now. If so, the bootstrap asks the others whether they stay."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -48,6 +49,13 @@ def losses_of(loop: ModelLoop) -> list[float]:
     return [float(loop.take_step(step / STEPS).loss) for step in range(STEPS)]
 
 
+@functools.cache
+def trained_in(precision: Precision) -> tuple[list[float], Tensor]:
+    """Return a run's losses and its last weights (P,), computed once."""
+    loop = loop_in(precision)
+    return losses_of(loop), loop.parameters.read()
+
+
 def test_precisions_are_those_that_torch_computes_in() -> None:
     assert set(PRECISIONS) == set(DTYPES)
     for precision in PRECISIONS:
@@ -58,7 +66,7 @@ def test_precisions_are_those_that_torch_computes_in() -> None:
 
 @pytest.mark.parametrize("precision", LOWER)
 def test_losses_fall_as_in_fp32(precision: Precision) -> None:
-    full, lower = losses_of(loop_in("fp32")), losses_of(loop_in(precision))
+    (full, _), (lower, _) = trained_in("fp32"), trained_in(precision)
     assert sum(lower[-5:]) < 0.8 * sum(lower[:5])
     assert sum(lower[-5:]) == pytest.approx(sum(full[-5:]), rel=0.02)
     assert lower[0] == pytest.approx(full[0], rel=1e-2) and lower != full, "it is computed in fewer bits"
@@ -109,9 +117,9 @@ def test_a_round_publishes_fp32_and_merges_what_it_published(precision: Precisio
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_same_run_twice_is_the_same_to_the_bit(precision: Precision) -> None:
-    loops = [loop_in(precision) for _ in range(2)]
-    assert losses_of(loops[0]) == losses_of(loops[1])
-    assert torch.equal(loops[0].parameters.read(), loops[1].parameters.read())
+    loop, (losses, weights) = loop_in(precision), trained_in(precision)
+    assert losses_of(loop) == losses
+    assert torch.equal(loop.parameters.read(), weights)
 
 
 def test_only_fp16_scales_its_losses() -> None:

@@ -13,7 +13,7 @@ from learnt import setting, tiny
 from swarmtrain.algorithm.pacing import fewest_inner_steps
 from swarmtrain.simulate.learning.gossip import LearningPeer
 from swarmtrain.simulate.learning.hostile import HostileWorld, gossip
-from swarmtrain.simulate.learning.setting import Setting
+from swarmtrain.simulate.learning.setting import RunOutcome, Setting
 
 pytestmark = pytest.mark.slow
 
@@ -116,9 +116,15 @@ def test_a_rule_bounds_what_an_attack_costs(tmp_path: Path) -> None:
     assert alone.named_hostile == 0
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> RunOutcome:
+    """What honest volunteers learn where the hostile one is not there."""
+    return gossip(hostile(tmp_path_factory.mktemp("absent"), "absent"))
+
+
 @pytest.mark.parametrize("attack", ["copycat", "tokens", "speed"])
-def test_what_hostile_ones_train_does_not_count(attack: str, tmp_path: Path) -> None:
-    alone, one = (gossip(hostile(tmp_path, each)) for each in ("absent", attack))
+def test_what_hostile_ones_train_does_not_count(attack: str, tmp_path: Path, alone: RunOutcome) -> None:
+    one = gossip(hostile(tmp_path, attack))
     assert one == gossip(hostile(tmp_path, attack)), "bit by bit"
     assert sum(one.peer_tokens) == one.tokens and one.peer_tokens[-1] == 0
     assert one.tokens == alone.tokens and one.inner_steps == alone.inner_steps
