@@ -81,6 +81,11 @@ class Settings:
     """With `transfers_share_links`: True if who averages how much follows from the links, else all shares are equal."""
 
     @property
+    def target_tokens(self) -> int:
+        """Tokens of the first large batch; 0 without any."""
+        return 0 if self.target is None else self.target.first_tokens
+
+    @property
     def num_chunks(self) -> int:
         """Chunks of a publication, of which shares are made."""
         return math.ceil(self.publication_bytes / CHUNK_BYTES)

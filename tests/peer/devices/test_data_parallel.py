@@ -242,7 +242,7 @@ def test_common_steps_of_two_ranks_are_those_of_one() -> None:
                 loop.take_step(number / 10)
             assert torch.equal(loop.parameters.read(), before), "its steps leave the weights as they are"
             gradient, targets = loop.mean_gradient()
-            assert targets == run.target_tokens
+            assert targets == run.batch_target.first_tokens
             state = optimizer.step(state, gradient, CommonStep(number, number / 10))
             loop.parameters.write(state.theta)
         loop.close()
