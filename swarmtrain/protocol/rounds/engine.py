@@ -384,6 +384,8 @@ class RoundEngine(Generic[Envelope, Link]):
                     return [*commands, *self._over(known, now), ev.FinishRound(one)]
                 if not known.merging:
                     known.merging = merging
+                    if len(one.roster.entries) > self.rules.share_above:
+                        known.fetched.clear()  # such a merge ends the pulls of whole publications
                     roster, flaw = self.claims.bounded(one.roster)
                     if flaw:
                         commands.append(ev.NamePeer(roster.signer, flaw, "bad-size"))

@@ -491,9 +491,11 @@ def _announced(view: RoundView) -> frozenset[str]:
 def pulls_whole(view: RoundView) -> bool:
     """Return whether the group is small: everyone pulls every publication, and a roster lists what its signer holds.
 
-    Late joiners count once they have published.
+    Late joiners count too, since they publish soon, and so do those that hold the roster already: where everyone begins
+    to pull everything because some of the group are late, the slowest link carries all that once more for each peer.
     """
-    return max(len(view.live) + 1, len(_announced(view))) <= view.share_above
+    group = view.live | view.late_joiners | view.ahead
+    return max(len(group) + 1, len(_announced(view))) <= view.share_above
 
 
 def peers_to_ask(view: RoundView, now: float) -> list[str]:

@@ -412,9 +412,14 @@ def test_standings() -> None:
 
 
 def test_a_group_whose_signer_lists_only_what_it_holds_pulls_everything() -> None:
-    """Guests that publish nothing make it no larger: else the signer waits for bytes that nobody pulls."""
-    small = view("a", "b", published="ab", held=frozenset("a"), share_above=2, late_joiners=frozenset("gh"))
+    """One rule for both: else the signer would wait for bytes that nobody pulls."""
+    small = view("a", "b", published="ab", held=frozenset("a"), share_above=2)
     assert isinstance(decide(small, 101), WaitDecision) and pulls_whole(small)
+    for late in ({"late_joiners": frozenset("g")}, {"ahead": frozenset("g")}):
+        large = view("a", "b", published="ab", held=frozenset("a"), share_above=2, **late)
+        assert not pulls_whole(large), "or a slow link carries everything once for each peer because one is late"
+    with_guest = view("a", "b", published="ab", held=frozenset("a"), share_above=2, late_joiners=frozenset("g"))
+    assert signed(decide(with_guest, 101)) == "ab", "nobody waits for what a guest may publish"
     assert not pulls_whole(view("a", "b", published="abg", share_above=2, late_joiners=frozenset("g")))
     assert signed(decide(view("a", "bc", published="abc", held=frozenset("a"), share_above=2), 101)) == "abc"
 

@@ -370,6 +370,22 @@ def test_a_roster_that_names_what_this_peer_never_published_is_not_merged_again(
     assert not of_kind(wakes(engine, 10.1), ev.MergeRoster, ev.SignRoster), "it is b's turn"
 
 
+def test_a_roster_that_gives_one_peer_too_much_is_merged_in_equal_shares_and_its_signer_named() -> None:
+    engine, right = engine_of("c", "b", "d", "e"), roster_of("b", "c", "d", "e")
+    fair, wrong = replace(right, shares=(72, 24, 0, 0)), replace(right, shares=(73, 23, 0, 0))
+    assert of_kind(ended_with(engine, fair), ev.MergeRoster, ev.NamePeer) == [ev.MergeRoster(signed(fair))]
+    engine = engine_of("c", "b", "d", "e")
+    said = "a roster by which b averages 73 of 96 chunks of the mean, more than 72"
+    assert of_kind(ended_with(engine, wrong), ev.MergeRoster, ev.NamePeer) == [
+        ev.NamePeer("b", said, "bad-size"),
+        ev.MergeRoster(signed(right)),
+    ]
+    engine.receive(ev.RosterMerged(right.digest), 10.1)
+    assert of_kind(wakes(engine, 10.1), ev.FinishRound) == [ev.FinishRound(signed(wrong))], (
+        "others get it as it was signed"
+    )
+
+
 @pytest.mark.parametrize("comes", ["before", "after"])
 def test_who_has_merged_what_nobody_else_could_pull_from_it_gets_another_chance_once(comes: str) -> None:
     """It stood still for as long as the others tried, and goes on with what it merged."""
