@@ -31,8 +31,8 @@ __all__ = [
     "load_rehearsal",
 ]
 
-Deed = Literal["kill", "leave", "hang", "stall", "partition", "reset", "half-open"]
-_OF_LINKS = ("stall", "partition", "reset", "half-open")
+Deed = Literal["kill", "leave", "hang", "stall", "partition", "reset", "half-open", "narrow"]
+_OF_LINKS = ("stall", "partition", "reset", "half-open", "narrow")
 _EXAMPLE = "examples/rehearsals/bad-internet.toml"
 
 
@@ -82,6 +82,9 @@ class FaultSection(Section):
     who: tuple[str, ...] = Field((), strict=False, description="Victims by name; empty: `number` random ones.")
     number: int = Field(1, ge=1, description="Number of random victims.")
     for_s: float = Field(20.0, ge=0, description="Duration, in seconds.")
+    bandwidth_percent: float = Field(
+        50.0, gt=0, lt=100, description='With "narrow": percentage of its bandwidth that a link keeps.'
+    )
 
     @field_validator("who")
     @classmethod
@@ -183,10 +186,12 @@ class FaultEvent:
     do: Deed
     who: tuple[str, ...]
     for_s: float
+    bandwidth_percent: float = 50.0
 
 
 def fault_events(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[FaultEvent]:
-    """Yield all faults by time, without end if volunteers come and go. Raises `UserError` for an unknown name."""
+    """Yield all faults by time, without end if volunteers come and go. Raises `UserError` for an unknown name, and for
+    a link without a bandwidth that is narrowed."""
     if unknown := sorted({volunteer.name for volunteer in rehearsal.volunteers} - set(names)):
         raise UserError(
             f"volunteers.name: no volunteer is called {unknown[0]}; there are {', '.join(names)}",
@@ -203,12 +208,30 @@ def fault_events(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[Fau
                 f"faults.number: {fault.number}, but there are {len(names)} volunteers; lower it, or give more --peers",
                 code="no-such-volunteer",
             )
+        if fault.do == "narrow":
+            for name in fault.who or names:
+                _check_bandwidth(rehearsal.links_of(name), name)
     rng = random.Random(f"faults of {rehearsal.rehearsal.seed}")
     told = [
-        FaultEvent(fault.at_s, fault.do, fault.who or tuple(sorted(rng.sample(names, fault.number))), fault.for_s)
+        FaultEvent(
+            fault.at_s,
+            fault.do,
+            fault.who or tuple(sorted(rng.sample(names, fault.number))),
+            fault.for_s,
+            fault.bandwidth_percent,
+        )
         for fault in rehearsal.faults
     ]
     return heapq.merge(sorted(told), _churn(rehearsal, names))
+
+
+def _check_bandwidth(links: LinksSection, name: str) -> None:
+    """Raise `UserError` if a link has no bandwidth that a fault could narrow."""
+    if not links.up_mbit and not links.down_mbit:
+        raise UserError(
+            f'links.up_mbit: missing; allowed: more than 0, since a fault "narrow" needs a bandwidth of {name}',
+            code="missing-key",
+        )
 
 
 def _churn(rehearsal: RehearsalFile, names: Sequence[str]) -> Iterator[FaultEvent]:

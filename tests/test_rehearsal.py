@@ -31,7 +31,7 @@ def read(folder: Path, text: str) -> RehearsalFile:
 def test_the_example_is_one() -> None:
     rehearsal = load_rehearsal(Path(__file__).parents[1] / "examples" / "rehearsals" / "bad-internet.toml")
     assert rehearsal.needs_links and rehearsal.strikes and rehearsal.links.rtt_ms == 80
-    assert [fault.do for fault in rehearsal.faults] == ["hang", "stall", "partition", "reset", "half-open"]
+    assert [fault.do for fault in rehearsal.faults] == ["hang", "stall", "partition", "narrow", "reset", "half-open"]
     first = list(itertools.islice(fault_events(rehearsal, NAMES), 20))
     assert first == list(itertools.islice(fault_events(rehearsal, NAMES), 20))
     assert [fault.at_s for fault in first] == sorted(fault.at_s for fault in first)
@@ -48,6 +48,14 @@ def test_killing_needs_no_links_and_parting_does(tmp_path: Path) -> None:
     assert not read(tmp_path, '[[faults]]\nat_s = 1\ndo = "kill"').needs_links
     assert read(tmp_path, '[[faults]]\nat_s = 1\ndo = "stall"').needs_links
     assert read(tmp_path, "[links]\nloss_percent = 1").needs_links
+
+
+def test_only_a_link_with_a_bandwidth_can_be_narrowed(tmp_path: Path) -> None:
+    fault = '[[faults]]\nat_s = 1\ndo = "narrow"\nwho = ["volunteer-2"]\n'
+    of_its_own = read(tmp_path, fault + '[[volunteers]]\nname = "volunteer-2"\nup_mbit = 5')
+    assert next(fault_events(of_its_own, NAMES)).bandwidth_percent == 50
+    with raises_code("missing-key", UserError, "links.up_mbit: missing; allowed: more than 0"):
+        fault_events(read(tmp_path, fault), NAMES)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ class CommonOptimizer:
         LAMB:   u = r + lambda theta;  theta <- theta - eta |theta| / |u| u, tensor by tensor
     LAMB's ratio |theta| / |u| is 1 where a norm is 0, and for tensors without weight decay: biases, and the scales of
     norms. So has its authors' code (`exclude_from_layer_adaptation` of google-research/albert), and so have apex and
-    timm. Otherwise a bias, which begins at zero, would stay as short as its first step.
+    timm. Otherwise a bias, which begins at zero, would after its first step grow by a learning rate's share with each.
     """
 
     shapes: Sequence[tuple[int, ...]]

@@ -179,6 +179,12 @@ class TrafficCount:
         """Measure from now on what the link carries, for runs whose peers divide their work by it."""
         self.up_meter, self.down_meter = LinkMeter(self.up), LinkMeter(self.down)
 
+    def disturbed(self) -> None:
+        """Record that a transfer failed, so that what is measured now is less than the links can carry."""
+        for meter in (self.up_meter, self.down_meter):
+            if meter is not None:
+                meter.disturbed()
+
     @property
     def link_bytes_per_s(self) -> tuple[float, float]:
         """Measured rates of the link up and down; 0 where nothing is measured."""
@@ -207,6 +213,8 @@ class Stream:
 
     def __init__(self, stream: Any, traffic: TrafficCount, peer: str = "") -> None:
         self._stream, self._traffic, self._peer = stream, traffic, peer
+        self.on_bytes: Callable[[str], None] = lambda peer: None
+        """Called with the peer when bytes came from it."""
         self._opened_s, self._received_bytes = time.monotonic(), 0
 
     async def __anext__(self) -> Any:
@@ -228,6 +236,7 @@ class Stream:
         self._traffic.received_bytes += size_bytes
         if self._traffic.down_meter is not None:
             self._traffic.down_meter.passed(self._peer, size_bytes)
+        self.on_bytes(self._peer)
         await self._traffic.down.turn(size_bytes)
 
     async def aclose(self) -> None:

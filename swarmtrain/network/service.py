@@ -299,8 +299,10 @@ class PeerCalls:
         return reply
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Stream:
-        """Open a pull's stream."""
-        return await self._open(peer, "pull", request)
+        """Open a pull's stream. A peer whose bytes come is alive, although answers to calls may be late behind them."""
+        stream = await self._open(peer, "pull", request)
+        stream.on_bytes = self.on_answer
+        return stream
 
     async def _open(self, peer: str, method: str, request: Any) -> Stream:
         try:

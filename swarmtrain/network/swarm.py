@@ -130,7 +130,7 @@ class Swarm:
             target_tokens=run.target_tokens if run.merge.kind.common_step else 0,
             dtype=DTYPES[run.merge.roster_format],
         )
-        downloads = Downloads(identity.peer_id, calls, store, settings.pull, peers.refused)
+        downloads = Downloads(identity.peer_id, calls, store, settings.pull, peers.refused, node.traffic.disturbed)
         rounds = self.rounds = RoundRunner(
             identity,
             downloads,

@@ -77,7 +77,12 @@ from swarmtrain.peer.model_files.fetcher import FilesPlace, files_place
 from swarmtrain.peer.pipeline.bootstrap import PipelineBootstrap
 from swarmtrain.peer.pipeline.stage_sizes import cut_and_measure
 from swarmtrain.protocol.archive.departure import DepartureQueue
-from swarmtrain.protocol.archive.load import archive_every_s, archived_sources, is_early_archive_due
+from swarmtrain.protocol.archive.load import (
+    archive_every_s,
+    archived_sources,
+    is_early_archive_due,
+    not_the_slowest,
+)
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import PublishedSection, RunFile, needs_of, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
@@ -480,7 +485,8 @@ class _Bootstrap(BootstrapPeer):
     def _archive(self, swarm: Swarm, last: bool = False) -> bool:
         """Pull the newest state, write it to disk, and offer it to joiners; return False if nobody delivered."""
         infos = swarm.membership.volunteers()
-        volunteers = [info.peer for info in infos]
+        own_weights = self.published.run.merge.kind.own_weights
+        volunteers = [info.peer for info in (infos if own_weights else not_the_slowest(infos))]
         sample = random.sample(volunteers, min(self._most_sources, len(volunteers)))
         if self.archived is None:
             fetching = fetch_consensus_state(swarm, sample, "archive", self.progress.run_tokens)

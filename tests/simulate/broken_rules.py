@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import random
@@ -17,7 +18,7 @@ from swarmtrain.protocol.archive import departure
 from swarmtrain.protocol.gossip import partners
 from swarmtrain.protocol.membership import hosts, membership
 from swarmtrain.protocol.pipeline import balance, ledger, stage_leases
-from swarmtrain.protocol.rounds import chains, rosters, state_search
+from swarmtrain.protocol.rounds import batch_end, chains, engine, rosters, state_search
 from swarmtrain.protocol.tokens import shards, tally
 from swarmtrain.simulate.search.schedule import WorldKind
 from swarmtrain.simulate.systems import publications, transfers
@@ -299,6 +300,37 @@ def one_source_is_believed(patch: Patch) -> None:
     patch.setattr(tally.Tally, "_room_for_adopted", lambda self, *args: 2**60)
 
 
+def boasts_are_believed(patch: Patch) -> None:
+    """Count of a large batch whatever a peer tells of itself."""
+    patch.setattr(batch_end, "_PLAUSIBLE", math.inf)
+
+
+def batches_go_on(patch: Patch) -> None:
+    """Compute for a large batch until it is there, however long that takes."""
+    begin = batch_end.BatchEnd.begin
+
+    def endless(self: batch_end.BatchEnd, *args: Any, **more: Any) -> None:
+        self.rules = dataclasses.replace(self.rules, round_limit_s=math.inf)
+        begin(self, *args, **more)
+
+    patch.setattr(batch_end.BatchEnd, "begin", endless)
+
+
+def gradients_are_waited_for(patch: Patch) -> None:
+    """Wait for the gradients of a large batch until the round's time limit."""
+    init = engine.RoundEngine.__init__
+
+    def patient(self: Any, membership: Any, its_chains: Any, rules: engine.RoundRules, *args: Any, **more: Any) -> None:
+        init(self, membership, its_chains, dataclasses.replace(rules, max_wait_s=math.inf), *args, **more)
+
+    patch.setattr(engine.RoundEngine, "__init__", patient)
+
+
+def late_signer_asks_nobody(patch: Patch) -> None:
+    """Sign at the time limit for those who happen to be known."""
+    patch.setattr(rosters, "_first_answer_due_s", lambda view, peer, now: -math.inf)
+
+
 NEEDS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     states_say_not_what_entered_them: ("join",),
     bootstrap_keeps_no_counts: ("bootstrap crash", "bootstrap away"),
@@ -308,6 +340,8 @@ NEEDS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     old_folder_counts_anew: ("old folder",),
     first_sightings_earn_from_the_beginning: ("liar joins",),
     one_source_is_believed: ("liar joins",),
+    boasts_are_believed: ("lie: boasts", "lie: whole batch"),
+    late_signer_asks_nobody: ("lie: never ends",),
 }
 """Kinds of faults without which a broken rule cannot show: schedules without them are not played."""
 
@@ -358,5 +392,9 @@ BROKEN: dict[Callable[[Patch], None], tuple[WorldKind, str]] = {
     old_folder_counts_anew: ("lives", "what is trained counts"),
     first_sightings_earn_from_the_beginning: ("lives", "claims are bounded"),
     one_source_is_believed: ("lives", "claims are bounded"),
+    boasts_are_believed: ("batches", "no liar ends batches"),
+    batches_go_on: ("batches", "batches end"),
+    gradients_are_waited_for: ("batches", "nobody waits longer than max_wait_s"),
+    late_signer_asks_nobody: ("batches", "who delivers in time counts"),
 }
 """World that shows each, and the violated invariant: an error in the patch itself does not count."""

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["PACKET_BYTES", "Lateness", "Outage", "Outages", "piece_bytes"]
+__all__ = ["PACKET_BYTES", "Lateness", "Narrowing", "Outage", "Outages", "piece_bytes"]
 
 PACKET_BYTES = 1448
 """Bytes of a stream in one Ethernet frame."""
@@ -58,6 +58,15 @@ class Lateness:
         size = piece_bytes(bytes_per_s)
         number, piece_s = -(-size_bytes // size), size / bytes_per_s
         return max((self.of(size) - behind * piece_s for behind in range(number)), default=0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowing:
+    """Time in which the links of some peers carry only a share of their bandwidth."""
+
+    names: frozenset[str]
+    share: float
+    """Share of the bandwidth that is left, from 0 to 1."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,6 +44,7 @@ class LinkMeter:
     _rate: float = 0.0
     _newest: float = 0.0
     """Best rate since the last `round_over`."""
+    _was_disturbed: bool = False
 
     @property
     def bytes_per_s(self) -> float:
@@ -75,12 +76,17 @@ class LinkMeter:
             self._looked_s = now
             self._look(now)
 
+    def disturbed(self) -> None:
+        """Record that a transfer failed: until the next `round_over` the link had less to carry than it should have."""
+        self._was_disturbed = True
+
     def round_over(self) -> None:
-        """Take what was measured since the last call for the rate: at once if it is faster, little by little if it is
-        slower, because then there may have been less to carry."""
+        """Take what was measured since the last call for the rate: at once if it is faster; if it is slower little by
+        little, because then there may have been less to carry, and not at all if transfers failed."""
         newest, self._newest = self._newest, 0.0
+        was_disturbed, self._was_disturbed = self._was_disturbed, False
         self._pieces.clear()
-        if newest:
+        if newest and (newest >= self._rate or not was_disturbed):
             self._rate = newest if newest >= self._rate else self._rate + _NEWEST * (newest - self._rate)
 
     def _look(self, now: float) -> None:

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from swarmtrain.network.links.impairments import PACKET_BYTES, Lateness, Outage, Outages, piece_bytes
+from swarmtrain.network.links.impairments import PACKET_BYTES, Lateness, Narrowing, Outage, Outages, piece_bytes
 from swarmtrain.network.tasks import end_tasks
 
 __all__ = [
@@ -249,6 +249,7 @@ class PeerLinks:
     num_strangers: int = 0
     """Connections that came from no peer of these links."""
     outages: Outages = field(init=False)
+    _narrowings: list[Narrowing] = field(default_factory=list)
     _num_connections: int = 0
     _open: set[_Connection] = field(default_factory=set)
     _by_port: dict[int, PeerLink] = field(default_factory=dict)
@@ -278,6 +279,24 @@ class PeerLinks:
     async def mend(self, outage: Outage) -> None:
         """End an outage; what it held up arrives little by little."""
         self.outages.end(outage)
+
+    async def narrow(self, names: Iterable[str], share: float) -> Narrowing:
+        """Let the links of these peers carry only this share of their bandwidth from now on, both ways."""
+        narrowing = Narrowing(frozenset(names), share)
+        self._narrowings.append(narrowing)
+        self._set_rates()
+        return narrowing
+
+    async def widen(self, narrowing: Narrowing) -> None:
+        """End a narrowing."""
+        self._narrowings.remove(narrowing)
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        for link in self._by_port.values():
+            share = math.prod(each.share for each in self._narrowings if link.name in each.names)
+            link.up.bytes_per_s = share * link.shape.up_bytes_per_s
+            link.down.bytes_per_s = share * link.shape.down_bytes_per_s
 
     async def reset(self, name: str) -> None:
         """Reset a link's connections at both ends, like a router that has lost its memory."""

@@ -20,7 +20,7 @@ from typing import TypeVar
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.identity import Identity
-from swarmtrain.network.rounds.downloads import Downloads, check_finite
+from swarmtrain.network.rounds.downloads import Downloads, WaitsFor, check_finite
 from swarmtrain.network.rounds.gradient_groups import GradientGroups, GradientPiece
 from swarmtrain.network.rounds.roster import check_publication
 from swarmtrain.network.signatures import open_signed_untrusted
@@ -40,7 +40,7 @@ from swarmtrain.protocol.membership.membership import Membership, PeerState
 from swarmtrain.protocol.rounds.link_claims import AveragingTimes
 from swarmtrain.protocol.rounds.roles import MAX_PIECES, PIECES_AT_ONCE, share_pieces
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, share_ranges, sources_of
-from swarmtrain.protocol.rounds.share_waits import ShareWaits
+from swarmtrain.protocol.rounds.share_waits import ShareWaits, piece_due_s
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer
 
@@ -51,6 +51,8 @@ _ASK_AGAIN_S = 0.1  # between two questions for a share
 _NAMED = 6  # peers that the log names with their shares
 _FIND_AT_ONCE = 16  # publications whose manifests are looked for at once
 _LOOK_S = 0.05  # between two looks whether a piece can be averaged
+_OTHERS_TOO_S = 1.0
+"""Seconds to wait, once one publication cannot be had, for others that cannot either: each would cost a roster more."""
 _T = TypeVar("_T")
 
 Average = Callable[[Sequence[memoryview], Sequence[int]], "tuple[bytearray, list[int]]"]
@@ -149,7 +151,8 @@ class Merger:
             await run_together(find(entry) for entry in roster.entries[first : first + _FIND_AT_ONCE])
         entries = [found[peer] for peer in roster.peers]
         if len(entries) <= self.settings.share_above:
-            return await self.average_range(roster, entries, 0, self.settings.groups.total_bytes)
+            waits_for = self.patience(roster)
+            return await self.average_range(roster, entries, (0, self.settings.groups.total_bytes), waits_for)
         return await _MergeInShares(self, roster, name, entries, share_ready).run()
 
     def roles_in_words(self, roster: Roster) -> str:
@@ -184,23 +187,43 @@ class Merger:
         sources, gone = sources_of(roster, author), (PeerState.LOST, PeerState.LEFT)
         return [p for p in sources if p != self.identity.peer_id and self.membership.state(p) not in gone]
 
+    def patience(self, roster: Roster, times: AveragingTimes | None = None) -> WaitsFor:
+        """Return whether a source of this roster's publications that brings nothing is asked again: one that lives is
+        waited for as long as the owner of a share is, since its link may be the slow one."""
+        began_s, silence_s = swarm_time(), self.settings.silence_s
+        places = {peer: place for place, peer in enumerate(roster.peers)}
+
+        def waits_for(source: str, quiet_s: float) -> bool:
+            if self.membership.state(source) in (PeerState.LOST, PeerState.LEFT):
+                return False
+            if times is None or source not in places:
+                return quiet_s < silence_s
+            now = swarm_time()
+            pair_s = times.pairs_s[places[source]]
+            return now < piece_due_s(began_s, now - quiet_s, pair_s, times.everyone_s, silence_s)
+
+        return waits_for
+
     def rotated(self, items: list[_T]) -> list[_T]:
         """Return the same items, starting from an item that depends on this peer, so that not all peers pull from the
         same source first."""
         start = int.from_bytes(self.identity.peer_id[-4:].encode(), "big") % max(1, len(items))
         return items[start:] + items[:start]
 
-    async def average_range(self, roster: Roster, entries: Sequence[HeldSnapshot], start: int, end: int) -> bytearray:
-        """Return the weighted mean of bytes `start` to `end` of the gradient over the roster, in roster order.
+    async def average_range(
+        self, roster: Roster, entries: Sequence[HeldSnapshot], bounds: tuple[int, int], waits_for: WaitsFor
+    ) -> bytearray:
+        """Return the weighted mean of a range of bytes of the gradient, as (start, end), over the roster, in roster
+        order. `waits_for`: see `Downloads.pull`.
 
         Each group of an adapter is the mean of the publications that have it. Raises UnobtainableError.
         """
-        groups, lacking = self.settings.groups, list[str]()
+        groups, lacking, (start, end) = self.settings.groups, list[str](), bounds
         pieces = [groups.pieces(held.snapshot, start, end) for held in entries]
 
         async def fetch(entry: RoundPublication, held: HeldSnapshot, its: Sequence[GradientPiece]) -> None:
             try:
-                await self.downloads.pull(held, _chunks(its), self._sources(roster, entry.peer))
+                await self.downloads.pull(held, _chunks(its), self._sources(roster, entry.peer), waits_for)
             except UnreachableError:
                 lacking.append(entry.peer)
 
@@ -216,16 +239,18 @@ class Merger:
         entries: Sequence[HeldSnapshot],
         ranges: Sequence[tuple[int, int]],
         averaged: Callable[[int, bytearray], Awaitable[None]],
+        waits_for: WaitsFor,
     ) -> None:
         """Average byte ranges of the gradient that follow each other, and call `averaged` with each one's number and
         mean as soon as its bytes are here. Raises UnobtainableError."""
         groups, lacking = self.settings.groups, list[str]()
 
         async def fetch(entry: RoundPublication, held: HeldSnapshot) -> None:
+            its = groups.pieces(held.snapshot, ranges[0][0], ranges[-1][1])
+            if not its:
+                return
             try:
-                for start, end in ranges:
-                    if its := groups.pieces(held.snapshot, start, end):
-                        await self.downloads.pull(held, _chunks(its), self._sources(roster, entry.peer))
+                await self.downloads.pull(held, _chunks(its), self._sources(roster, entry.peer), waits_for)
             except UnreachableError:
                 lacking.append(entry.peer)
 
@@ -235,6 +260,7 @@ class Merger:
                 wanted = [each for each in zip(roster.entries, entries, pieces, strict=True) if each[2]]
                 while not all(chunk in held.have for _, held, its in wanted for chunk in _chunks(its)):
                     if lacking:
+                        await asyncio.sleep(_OTHERS_TOO_S)
                         raise UnobtainableError(*lacking)
                     await asyncio.sleep(_LOOK_S)
                 await averaged(number, await self._mean(roster, wanted, start, end))
@@ -300,6 +326,7 @@ class _MergeInShares:
         self._roster_s = swarm_time()
         times = merger.owners.averaging_times(roster) if roster.shares else None
         silence_s = merger.settings.silence_s
+        self._times = times
         self._waits = ShareWaits(self._roster_s, [len(chunks) for chunks in ranges], self._own, times, silence_s)
 
     async def run(self) -> bytearray:
@@ -316,7 +343,9 @@ class _MergeInShares:
             return
         for _, chunks in await self._pull_all(index, pieces):
             start, end = self._bytes(chunks)
-            self._mean[start:end] = await self._merger.average_range(self._roster, self._entries, start, end)
+            waits_for = self._merger.patience(self._roster, self._times)
+            part = await self._merger.average_range(self._roster, self._entries, (start, end), waits_for)
+            self._mean[start:end] = part
 
     async def _average_own(self, index: int) -> None:
         """Average this peer's own share piece by piece, and let the others pull what is ready."""
@@ -333,7 +362,8 @@ class _MergeInShares:
                 _log.info("round %d: own share averaged in %d pieces in %.2f s", self._roster.round, num, took_s)
             self._share_ready(made)
 
-        await self._merger.average_pieces(self._roster, self._entries, ranges, averaged)
+        waits_for = self._merger.patience(self._roster, self._times)
+        await self._merger.average_pieces(self._roster, self._entries, ranges, averaged, waits_for)
 
     def _bytes(self, chunks: range) -> tuple[int, int]:
         return chunks.start * CHUNK_BYTES, min(chunks.stop * CHUNK_BYTES, len(self._mean))

@@ -59,6 +59,8 @@ class EndedRound:
         self._merger, self._answers, self._rosters, self._tell = merger, answers, rosters, tell
         self._publications = {own.snapshot.sha256: own}
         self._under_way: set[asyncio.Task[None]] = set()
+        self._fetching: dict[str, asyncio.Task[None]] = {}
+        """Pulls of whole publications, by name."""
         self._merging: asyncio.Task[None] | None = None
         self._mean: RosterMean | None = None
 
@@ -68,11 +70,19 @@ class EndedRound:
 
     def fetch(self, fetch: ev.FetchPublication) -> None:
         """Begin to pull a publication's bytes."""
-        self._begin(self._fetch(fetch))
+        self._fetching[fetch.publication.snapshot] = self._begin(self._fetch(fetch))
 
     def merge(self, one: _SignedRoster) -> None:
-        """Begin to average a roster's publications once the previous merge has ended."""
+        """Begin to average a roster's publications once the previous merge has ended.
+
+        Pulls that began when the group was smaller end if the roster is merged in shares: each peer then needs only a
+        part, and what has come by then is used.
+        """
         self._mean = None
+        if len(one.roster.entries) > self._merger.settings.share_above:
+            for task in self._fetching.values():
+                task.cancel()
+            self._fetching.clear()
         self._merging = self._begin(self._merge(one, self._merging))
 
     def give_up_merge(self) -> None:

@@ -134,9 +134,15 @@ class RoundRunner:
         return self.engine.wanted
 
     @property
-    def wanted_by(self) -> frozenset[str]:
-        """Volunteers that have ended this peer's present round and asked for its publication. See `RoundEngine`."""
-        return frozenset(self.engine.wanted_by)
+    def is_overtaken(self) -> bool:
+        """True if others have shown, while this peer trains, that they have gone on. Any thread may ask."""
+        return self.engine.is_overtaken
+
+    @property
+    def wanted_by(self) -> dict[str, float]:
+        """Volunteers that have ended this peer's present round, and the swarm time at which each first asked for its
+        publication. See `RoundEngine`."""
+        return dict(self.engine.wanted_by)
 
     @property
     def waiting_for(self) -> str:

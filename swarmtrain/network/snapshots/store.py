@@ -96,6 +96,9 @@ _OF_ROUNDS = (pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, pb.SNAPSHOT_KIND_SHARE)
 _ANSWER_S = 0.5
 """Seconds that a BUSY reply may take over a slow link. A longer wait for it counts as time spent busy."""
 
+_MOST_STALLS = 4
+"""Longest silence allowed to a source that is asked again, in `stall_limit_s`."""
+
 _MAX_AXES = 16  # of a tensor in a manifest
 
 
@@ -297,7 +300,7 @@ class SnapshotStore:
 
     def __post_init__(self) -> None:
         self._readers = Readers(self.reader_stall_s, self.reader_gives_way_s)
-        self._round_readers = Readers(self.reader_stall_s, self.reader_gives_way_s)
+        self._round_readers = Readers(self.reader_stall_s, self.reader_gives_way_s, in_order=True)
         # Twice as long: a file that breaks off is read again from its start.
         self._files = Readers(self.reader_stall_s, 2 * self.reader_gives_way_s)
         self._model_files = Readers(self.reader_stall_s, self.reader_gives_way_s)
@@ -575,6 +578,10 @@ class PullLimits:
     min_bytes_per_s: float = 32 * 1024
     grace_s: float = 30.0
     clock: Callable[[], float] = time.monotonic
+    paces: dict[str, SourcePace] | None = None
+    """Paces of the sources so far, for a pull that is part of a larger one."""
+    streams: int = 1
+    """Streams at once of the larger pull: the time spent waiting for each counts only in part."""
 
 
 async def pull_chunks(
@@ -589,7 +596,7 @@ async def pull_chunks(
     """
     busy_s, patience_s, wait_s = 0.0, limits.busy_limit_s, limits.busy_wait_s
     pending = list(sources)
-    paces: dict[str, SourcePace] = {}
+    paces = {} if limits.paces is None else limits.paces
     while True:
         missing = _missing_run(held, chunks)
         if missing is None:
@@ -620,6 +627,8 @@ async def pull_chunks(
             patience_s = max(patience_s, GIVES_WAY_S + _BACK_AGAIN_S)
         except PeerError as error:
             blame(source, error)
+            if isinstance(error, StalledError):
+                pace.was_silent()
 
 
 def _missing_run(held: HeldSnapshot, chunks: range) -> range | None:
@@ -642,24 +651,39 @@ class SourcePace:
 
     def __init__(self, limits: PullLimits) -> None:
         self.limits = limits
+        self.stall_limit_s = limits.stall_limit_s
+        """Seconds without a message after which a stream counts as stalled."""
         self._waited_s = 0.0
         self._came_bytes = 0
 
+    @property
+    def is_too_slow(self) -> bool:
+        """True if it has delivered less than it must."""
+        limits = self.limits
+        return self._waited_s >= limits.grace_s and self._came_bytes < limits.min_bytes_per_s * self._waited_s
+
+    def was_silent(self) -> None:
+        """Allow the source twice as long a silence if it is asked again: behind a slow link a reply waits for what was
+        sent before it, and asking again does not make it come sooner."""
+        self.stall_limit_s = min(2 * self.stall_limit_s, _MOST_STALLS * self.limits.stall_limit_s)
+
     def waited(self, seconds: float) -> None:
-        """Count the time a stream took to open: a source that breaks off repeatedly has opened many."""
-        self._waited_s += min(seconds, self.limits.stall_limit_s)
+        """Count time spent waiting, also for a stream to open: a source that breaks off repeatedly has opened many."""
+        self._waited_s += min(seconds, self.stall_limit_s) / self.limits.streams
 
     async def take(self, target: ChunkTarget, chunks: range, stream: PullStream, came: list[int]) -> None:
         """Take the next few of these chunks. Raises UnreachableError if none comes, StalledError if the source is too
         slow."""
         limits = self.limits
-        if self._waited_s >= limits.grace_s and self._came_bytes < limits.min_bytes_per_s * self._waited_s:
+        if self.is_too_slow:
             rate = self._came_bytes / self._waited_s / 1024
             raise StalledError(f"it delivers {rate:.0f} KiB/s, less than {limits.min_bytes_per_s / 1024:.0f}")
         began_s = limits.clock()
         num_before = len(came)
-        await _within(limits.stall_limit_s, stream.take(chunks[:_CHUNKS_AT_ONCE], target.room, came.append))
-        self._waited_s += min(limits.clock() - began_s, limits.stall_limit_s)
+        try:
+            await _within(self.stall_limit_s, stream.take(chunks[:_CHUNKS_AT_ONCE], target.room, came.append))
+        finally:
+            self.waited(limits.clock() - began_s)
         size_bytes = sum(target.chunk_size(chunk) for chunk in came[num_before:])
         self._came_bytes += size_bytes
         await stream.count(size_bytes)
@@ -672,7 +696,7 @@ async def pull_run(target: ChunkTarget, run: range, source: str, open_pull: Pull
     asked_s = limits.clock()
     stream = await open_pull(source, request)
     try:
-        first = await next_message(stream, limits.stall_limit_s)
+        first = await next_message(stream, pace.stall_limit_s)
         if first.status == pb.PullReply.STATUS_BUSY:
             raise BusyError("it serves as many readers as it may")
         if first.status != pb.PullReply.STATUS_OK:
@@ -685,7 +709,7 @@ async def pull_run(target: ChunkTarget, run: range, source: str, open_pull: Pull
                 await check.begin()
         finally:  # also when the stream broke: chunks that arrived count
             await check.finish()
-        if not (await next_message(stream, limits.stall_limit_s)).end:
+        if not (await next_message(stream, pace.stall_limit_s)).end:
             raise BadBytesError("a transfer that continues after its last chunk", code="bad-stream")
     finally:
         await stream.aclose()

@@ -60,7 +60,8 @@ class ArchiveSampler:
     """Measures what is `offer`ed, the newest first, until `close`.
 
     `emit` gets an `eval` event for each measurement, a warning if its loss is not finite, `record` its point of the
-    run's history and the sample. `files` returns the folder of the run's model files; None if the model is built in.
+    run's history, and again with the sample. `files` returns the folder of the run's model files; None if the model is
+    built in.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class ArchiveSampler:
         published: PublishedRun,
         archive: Path,
         emit: Callable[[Event], None],
-        record: Callable[[HistoryPoint, TextSample], None],
+        record: Callable[[HistoryPoint, TextSample | None], None],
         files: Callable[[], Path | None] = lambda: None,
     ) -> None:
         self._published, self._archive, self._emit, self._record, self._files = published, archive, emit, record, files
@@ -133,6 +134,7 @@ class ArchiveSampler:
         self._has_diverged = not loss.is_finite
         if self._has_diverged:
             return
+        self._record(point, None)  # writing takes as long again, and the curve need not wait for it
         self._record(point, self._sampled(exported, tokenizer, progress))
 
     def _check(self) -> None:

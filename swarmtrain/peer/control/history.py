@@ -145,11 +145,11 @@ class PeerHistory:
         self._told_sample = agreed_sample(tuple(self._told.values()))
         self.version += 1
 
-    def add_sample(self, point: HistoryPoint, sample: TextSample) -> None:
-        """Record what the model was worth, and what it wrote, at a moment of the run."""
+    def add_sample(self, point: HistoryPoint, sample: TextSample | None) -> None:
+        """Record what the model was worth at a moment of the run, and what it wrote; None: it has not written yet."""
         with self._lock:
             self._losses.add(point)
-            self._sample = sample
+            self._sample = sample or self._sample
             self.version += 1
 
     def take(self, event: Event) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from swarmtrain.network.links.impairments import Outage
+from swarmtrain.network.links.impairments import Narrowing, Outage
 from swarmtrain.rehearsal import Deed, FaultEvent
 
 __all__ = ["Connections", "FaultInjection", "Processes"]
@@ -46,6 +46,12 @@ class Connections(Protocol):
     def mend(self, outage: Outage) -> None:
         """End an outage."""
 
+    def narrow(self, names: Sequence[str], share: float) -> Narrowing:
+        """Let the links of these peers carry only this share of their bandwidth."""
+
+    def widen(self, narrowing: Narrowing) -> None:
+        """End a narrowing."""
+
     def reset(self, name: str) -> None:
         """Cut a peer's connections; both ends learn of it."""
 
@@ -61,6 +67,7 @@ _WORDS = {
     "partition": "parted from the others for {for_s:g} s",
     "reset": "all connections are reset",
     "half-open": "all connections are forgotten, and nobody is told",
+    "narrow": "given {bandwidth_percent:g} % of the bandwidth for {for_s:g} s",
 }
 
 
@@ -103,7 +110,8 @@ class FaultInjection:
             self._strike(fault, now_s)
 
     def _strike(self, fault: FaultEvent, now_s: float) -> None:
-        self.swarm.tell(f"rehearsal: {' and '.join(fault.who)}: {_WORDS[fault.do].format(for_s=fault.for_s)}")
+        words = _WORDS[fault.do].format(for_s=fault.for_s, bandwidth_percent=fault.bandwidth_percent)
+        self.swarm.tell(f"rehearsal: {' and '.join(fault.who)}: {words}")
         for end in self._do(fault):
             heapq.heappush(self._ends, (now_s + fault.for_s, next(self._number), fault.do, end))
 
@@ -123,6 +131,10 @@ class FaultInjection:
                 links = self._links
                 outage = links.part([[name] for name in who] if fault.do == "stall" else [list(who)])
                 return [lambda: links.mend(outage)]
+            case "narrow":
+                links = self._links
+                narrowing = links.narrow(who, fault.bandwidth_percent / 100)
+                return [lambda: links.widen(narrowing)]
             case "reset" | "half-open":
                 for name in who:
                     (self._links.reset if fault.do == "reset" else self._links.forget)(name)

@@ -23,7 +23,7 @@ import psutil
 from swarmtrain.errors import Problem, RunTimeError
 from swarmtrain.events import DoneEvent, ErrorEvent, Event, FinishingEvent, InviteEvent, WarningEvent, parse_event
 from swarmtrain.network.daemon import owned_process_args
-from swarmtrain.network.links.impairments import Outage
+from swarmtrain.network.links.impairments import Narrowing, Outage
 from swarmtrain.network.links.proxy import LinkShape, PeerLinks
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.network.node import NetworkThread
@@ -84,6 +84,14 @@ class LocalLinks:
     def mend(self, outage: Outage) -> None:
         """End an outage."""
         self._network.run(self._links.mend(outage), _OPEN_LIMIT_S)
+
+    def narrow(self, names: Sequence[str], share: float) -> Narrowing:
+        """Let the links of these peers carry only this share of their bandwidth."""
+        return self._network.run(self._links.narrow(names, share), _OPEN_LIMIT_S)
+
+    def widen(self, narrowing: Narrowing) -> None:
+        """End a narrowing."""
+        self._network.run(self._links.widen(narrowing), _OPEN_LIMIT_S)
 
     def reset(self, name: str) -> None:
         """Cut a peer's connections; both ends learn of it."""

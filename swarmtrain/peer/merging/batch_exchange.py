@@ -53,6 +53,8 @@ class BatchExchange(RosterExchange):
     _published: LocalUpdate | None = field(default=None, init=False)
     _ended_s: float = field(default=0.0, init=False)
     """Swarm time at which this peer ended its part of the batch."""
+    _stepped_s: float = field(default=0.0, init=False)
+    """Swarm time at which this peer's last inner step ended."""
     _counted_tokens: int = field(default=0, init=False)
     """Tokens of this peer that were counted when the round began."""
     _ahead_tokens: int = field(default=0, init=False)
@@ -177,19 +179,28 @@ class BatchExchange(RosterExchange):
             if self.run.batch_rows > 1 and own.tokens:  # rosters count targets, and steps cost what they read
                 read = round(own.inner_steps * self.step_share * self.run.tokens_per_step)
                 times = read / own.tokens
-        self._end.counted({entry.peer: round(times * entry.tokens) for entry in roster.entries}, read, self._ended_s)
+        tokens = {entry.peer: round(times * entry.tokens) for entry in roster.entries}
+        self._end.counted(tokens, read, self._ended_s, lists_this_peer=self.swarm.identity.peer_id in tokens)
         at = CommonStep(roster.round + 1, roster.base_tokens / self.run.run.total_tokens)
         fields = {each.name: getattr(mean, each.name) for each in dataclasses.fields(mean)}
         return BatchMean(**fields, optimizer=self._optimizer, at=at)
 
     def _is_over(self, tokens: int) -> bool:
         """Return whether the batch ends with the `tokens` that this peer has read for it."""
-        there, rounds = self._share(tokens), self.swarm.rounds
-        if self._end.asks_others(there):
+        there, rounds, now = self._share(tokens), self.swarm.rounds, swarm_time()
+        if self._end.asks_others(there, now):
             peers = [info.peer for info in self.swarm.membership.volunteers()]
             self._asking = self.network.submit(rounds.search.ask_now(random.sample(peers, min(_SAMPLE, len(peers)))))
         is_asking = self._asking is not None and not self._asking.done()
-        over = self._end.is_complete(there, wanted_by=rounds.wanted_by, is_asking=is_asking, now=swarm_time())
+        over = self._end.is_complete(
+            there,
+            wanted_by=rounds.wanted_by,
+            is_asking=is_asking,
+            now=now,
+            is_overtaken=rounds.is_overtaken,
+            step_s=now - max(self._stepped_s, self._end.started_s),
+        )
+        self._stepped_s = now
         if over:
             self._asking = None
             _log.info("round %d: %d tokens here, %.0f elsewhere", self._end.round, tokens, there.others_tokens)

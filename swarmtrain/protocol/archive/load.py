@@ -6,7 +6,12 @@ archived as often as the run file says, from as many volunteers as are averaged 
 
 from __future__ import annotations
 
-__all__ = ["archive_bytes", "archive_every_s", "archived_sources", "is_early_archive_due"]
+import statistics
+from collections.abc import Iterable
+
+from swarmtrain.protocol.membership.membership import PeerInfo
+
+__all__ = ["archive_bytes", "archive_every_s", "archived_sources", "is_early_archive_due", "not_the_slowest"]
 
 _MOST_SOURCES = 16
 """Volunteers whose weights are averaged, at most."""
@@ -47,6 +52,15 @@ def archive_every_s(every_s: float, took_s: float, num_parameters: int) -> float
     if num_parameters <= _SMALL_PARAMETERS:  # if it took long, some peer did not answer
         return every_s
     return max(every_s, min(took_s / _MOST_SHARE, _MOST_EVERY_S))
+
+
+def not_the_slowest(volunteers: Iterable[PeerInfo]) -> list[PeerInfo]:
+    """Return those of peers that all hold the same state from which to pull it: without those whose uplinks, as they
+    tell, are slower than the middle one. Their links are what a round waits for."""
+    infos = list(volunteers)
+    up = {info.peer: info.link.up_bytes_per_s for info in infos if info.link is not None and info.link.up_bytes_per_s}
+    middle = statistics.median_low(up.values()) if up else 0.0
+    return [info for info in infos if up.get(info.peer, middle) >= middle]
 
 
 def is_early_archive_due(gained: float, since_s: float, took_s: float, every_s: float, num_parameters: int) -> bool:

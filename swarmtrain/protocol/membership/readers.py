@@ -20,6 +20,10 @@ GIVES_WAY_S = 30.0
 """Seconds after which a reader may have to give way. At the slowest speed that is tolerated, four chunks take this
 long."""
 
+_COMES_BACK_S = 2.0
+"""Seconds for which a place is kept for a peer that was told to come again."""
+_MAX_WAITING = 256
+
 
 @dataclass(eq=False)
 class Reader:
@@ -46,7 +50,12 @@ class Readers:
 
     stall_s: float
     gives_way_s: float = GIVES_WAY_S
+    in_order: bool = False
+    """Whether peers that got no place get one in the order in which they asked first: a place that becomes free is kept
+    for a moment for whoever asked earlier. Otherwise it is the next asker's, which may be the one that just left it."""
     _inside: dict[Reader, None] = field(default_factory=dict)
+    _waiting: dict[str, float] = field(default_factory=dict)
+    """Peers that got no place, the earliest first, with the time at which they asked last."""
 
     def __len__(self) -> int:
         return len(self._inside)
@@ -58,12 +67,16 @@ class Readers:
         """Return whether `peer` ("": unknown) would get a place. One peer has at most half of the places."""
         if peer and self._num_moving(peer, now) >= -(-most // 2):
             return False
-        return len(self._inside) < most or self._to_give_way(peer, now) is not None
+        return len(self._inside) + self._num_before(peer, now) < most or self._to_give_way(peer, now) is not None
 
     def admit(self, peer: str, most: int, now: float) -> tuple[Reader | None, Reader | None]:
         """Return (the new reader or None, the reader that loses its place for it or None)."""
         if not self.has_room_for(peer, most, now):
+            has_its_part = peer and self._num_moving(peer, now) >= -(-most // 2)
+            if self.in_order and peer and not has_its_part and len(self._waiting) < _MAX_WAITING:
+                self._waiting[peer] = now
             return None, None
+        self._waiting.pop(peer, None)
         gone = self._to_give_way(peer, now) if len(self._inside) >= most else None
         if gone is not None:
             del self._inside[gone]
@@ -89,6 +102,12 @@ class Readers:
     def leaves(self, reader: Reader) -> None:
         """Free the reader's place, if it still has one."""
         self._inside.pop(reader, None)
+
+    def _num_before(self, peer: str, now: float) -> int:
+        """Return the number of peers that wait for a place and asked before this one."""
+        for gone in [other for other, asked_s in self._waiting.items() if asked_s < now - _COMES_BACK_S]:
+            del self._waiting[gone]
+        return next((place for place, other in enumerate(self._waiting) if other == peer), len(self._waiting))
 
     def _num_moving(self, peer: str, now: float) -> int:
         return sum(reader.peer == peer and not self.is_stalled(reader, now) for reader in self._inside)

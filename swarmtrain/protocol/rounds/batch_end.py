@@ -7,8 +7,11 @@ it after the step that they are in.
 
 A rate is what rosters have counted and not what a peer says of itself, and at most eight times the median of its
 roster, since what a roster counts is what its peers claim. A peer that no roster has counted yet is believed up to the
-rate of the fastest one that has been counted; before any roster, up to eight times this peer's own. One that two
-rosters in a row have left out is not counted until one has it. So who boasts counts as a fast volunteer, and no more.
+rate of the fastest one that has been counted; before any roster with others, up to eight times this peer's own. One
+that two rosters in a row have left out is not counted until one has it. So who boasts counts as a fast volunteer, and
+no more.
+
+Who tells a later round than this peer's is asked: if the weights that it has hold, this batch is in vain, and ends.
 
 All tokens here are tokens read, learnt or not: those are what steps cost, and what peers tell.
 
@@ -18,7 +21,7 @@ Pure: times are arguments, in seconds of one clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
@@ -37,6 +40,8 @@ _MOST_TIMES_MEDIAN = 8.0
 larger one lets a liar end batches sooner, a smaller one fails volunteers that are much faster than the others."""
 _MISSED_ROSTERS = 2
 """Rosters in a row without a peer after which it is not counted."""
+_MOST_RATES = 256
+"""Peers whose rates are kept: identities cost nothing."""
 _FOLLOWS_COUNTED = 0.5, 0.125
 """Shares of the batch from which on another peer's end is followed: at once, and after half of `max_wait_s`. This is
 for peers that rosters have counted."""
@@ -48,6 +53,8 @@ _MOST_TIMES_OTHERS = 8.0
 """Above that, entries of more than this multiple of the median are left out."""
 _ASK_SHARE = 0.75
 """Share of the batch from which on the others are asked how far they are, while this peer goes on."""
+_ASK_AGAIN_S = 1.0
+"""Seconds at least between two questions, while others tell that they are in a later round."""
 _LEAST_STEPS = 4
 """Steps that a volunteer takes for a batch, if smaller ones make that possible: what it computes after the others' end
 is waited for."""
@@ -104,8 +111,7 @@ class BatchEnd:
     started_s: float = 0.0
     """Time at which this peer began to add up gradients for the batch."""
     _rates: dict[str, float] = field(default_factory=dict)
-    """Tokens per second of each peer that the last roster counted, this one included; 0 for one that the last two left
-    out."""
+    """Tokens per second of each peer that rosters with others have counted, this one included, the latest last."""
     _missed: dict[str, int] = field(default_factory=dict)
     """Number of rosters in a row that each peer was not on, although it was there."""
     _seen: set[str] = field(default_factory=set)
@@ -116,23 +122,35 @@ class BatchEnd:
     """Tokens per second of this peer in its own last round."""
     _own_counted: float = 0.0
     """The same, measured as the others' are."""
-    _asked: bool = False
-    """True if the others were asked how far they are."""
-    _wanted_s: float | None = None
-    """Time since which another peer is known to have ended this batch."""
+    _asked_s: float = -math.inf
+    """Time at which the others were last asked how far they are."""
+    _ends_asking_s: float | None = None
+    """Time until which the end waits for their answers; None before it is near."""
+    _are_ahead: bool = False
+    """True if others tell that they are in a later round."""
 
     def begin(self, round: int, own_rate: float, now: float, *, is_late: bool = False) -> None:
         """Begin a batch. `own_rate` are the tokens per second of this peer's last round, 0 before it; `is_late` says
         that the others have begun it before."""
         self.round, self.started_s, self._own_rate = round, now, own_rate
-        self._wanted_s, self._asked, self._seen, self._is_late = None, False, set(), is_late
+        self._seen, self._is_late = set(), is_late
+        self._asked_s, self._ends_asking_s, self._are_ahead = -math.inf, None, False
 
-    def counted(self, tokens: Mapping[str, int], own_tokens: int, ended_s: float) -> None:
+    def counted(
+        self, tokens: Mapping[str, int], own_tokens: int, ended_s: float, *, lists_this_peer: bool = True
+    ) -> None:
         """Learn rates from a roster: the `tokens` that it counted of each peer, for a batch that ended at `ended_s`,
-        and those that this peer computed for it."""
+        and those that this peer computed for it.
+
+        Without `lists_this_peer` only who is there is learnt: a liar may have signed for itself alone, and whoever else
+        was left out delivers as this peer does.
+        """
         seconds = max(ended_s - self.started_s, 1e-3)
         self._own_counted = own_tokens / seconds
         # A copy, because another thread may ask for the share meanwhile.
+        if not lists_this_peer:
+            self._missed = {peer: times for peer, times in self._missed.items() if peer not in tokens}
+            return
         missed = {peer: self._missed.get(peer, 0) + 1 for peer in set(self._seen) if peer not in tokens}
         self._missed = missed
         if self._is_late or not tokens:
@@ -141,7 +159,18 @@ class BatchEnd:
         most = _MOST_TIMES_MEDIAN * median_low(found.values())
         rates = {peer: min(rate, most) for peer, rate in found.items()}
         rates = {peer: (rate + (self._rates.get(peer) or rate)) / 2 for peer, rate in rates.items()}
-        self._rates = rates | {peer: 0.0 for peer, times in missed.items() if times >= _MISSED_ROSTERS}
+        if len(rates) < 2:  # of this peer alone, which says nothing of the others
+            return
+        before = {peer: rate for peer, rate in self._rates.items() if peer not in rates}
+        self._rates = dict([*before.items(), *rates.items()][-_MOST_RATES:])
+
+    def _rate(self, peer: str) -> float | None:
+        """Return the tokens per second of a peer: 0 if two rosters have left it out, None if it is not known."""
+        return 0.0 if self._missed.get(peer, 0) >= _MISSED_ROSTERS else self._rates.get(peer)
+
+    @property
+    def _can_be_overtaken_s(self) -> float:
+        return self.started_s + self.rules.max_wait_s / 2
 
     def share(self, own_tokens: int, others: Iterable[tuple[PeerInfo, float, float]], now: float) -> BatchShare:
         """Return how much of the batch is there.
@@ -153,10 +182,13 @@ class BatchEnd:
         own = self._own_counted or self._own_rate or (own_tokens / elapsed_s if elapsed_s > 0 else 0.0)
         most = max(self._rates.values(), default=0.0) or _MOST_TIMES_MEDIAN * own or math.inf
         for info, since_s, heard_s in others:
-            if now - heard_s > self.rules.stale_s or not self.round - 1 <= info.round <= self.round:
+            if now - heard_s > self.rules.stale_s:
+                continue
+            if not self.round - 1 <= info.round <= self.round:
+                self._are_ahead = self._are_ahead or info.round > self.round
                 continue
             self._seen.add(info.peer)
-            counted = self._rates.get(info.peer)
+            counted = self._rate(info.peer)
             if counted == 0.0:
                 continue
             said = info.steps_per_s * self.rules.step_tokens
@@ -178,39 +210,58 @@ class BatchEnd:
             target_tokens=self.rules.target_tokens,
         )
 
-    def asks_others(self, there: BatchShare) -> bool:
-        """Return whether the batch is so nearly there that the others should be asked how far they are, once.
+    def asks_others(self, there: BatchShare, now: float) -> bool:
+        """Return whether the others should be asked how far they are.
 
-        Their answers replace what they told seconds ago, and who does not answer is not counted any more: what a peer
-        had that has vanished is not in the batch.
+        They are once the batch is nearly there: their answers replace what they told seconds ago, and who does not
+        answer is not counted any more, so what a peer had that has vanished is not in the batch. And they are from time
+        to time while some tell that they are in a later round, since then this batch may be in vain.
         """
-        if self._asked or there.share < _ASK_SHARE or not there.others_tokens:
+        if self._ends_asking_s is None and there.share >= _ASK_SHARE and there.others_tokens:
+            self._asked_s, self._ends_asking_s = now, now + self.rules.max_wait_s / 2
+            return True
+        again_s = self._asked_s + max(_ASK_AGAIN_S, self.rules.max_wait_s / 2)
+        if not self._are_ahead or now < max(again_s, self._can_be_overtaken_s):
             return False
-        self._asked = True
+        self._asked_s = now
         return True
 
-    def is_complete(self, there: BatchShare, *, wanted_by: Collection[str], is_asking: bool, now: float) -> bool:
+    def is_complete(
+        self,
+        there: BatchShare,
+        *,
+        wanted_by: Mapping[str, float],
+        is_asking: bool,
+        now: float,
+        is_overtaken: bool = False,
+        step_s: float = 0.0,
+    ) -> bool:
         """Return whether to end the batch now, with the tokens `there` are.
 
-        `wanted_by`: other volunteers that have ended it, and ask for this peer's gradient. One that rosters have
-        counted is believed at once if half of the batch is there, and if an eighth is, after half of `max_wait_s`, so
-        that it still waits. Of others, three quarters and a half must be there; one that is not counted is not
-        believed. `is_asking`: the others' answers are not here yet.
+        `wanted_by`: other volunteers that have ended it, and when they first asked for this peer's gradient. One that
+        rosters have counted is believed at once if half of the batch is there, and if an eighth is, after half of
+        `max_wait_s`, so that it still waits: before the step that would end later, since one takes `step_s`. Of
+        others, three quarters and a half must be there. A peer that came late follows anybody, since it counts only if
+        it delivers before the roster is signed.
+
+        `is_asking`: the others' answers are not here yet; they are waited for until half of `max_wait_s`.
+        `is_overtaken`: the others have gone on, with weights that hold, so that this batch is in vain. It counts from
+        half of `max_wait_s` on: until then some may still be a roster behind, and speak for nobody.
         """
-        is_counted = not self._rates or any(self._rates.get(peer, 0.0) > 0 for peer in wanted_by)
-        is_wanted = any(self._rates.get(peer) != 0.0 for peer in wanted_by)
-        if not is_wanted:
-            self._wanted_s = None
-        elif self._wanted_s is None:
-            self._wanted_s = now
+        is_counted = not self._rates or any((self._rate(peer) or 0.0) > 0 for peer in wanted_by)
+        if is_overtaken and not is_asking and self._asked_s >= self._can_be_overtaken_s:
+            return True
         if now - self.started_s >= self.rules.round_limit_s:
             return True
-        if there.tokens >= self.rules.target_tokens and not is_asking:
+        waits = is_asking and self._ends_asking_s is not None and now < self._ends_asking_s
+        if there.tokens >= self.rules.target_tokens and not waits:
             return True
-        if self._wanted_s is None:
+        if not wanted_by:
             return False
+        if self._is_late:  # nobody waits for it: to count it has to deliver at once
+            return True
         at_once, later = _FOLLOWS_COUNTED if is_counted else _FOLLOWS_OTHERS
-        has_waited = now - self._wanted_s >= self.rules.max_wait_s / 2
+        has_waited = now + step_s - min(wanted_by.values()) >= self.rules.max_wait_s / 2
         return there.share >= (later if has_waited else at_once)
 
 

@@ -47,7 +47,7 @@ from swarmtrain.protocol.rounds.rosters import (
 )
 from swarmtrain.protocol.rounds.signers import Signers
 from swarmtrain.protocol.rounds.state import KnownRound
-from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay, Open, Questions, StateSearches
+from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay, Open, PeerSurvey, Questions, StateSearches
 
 __all__ = ["RoundEngine", "RoundRules"]
 
@@ -111,8 +111,10 @@ class RoundEngine(Generic[Envelope, Link]):
         self.away = False
         """True if this peer has said goodbye. A peer that missed the goodbye and asks about a round learns it from the
         answer."""
-        self.wanted_by: set[str] = set()
-        """Volunteers that have asked so. A caller that is none is not among them."""
+        self.wanted_by: dict[str, float] = {}
+        """When each volunteer first asked so. A caller that is none is not among them."""
+        self.is_overtaken = False
+        """True if answers of others, while this peer trains, show that they have gone on with weights that hold."""
         self.wanted = False
         """True if another peer has ended this peer's present round and asked for its publication."""
         self.waiting_for, self.waiting_until_s = "", 0.0
@@ -125,6 +127,8 @@ class RoundEngine(Generic[Envelope, Link]):
         self._questions: Questions[Envelope, Link] = Questions()
         self._seeker = StateSearches(self.hearsay, self._questions, self.me if trains else "", rng)
         self._rounds: dict[int, KnownRound[Envelope, Link]] = {}
+        self._began_s = -math.inf
+        """Time at which the present round began."""
         self._ending: KnownRound[Envelope, Link] | None = None
         """Round whose end is being agreed on."""
         self._look_s = math.inf
@@ -158,6 +162,7 @@ class RoundEngine(Generic[Envelope, Link]):
                 self._look_s = now
             case ev.RoundBegun():
                 self.is_late_joiner = event.is_late_joiner
+                self._began_s, self.is_overtaken = now, False
             case ev.Left():
                 self.away = self.is_late_joiner = True
                 self._seeker.join_anew()
@@ -247,7 +252,7 @@ class RoundEngine(Generic[Envelope, Link]):
             self.wanted = True
             info = self.membership.info(event.asker)
             if info is not None and info.training:
-                self.wanted_by.add(event.asker)
+                self.wanted_by.setdefault(event.asker, now)
         if question.hold_s <= 0 or self._is_news(question):
             return [self._answer(event.call, question)]
         until_s = now + min(question.hold_s, self.rules.hold_s)
@@ -291,7 +296,7 @@ class RoundEngine(Generic[Envelope, Link]):
         if event.last is not None:
             self.last = event.last
         if event.round != self.round:
-            self.wanted, self.wanted_by = False, set()
+            self.wanted, self.wanted_by, self.is_overtaken = False, {}, False
         self.round = event.round
         self._rounds = {r: known for r, known in self._rounds.items() if r > event.round - _KEEP_ROUNDS}
         return self._tell()
@@ -309,7 +314,7 @@ class RoundEngine(Generic[Envelope, Link]):
         view = self._view(known)
         commands = [*self._unproved(known), *self._hang_up(known, view, list(known.asking), now)]
         self.claims.round_over(known.round)
-        self.signers.round_over(known.round, idled(view, now), {roster.signer for roster in view.rosters})
+        self.signers.round_over(known.round, known.idled | idled(view, now), {roster.signer for roster in view.rosters})
         if known.merging and not known.is_merged:
             commands.append(ev.CancelMerge())
         known.announced = {self.me: known.own}
@@ -343,6 +348,7 @@ class RoundEngine(Generic[Envelope, Link]):
         commands = self._keep_asking(known, view, now)
         if known.state_fetch is not None:
             return commands
+        known.idled |= idled(view, now)
         decision: Decision = decide(view, now)
         # Before this peer signs, every peer with an unknown roster may show its chain: that chain may hold, and a
         # roster signed on the losing one is work that is given up.
@@ -378,6 +384,8 @@ class RoundEngine(Generic[Envelope, Link]):
                     return [*commands, *self._over(known, now), ev.FinishRound(one)]
                 if not known.merging:
                     known.merging = merging
+                    if len(one.roster.entries) > self.rules.share_above:
+                        known.fetched.clear()  # such a merge ends the pulls of whole publications
                     roster, flaw = self.claims.bounded(one.roster)
                     if flaw:
                         commands.append(ev.NamePeer(roster.signer, flaw, "bad-size"))
@@ -452,10 +460,7 @@ class RoundEngine(Generic[Envelope, Link]):
             me=self.me,
             round=known.round,
             ended_at_s=known.ended_s,
-            deadline_s=min(
-                max(known.ended_s, known.started_s + self.rules.round_limit_s),
-                known.ended_s + self.rules.max_wait_s,
-            ),
+            deadline_s=self._deadline_s(known),
             silence_s=self.rules.silence_s,
             share_above=self.rules.share_above,
             live=found.of[Standing.WITH_US] | found.of[Standing.BEHIND],
@@ -476,6 +481,13 @@ class RoundEngine(Generic[Envelope, Link]):
             unobtainable=frozenset(known.unobtainable),
             idle=self.signers.idle(known.round),
         )
+
+    def _deadline_s(self, known: KnownRound[Envelope, Link]) -> float:
+        """Return the time when the round is closed: at its limit, or where waits have a limit, so long after this
+        peer's own end. The others' batches may end at the round's limit too, a moment later."""
+        if self.rules.max_wait_s < math.inf:
+            return known.ended_s + self.rules.max_wait_s
+        return max(known.ended_s, known.started_s + self.rules.round_limit_s)
 
     def _signed(self, one: SignedRoster[Envelope], now: float) -> _Commands[Envelope]:
         if self._ending is None or not self._ending.keep(one):
@@ -551,6 +563,8 @@ class RoundEngine(Generic[Envelope, Link]):
         change = self.hearsay.receive(asked.peer, reply, wants_chain, now)
         commands: _Commands[Envelope] = [] if change is None else [ev.ReportChange(change)]
         if asked.of is not None:
+            if isinstance(asked.of, PeerSurvey) and self._ending is None:
+                self.is_overtaken = self._has_been_overtaken()
             went_on = self._seeker.answered(asked.of, number, (asked.peer, reply.advertised), self.round, now)
             return [*commands, *self._caught_up(went_on, now)]
         assert self._ending is not None
@@ -584,6 +598,11 @@ class RoundEngine(Generic[Envelope, Link]):
         known.ask_again_s[peer] = now + self.rules.retry_s if at_once and not is_new else now
         self._look_s = now
         return [*commands, *self._tell()] if known.best is not best else commands
+
+    def _has_been_overtaken(self) -> bool:
+        """Return whether others are beyond this peer's round, with weights that hold."""
+        view = self.hearsay.in_round(self.hearsay.of_those_who_train(), self._began_s)
+        return any(view.holds(head) for head in view.heads.values())
 
     def _got_nothing(self, number: int, now: float, *, is_malformed: bool) -> _Commands[Envelope]:
         """Continue after a question that got no valid answer; the peer is asked again later."""

@@ -355,15 +355,16 @@ def _turn(view: RoundView, now: float) -> _Turn:
     """Return whose turn it is to sign.
 
     A candidate's turn ends when it has been silent for `silence_s`. If it has not published, the turn ends at this
-    peer's time limit. If it has published and answers but does not sign, the turn ends `silence_s` after the limit,
-    plus `silence_s` for each candidate that was passed over before.
+    peer's time limit, or once it has had time to answer for the first time. If it has published and answers but does
+    not sign, the turn ends `silence_s` after the limit, plus `silence_s` for each candidate that was passed over
+    before.
     """
     passed_over: set[str] = set()
     idled: set[str] = set()
     for candidate in view.candidates:
         if candidate == view.me:
             break
-        closes_s = view.deadline_s
+        closes_s = max(view.deadline_s, _first_answer_due_s(view, candidate, now))
         if candidate in view.announced:
             closes_s += view.silence_s * (1 + len(passed_over))
         silent_s = _silence_ends_s(view, candidate, now)
@@ -416,8 +417,11 @@ def decide(view: RoundView, now: float) -> Decision:
     roster = better_roster([roster for roster in fitting if view.unobtainable.isdisjoint(roster.peers)])
     # If the others have applied another roster of this round, this peer's own gives way although it ranks first:
     # otherwise many would have to give up a round for one (decision 35).
-    own_only = roster is not None and roster.signer == view.me and roster.digest not in view.applied
-    if roster is not None and not (view.ahead and (own_only or roster != better_roster(fitting))):
+    if roster is not None and (
+        not view.ahead
+        or roster.digest in view.applied
+        or (roster.signer != view.me and roster == better_roster(fitting))
+    ):
         return ApplyDecision(roster=roster, reason=f"signed by {roster.signer}")
     if view.ahead:
         return CatchUpDecision(sources=tuple(sorted(view.ahead)), reason="others have finished this round")
@@ -444,9 +448,26 @@ def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> D
     if not missing:
         return SignDecision(entries=entries, attempt=0, reason="everyone alive has published")
     if now >= view.deadline_s:
-        return SignDecision(entries=entries, attempt=0, reason=f"time limit; without {', '.join(missing)}")
+        asked_s = {peer: end_s for peer in missing if now < (end_s := _first_answer_due_s(view, peer, now))}
+        if not asked_s:
+            return SignDecision(entries=entries, attempt=0, reason=f"time limit; without {', '.join(missing)}")
+        reason = f"the time limit is over: asking {', '.join(asked_s)} for the first time"
+        return WaitDecision(until_s=min(asked_s.values()), reason=reason)
     until_s = min([view.deadline_s, *(ends_s[peer] for peer in missing)])
     return WaitDecision(until_s=until_s, reason=f"waiting for {', '.join(missing)}")
+
+
+def _first_answer_due_s(view: RoundView, peer: str, now: float) -> float:
+    """Return the time until which `peer` may answer for the first time about this round; -inf if it has answered.
+
+    In a large group only the lowest are asked, so that a peer whose turn to sign comes at the time limit has heard of
+    nobody else's publication by then. Each has as long to answer as one that was asked at the end of this peer's steps,
+    and `silence_s` at most.
+    """
+    if view.asked_at_s is None or peer in view.answered_at_s:
+        return -math.inf
+    limit_s = min(view.silence_s, view.deadline_s - view.ended_at_s)
+    return view.asked_at_s.get(peer, now) + max(limit_s, 0.0)
 
 
 def _ready(view: RoundView) -> frozenset[str]:
@@ -470,9 +491,11 @@ def _announced(view: RoundView) -> frozenset[str]:
 def pulls_whole(view: RoundView) -> bool:
     """Return whether the group is small: everyone pulls every publication, and a roster lists what its signer holds.
 
-    Late joiners count once they have published.
+    Late joiners count too, since they publish soon, and so do those that hold the roster already: where everyone begins
+    to pull everything because some of the group are late, the slowest link carries all that once more for each peer.
     """
-    return max(len(view.live) + 1, len(_announced(view))) <= view.share_above
+    group = view.live | view.late_joiners | view.ahead
+    return max(len(group) + 1, len(_announced(view))) <= view.share_above
 
 
 def peers_to_ask(view: RoundView, now: float) -> list[str]:

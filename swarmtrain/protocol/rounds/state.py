@@ -39,8 +39,6 @@ class KnownRound(Generic[Envelope, Link]):
     """Publications whose manifests are known, by peer, this peer's included."""
     rosters: dict[str, SignedRoster[Envelope]] = field(default_factory=dict)
     """Rosters of this round that fit this peer's weights, by name."""
-    best: SignedRoster[Envelope] | None = None
-    """Roster among `rosters` that holds against the others."""
     shared: str = ""
     """Digest of the roster whose share this peer has averaged, whole or `pieces` pieces of it."""
     pieces: int = 0
@@ -70,10 +68,25 @@ class KnownRound(Generic[Envelope, Link]):
     """Digests of rosters that name a publication of this peer that it never made."""
     lacking_s: dict[str, float] = field(default_factory=dict)
     """Time since which each peer has named a roster whose chain no peer has sent."""
+    idled: set[str] = field(default_factory=set)
+    """Peers that have let their turn to sign pass. By the round's end they may have applied another's roster."""
     merging: str = ""
     """Digest of the roster that is being averaged; "" if none is."""
     is_merged: bool = False
     state_fetch: CatchingUp[Envelope, Link] | None = None
+
+    @property
+    def best(self) -> SignedRoster[Envelope] | None:
+        """Roster that holds among those whose publications can be had, or among all if there is none; others are told
+        of it."""
+        can_be_had = [
+            kept
+            for kept in self.rosters.values()
+            if self.unobtainable.isdisjoint(kept.roster.peers) and kept.roster.digest not in self.impossible
+        ]
+        kept_ones = can_be_had or list(self.rosters.values())
+        best = better_roster([kept.roster for kept in kept_ones])
+        return next((kept for kept in kept_ones if kept.roster is best), None)
 
     def keep(self, one: SignedRoster[Envelope]) -> bool:
         """Remember a roster of this round that starts from this peer's weights. Return whether it is new.
@@ -96,8 +109,6 @@ class KnownRound(Generic[Envelope, Link]):
             self.rosters = {name: kept for name, kept in self.rosters.items() if kept.roster is not worst}
             if worst is roster:
                 return False
-        best = better_roster([kept.roster for kept in self.rosters.values()])
-        self.best = next(kept for kept in self.rosters.values() if kept.roster is best)
         # Another chance for what is on it: in a small group a signer lists only what it holds (decision 4).
         self.unobtainable.difference_update(roster.peers)
         return True

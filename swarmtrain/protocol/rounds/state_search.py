@@ -318,9 +318,12 @@ class StateSearches(Generic[Envelope, Link]):
         self._join_tries = 0
 
     def survey(self, event: ev.SurveyPeers, round: int, now: float) -> _Commands[Envelope]:
-        """Ask the event's peers how far they are."""
-        survey = PeerSurvey(event.search)
-        asks = [self._questions.ask(peer, RoundQuestion(round), now, survey) for peer in event.peers]
+        """Ask the event's peers how far they are, and for chains that are lacking."""
+        survey, wants_chain = PeerSurvey(event.search), self._hearsay.wants_chain
+        asks = [
+            self._questions.ask(peer, RoundQuestion(round, wants_chain=wants_chain(peer, now)), now, survey)
+            for peer in event.peers
+        ]
         survey.open.update(ask.number for ask in asks)
         return [*asks] if asks else self._surveyed(survey, round, now)
 

@@ -38,7 +38,7 @@ _ASIDE_SHARE = 0.1
 """Share of a link that may be used for things other than merging."""
 _MARGIN = 1.5
 """Factor by which suggested rounds are longer than the shortest that would do."""
-_MOST_STEPS, _MOST_TTL_S, _MOST_STALL_LIMIT_S, _MOST_TOKENS = 1_000_000, 3600, 600, 2**63 - 1
+_MOST_STEPS, _MOST_TTL_S, _MOST_STALL_LIMIT_S, _MOST_TOKENS, _MOST_WAIT_S = 1_000_000, 3600, 600, 2**63 - 1, 3600
 """Limits of a run file (`run.py`)."""
 
 
@@ -58,7 +58,7 @@ def bottlenecks(run: RunFile, found: Plan) -> tuple[Bottleneck, ...]:
     """Return all bottlenecks, the worst first."""
     looks: list[Callable[[RunFile, Plan], Bottleneck | None]] = [
         _uplink, _downlink, _whole_uplink, _whole_downlink, _readers, _archive, _returns, _joining, _records, _server,
-        _rounds, _stall, _freshness, _stragglers, _memory,
+        _rounds, _stall, _freshness, _stragglers, _late_gradients, _memory,
     ]  # fmt: skip
     told = (look(run, found) for look in looks)
     found_here = [one if one.utilization >= FELT else replace(one, change="") for one in told if one is not None]
@@ -433,6 +433,32 @@ def _stragglers(run: RunFile, found: Plan) -> Bottleneck | None:
         f"{behind:.0f} of its rounds it is {merge.max_staleness_rounds} behind, drops its own weights and fetches "
         f"the others'",
         change=" and ".join(changes) or "leave out volunteers that are so much slower",
+    )
+
+
+def _late_gradients(run: RunFile, found: Plan) -> Bottleneck | None:
+    """Return the bottleneck of the slowest volunteer's gradients, by how long they take of the time for which a large
+    batch waits: the shortest step, of one sequence, and the wire where the signer needs the bytes."""
+    merge, rate = run.merge, found.link_up_bytes_per_s
+    if not merge.kind.common_step or found.num_peers < 2:
+        return None
+    step_s = found.step_most_s / run.inner.batch_sequences
+    pulled = found.num_peers <= merge.share_above
+    wire_s = found.payload_up_bytes / rate if rate and pulled else 0.0
+    utilization = (step_s + wire_s) / merge.max_wait_s
+    changes, formats = [], merge.kind.formats
+    if (wait_s := _round_up(_MARGIN * (step_s + wire_s))) <= _MOST_WAIT_S:
+        changes.append(_to(run, "merge.max_wait_s", max(wait_s, math.ceil(merge.max_wait_s * _MARGIN))))
+    if wire_s > step_s and merge.gradient_format != formats[-1]:
+        changes.append(_to(run, "merge.gradient_format", formats[-1]))
+    return Bottleneck(
+        what="late gradients",
+        utilization=utilization,
+        why=f"once the batch is there, {_time(merge.max_wait_s)} are waited for the others' gradients: the slowest "
+        f"volunteer's shortest step, of one sequence, takes {_time(step_s)}"
+        + (f", and its gradient {_time(wire_s)} to the others" if wire_s else "")
+        + "; what comes later does not count",
+        change=" or ".join(changes) or "leave out volunteers that are so much slower",
     )
 
 

@@ -12,12 +12,14 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from swarmtrain.simulate.search.broken import broken
 from swarmtrain.simulate.search.play import as_test, draw, shrink
+from swarmtrain.simulate.search.schedule import WorldKind
 
 __all__ = ["main"]
 
@@ -28,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--schedules", type=int, metavar="N", help="How many; until Ctrl-C if it is not said.")
     parser.add_argument("--seed", type=int, metavar="N", help="Of the first one; by chance if not said.")
     parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count() or 1, help="Processes. [a core each]")
+    parser.add_argument("--world", choices=get_args(WorldKind), help="World of all of them. [each in turn]")
     options = parser.parse_args(arguments)
     first = secrets.randbelow(2**40) if options.seed is None else options.seed
     seeds = itertools.count(first) if options.schedules is None else range(first, first + options.schedules)
@@ -36,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Progress(TextColumn("{task.description}"), *columns, console=console) as bar:
         task = bar.add_task(f"seeds from {first}", total=options.schedules)
         try:
-            for seed, violations in broken(seeds, options.jobs):
+            for seed, violations in broken(seeds, options.jobs, options.world):
                 bar.advance(task)
-                schedule = draw(seed)
+                schedule = draw(seed, options.world)
                 for violation in violations:
                     if (invariant := f"{schedule.world} {violation.invariant}") in known:
                         continue

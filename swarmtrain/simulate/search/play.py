@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from swarmtrain.errors import SwarmtrainError
+from swarmtrain.simulate.search.batches import draw_batches, play_batches
 from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
 from swarmtrain.simulate.search.lives import draw_lives, play_lives
 from swarmtrain.simulate.search.microbatches import draw_microbatches, play_microbatches
@@ -24,6 +25,7 @@ _DRAW: dict[WorldKind, Callable[[random.Random], FaultSchedule]] = {
     "stages": draw_stages,
     "microbatches": draw_microbatches,
     "lives": draw_lives,
+    "batches": draw_batches,
 }
 _PLAY: dict[WorldKind, Callable[[FaultSchedule], Played]] = {
     "rounds": play_rounds,
@@ -31,7 +33,12 @@ _PLAY: dict[WorldKind, Callable[[FaultSchedule], Played]] = {
     "stages": play_stages,
     "microbatches": play_microbatches,
     "lives": play_lives,
+    "batches": play_batches,
 }
+_TURNS: tuple[WorldKind, ...] = (
+    "rounds", "gossip", "stages", "microbatches", "lives", "batches", "gossip", "stages", "microbatches", "lives",
+)  # fmt: skip
+"""World of each seed, in turn: half of the synchronous swarms make large batches."""
 _WRONG = (
     ArithmeticError,
     AssertionError,
@@ -49,8 +56,7 @@ def draw(seed: int, world: WorldKind | None = None) -> FaultSchedule:
 
     Consecutive seeds try all worlds.
     """
-    kinds = list(_DRAW)
-    return _DRAW[world or kinds[seed % len(kinds)]](random.Random(seed))
+    return _DRAW[world or _TURNS[seed % len(_TURNS)]](random.Random(seed))
 
 
 def play(schedule: FaultSchedule) -> list[Violation]:

@@ -26,7 +26,17 @@ from swarmtrain.simulate.systems.messages import JoinState, Phase, Settings, Sim
 from swarmtrain.simulate.systems.volunteer import Reply, SimulatedVolunteer, named
 from swarmtrain.simulate.systems.world import SynchronousWorld, WorldMoment
 
-__all__ = ["counted_twice", "draw_rounds", "not_one_model", "play_rounds"]
+__all__ = [
+    "KINDS",
+    "RoundLiar",
+    "SearchedRounds",
+    "counted_twice",
+    "draw_rounds",
+    "judged",
+    "not_one_model",
+    "play_rounds",
+    "settings_of",
+]
 
 BASE_WAIT_S = 6.0
 """Seconds of waiting without a fault: the slowest peer's round less the fastest one's, and the transfers."""
@@ -44,7 +54,7 @@ _PULLED_S = 1.0
 """Seconds in which others have a publication, links being as they are."""
 _ASKED_S = (0.01, 0.01, 0.1, 0.2)
 """Seconds after it has asked: before it is answered, or while the bytes come that it learned of."""
-_KINDS = {
+KINDS = {
     "kill": 3, "leave": 2, "restart": 4, "freeze": 5, "partition": 3, "cut": 2, "delay": 2, "loss": 2, "twice": 2,
     "join": 2, "kill at": 4, "late": 2, "freeze at": 6, "idle": 1,
     "lie: two rosters": 1, "lie: two publications": 1, "lie: far ahead": 1, "lie: done": 1, "lie: tokens": 1,
@@ -52,19 +62,19 @@ _KINDS = {
 }  # fmt: skip
 
 
-def draw_rounds(rng: random.Random) -> FaultSchedule:
-    """Draw a synchronous swarm of up to seven peers, and its faults."""
+def draw_rounds(rng: random.Random, kinds: Mapping[str, int] = KINDS) -> FaultSchedule:
+    """Draw a synchronous swarm of up to seven peers, and its faults of these kinds."""
     speeds = tuple(rng.choice((8.0, 10.0, 16.0)) for _ in range(rng.choice((1, 2, 3, 3, 4, 4, 5, 6, 7))))
     options = (("share_above", 2.0),) if rng.random() < 0.5 else ()
     chance = rng.random()
     if chance < 0.1:
         speeds = (8.0, *speeds[1:3], 16.0)
-    drawn = draw_faults(rng, _KINDS, len(speeds), _SPAN, lambda kind: rng.randrange(160))
+    drawn = draw_faults(rng, kinds, len(speeds), _SPAN, lambda kind: rng.randrange(160))
     faults = tuple(_at_the_edge(rng, fault) for fault in drawn)
     if chance < 0.1:
         faults = (*faults[:1], _stops_before_it_signs(rng))
     elif chance < 0.25:
-        faults = (_lies_alone(rng, len(speeds)),)
+        faults = (_lies_alone(rng, len(speeds), kinds),)
     return FaultSchedule(
         world="rounds",
         speeds=speeds,
@@ -84,10 +94,10 @@ def _stops_before_it_signs(rng: random.Random) -> ScheduledFault:
     return ScheduledFault(kind="freeze at", at_s=4.0 * in_round, lasts_s=lasts_s, detail=detail)
 
 
-def _lies_alone(rng: random.Random, num_peers: int) -> ScheduledFault:
+def _lies_alone(rng: random.Random, num_peers: int, kinds: Mapping[str, int]) -> ScheduledFault:
     """Draw one long lie of the peer that signs first or last, so that nothing else explains waits."""
-    kinds = {kind: weight for kind, weight in _KINDS.items() if kind.startswith("lie: ")}
-    kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    lies = {kind: weight for kind, weight in kinds.items() if kind.startswith("lie: ")}
+    kind = rng.choices(list(lies), list(lies.values()))[0]
     return ScheduledFault(kind=kind, peer=rng.choice((0, num_peers - 1)), at_s=4.0, lasts_s=3 * _SPAN.longest_s)
 
 
@@ -196,15 +206,19 @@ _LIE_ROUNDS = ((1, 1), (1, 3), (2, 1), (2, 8), (4, 2), (0, 2), (10**6, 30))
 _INVENTED = RoundPublication(peer="p0", snapshot=hash_of("invented"), tokens=1, inner_steps=1)
 
 
+def settings_of(schedule: FaultSchedule) -> Settings:
+    """Return the settings of a swarm in rounds."""
+    return Settings(
+        share_above=int(schedule.option("share_above", 5)),
+        presence_ttl_s=15.0,
+        round_limit_s=12.0 if schedule.has("idle") else 600.0,
+    )
+
+
 class SearchedRounds(SynchronousWorld):
     """Simulated world that records values that must only grow, and work that was reported as merged."""
 
-    def __init__(self, schedule: FaultSchedule) -> None:
-        settings = Settings(
-            share_above=int(schedule.option("share_above", 5)),
-            presence_ttl_s=15.0,
-            round_limit_s=12.0 if schedule.has("idle") else 600.0,
-        )
+    def __init__(self, schedule: FaultSchedule, settings: Settings) -> None:
         super().__init__(settings, seed=schedule.seed)
         self.clock.most_events = 400_000
         self.liars = schedule.liars
@@ -223,6 +237,16 @@ class SearchedRounds(SynchronousWorld):
 
     def _make(self, name: str, steps_per_s: float, link: SimulatedLink) -> SimulatedVolunteer:
         return (RoundLiar if name in self.liars else SimulatedVolunteer)(self, name, steps_per_s, link)
+
+    def declare(self, fault: ScheduledFault, name: str, index: int) -> None:
+        """Schedule a fault of this peer; `index` tells newcomers apart."""
+        if fault.kind == "idle":
+            declare_span(self, fault, lambda: self.idle(name), lambda: self.sign_again(name))
+        elif fault.kind in ("kill at", "freeze at"):
+            strike = self.kill if fault.kind == "kill at" else _frozen_for(self, fault)
+            self.fail_at(name, fault.detail // 5 % 8, _MOMENTS[fault.detail % 5], strike)
+        else:
+            declare(self, fault, name, index, self.come)
 
     def come(self, name: str, checkpoint: int) -> object:
         """Start a newcomer, or a peer that has died."""
@@ -294,33 +318,28 @@ class SearchedRounds(SynchronousWorld):
 
 def play_rounds(schedule: FaultSchedule) -> Played:
     """Play the schedule, and return the violations."""
-    world = SearchedRounds(schedule)
+    return judged(SearchedRounds(schedule, settings_of(schedule)), schedule)
+
+
+def judged(world: SearchedRounds, schedule: FaultSchedule, limit_s: float = 120.0) -> Played:
+    """Play the schedule in this world, and return the violations. Two rounds take `limit_s` at most once the faults are
+    over."""
     for name, steps_per_s in zip(schedule.names, schedule.speeds, strict=True):
         world.join(name, steps_per_s=steps_per_s)
     for index, fault in enumerate(schedule.faults):
-        _declare(world, replace(fault, at_s=_TOGETHER_S + fault.at_s), schedule.name(fault), index)
+        world.declare(replace(fault, at_s=_TOGETHER_S + fault.at_s), schedule.name(fault), index)
     world.run_until(_TOGETHER_S + schedule.faults_end_s(_LEAST_S))
     end_faults(world, world.liars)
     world.declare_no_more()
     found = list(_waits(world, schedule))
     if world.running():
         world.run_until(world.clock.now + world.settings.presence_ttl_s / 3 + 20)
-        found += [Violation("one model", detail) for detail in not_one_model(world)]
+        found += [Violation("one model", detail) for detail in not_one_model(world, limit_s=limit_s)]
         found += [Violation("exactly once", detail) for detail in counted_twice(world)]
         if not schedule.liars and not schedule.has("partition", "cut", "loss", "late"):
             found += _lost(world)
     weights = [peer.digest for peer in world.running()]
     return Played([*world.broken, *found], f"{world.clock.num_events} events, {weights}")
-
-
-def _declare(world: SearchedRounds, fault: ScheduledFault, name: str, index: int) -> None:
-    if fault.kind == "idle":
-        declare_span(world, fault, lambda: world.idle(name), lambda: world.sign_again(name))
-    elif fault.kind in ("kill at", "freeze at"):
-        strike = world.kill if fault.kind == "kill at" else _frozen_for(world, fault)
-        world.fail_at(name, fault.detail // 5 % 8, _MOMENTS[fault.detail % 5], strike)
-    else:
-        declare(world, fault, name, index, world.come)
 
 
 def _frozen_for(world: SynchronousWorld, fault: ScheduledFault) -> Callable[[str], None]:

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 __all__ = ["FaultSchedule", "FaultSpan", "Played", "ScheduledFault", "Violation", "WorldKind", "draw_faults"]
 
-WorldKind: TypeAlias = Literal["rounds", "gossip", "stages", "microbatches", "lives"]
+WorldKind: TypeAlias = Literal["rounds", "gossip", "stages", "microbatches", "lives", "batches"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,10 +49,17 @@ class BatchVolunteer(SimulatedVolunteer):
         self.steps += 1
         now, others = self.world.clock.now, others_in(self.membership)
         there = self.end.share(self.steps * self.settings.tokens_per_step, others, now)
-        if self.end.asks_others(there):
+        if self.end.asks_others(there, now):
             self._is_asking = True
             self.tell(ev.SurveyPeers(_ASKS, tuple(info.peer for info, _, _ in others)))
-        if self.end.is_complete(there, wanted_by=self.engine.wanted_by, is_asking=self._is_asking, now=now):
+        if self.end.is_complete(
+            there,
+            wanted_by=self.engine.wanted_by,
+            is_asking=self._is_asking,
+            now=now,
+            is_overtaken=self.engine.is_overtaken,
+            step_s=1 / self.steps_per_s,
+        ):
             self._publish()
         else:
             self._trains_until(now + 1 / self.steps_per_s)
@@ -65,5 +72,6 @@ class BatchVolunteer(SimulatedVolunteer):
 
     def _advance(self, roster: Roster) -> None:
         own_tokens = self.steps * self.settings.tokens_per_step
-        self.end.counted({entry.peer: entry.tokens for entry in roster.entries}, own_tokens, self.ended_s)
+        tokens = {entry.peer: entry.tokens for entry in roster.entries}
+        self.end.counted(tokens, own_tokens, self.ended_s, lists_this_peer=self.name in tokens)
         super()._advance(roster)

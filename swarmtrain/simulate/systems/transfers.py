@@ -80,6 +80,8 @@ class Owner(End, Protocol):
     transfers: Transfers
     engine: RoundEngine[None, None]
 
+    steps: int
+
     @property
     def round(self) -> int:
         """Round that the peer is in."""

@@ -29,6 +29,17 @@ export function setFacts(list, facts) {
   });
 }
 
+const CARDS_REM = 54;
+
+/** Lay the lines of a table of peers out as cards while what is around it has no room for its columns. */
+export function cardsWhereNarrow(table) {
+  const rem = parseFloat(getComputedStyle(document.documentElement).fontSize);
+  // not a container query: that would cost each update of the table a tenth more
+  new ResizeObserver(([around]) => {
+    table.classList.toggle("cards", around.contentRect.width < CARDS_REM * rem);
+  }).observe(table.parentElement);
+}
+
 /** Format a number of tokens, such as 1.2 M. */
 export function count(number) {
   for (const unit of ["", " k", " M", " G", " T"]) {

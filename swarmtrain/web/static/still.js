@@ -1,5 +1,5 @@
 // What a page in one file writes when it is opened: moments in the reader's time, and the lengths of bars.
-import { keepDates } from "./dom.js";
+import { cardsWhereNarrow, keepDates } from "./dom.js";
 
 // With its year and zone, since a file is read at another time, and by others.
 const moments = new Intl.DateTimeFormat(undefined, {
@@ -20,6 +20,7 @@ export function data() {
 /** Finish the page. */
 export function finish() {
   keepDates();
+  document.querySelectorAll(".peers").forEach(cardsWhereNarrow);
   for (const moment of document.querySelectorAll("time[datetime]")) {
     moment.title = moment.textContent;
     moment.textContent = moments.format(new Date(moment.dateTime));

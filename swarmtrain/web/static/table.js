@@ -1,6 +1,6 @@
 // Table of peers: sorted by their work, and only what changed is touched. It never has more than a page of lines, since a
 // browser lays out and paints all lines of a table whenever one of them changes.
-import { ago, make, NO_TIME, setText } from "./dom.js";
+import { ago, cardsWhereNarrow, make, NO_TIME, setText } from "./dom.js";
 
 const FIRST = 25;
 const PAGE = 50;
@@ -55,6 +55,7 @@ export class PeerTable {
       this.body,
     );
     section.append(make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: caption }, this.table), this.empty, this.pages);
+    cardsWhereNarrow(this.table);
   }
 
   /** Show these rows, as [id, row], sorted by their work. */
@@ -127,7 +128,7 @@ export class PeerTable {
     const line = make("tr", { role: "row" });
     for (const [, kind] of this.columns) {
       if (kind !== "name") line.append(make("td", { className: kind, role: "cell" }));
-      else line.append(make("th", { scope: "row", role: "rowheader" }, make("bdi"), make("span", { className: "quiet" }), make("span", { className: "you" })));
+      else line.append(make("th", { scope: "row", role: "rowheader" }, make("bdi"), " ", make("span", { className: "quiet" }), " ", make("span", { className: "you" })));
     }
     return line;
   }

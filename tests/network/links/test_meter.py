@@ -50,6 +50,26 @@ def test_little_traffic_says_little_and_takes_nothing_back_at_once() -> None:
     assert meter.bytes_per_s == pytest.approx(1e6, rel=0.2)
 
 
+def test_a_round_in_which_transfers_failed_takes_nothing_back() -> None:
+    """Then the link had less to carry than it should have; what did pass still counts."""
+    clock = Clock()
+    meter = LinkMeter(clock=clock)
+    carry(meter, clock, 10e6, 10.0)
+    meter.round_over()
+    fast = meter.bytes_per_s
+    carry(meter, clock, 1e6, 30.0)
+    meter.disturbed()
+    meter.round_over()
+    assert meter.bytes_per_s == fast
+    carry(meter, clock, 20e6, 10.0)
+    meter.disturbed()
+    meter.round_over()
+    assert meter.bytes_per_s > 1.8 * fast
+    carry(meter, clock, 1e6, 30.0)
+    meter.round_over()
+    assert meter.bytes_per_s < 1.5 * fast, "only that round"
+
+
 def test_what_the_transport_has_buffered_is_not_counted_before_the_reader_asks_for_more() -> None:
     clock = Clock()
     meter = LinkMeter(clock=clock)

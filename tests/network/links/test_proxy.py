@@ -146,6 +146,26 @@ def test_what_was_said_before_the_end_arrives_and_whoever_is_gone_ends_it() -> N
 # ---------------------------------------------------------------- pulls that fail
 
 
+def test_narrowed_links_carry_a_share_until_the_last_narrowing_is_over() -> None:
+    async def rates() -> list[tuple[float, float]]:
+        links = PeerLinks()
+        anna = await links.open("anna", LinkShape(up_bytes_per_s=100.0, down_bytes_per_s=200.0))
+        ben = await links.open("ben", LinkShape(up_bytes_per_s=10.0))
+        found = list[tuple[float, float]]()
+        first = await links.narrow(["anna", "ben"], 0.5)
+        found += [(anna.up.bytes_per_s, anna.down.bytes_per_s), (ben.up.bytes_per_s, ben.down.bytes_per_s)]
+        second = await links.narrow(["anna"], 0.1)
+        found.append((anna.up.bytes_per_s, anna.down.bytes_per_s))
+        await links.widen(first)
+        found += [(anna.up.bytes_per_s, anna.down.bytes_per_s), (ben.up.bytes_per_s, ben.down.bytes_per_s)]
+        await links.widen(second)
+        found.append((anna.up.bytes_per_s, anna.down.bytes_per_s))
+        await links.close()
+        return found
+
+    assert asyncio.run(rates()) == [(50, 100), (5, 0), (5, 10), (10, 20), (10, 0), (100, 200)]
+
+
 def test_so_many_pulls_fail_and_the_same_ones_for_the_same_seed() -> None:
     def served(share: float, seed: str) -> list[int]:
         pulls = FailingPulls(share, seed)

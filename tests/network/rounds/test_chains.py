@@ -265,7 +265,7 @@ class Peers:
 def bytes_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deliver all bytes but those of the liar's publications."""
 
-    async def pull(self: Downloads, held: HeldSnapshot, chunks: range, sources: Sequence[str]) -> None:
+    async def pull(self: Downloads, held: HeldSnapshot, chunks: range, sources: Sequence[str], *_: object) -> None:
         manifest = held.snapshot.manifest
         if manifest.kind == pb.SNAPSHOT_KIND_PSEUDO_GRADIENT and held.snapshot.author == LIAR.peer_id:
             raise UnreachableError("it delivers nothing")

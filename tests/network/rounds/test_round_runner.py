@@ -9,6 +9,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.rounds.downloads import Downloads
 from swarmtrain.network.rounds.merger import Average, Merger, RoundSettings
 from swarmtrain.network.rounds.questions import RoundQuestions
-from swarmtrain.network.rounds.roster import CheckedRosters, publication_of, sign_roster
+from swarmtrain.network.rounds.roster import CheckedRosters, named, publication_of, sign_roster
+from swarmtrain.network.rounds.round_end import EndedRound
 from swarmtrain.network.rounds.runner import NewState, RosterMean, RoundRunner
 from swarmtrain.network.rounds.state_fetch import StateSource
 from swarmtrain.network.snapshots.store import (
@@ -404,7 +406,9 @@ def test_an_error_of_ours_in_one_question_is_a_call_that_failed(
             raise RuntimeError("a bug")
         return await read(self, ask, reply)
 
-    async def bytes_come(self: Downloads, held: HeldSnapshot, chunks: range, sources: Sequence[str]) -> None:
+    async def bytes_come(
+        self: Downloads, held: HeldSnapshot, chunks: range, sources: Sequence[str], *_: object
+    ) -> None:
         held.have.update(chunks)
 
     monkeypatch.setattr(RoundQuestions, "read_untrusted", broken)
@@ -433,7 +437,7 @@ def test_an_error_of_ours_in_one_pull_leaves_that_publication_out(
     identities = a_swarm(3)
     me, good, bad = identities
 
-    async def pull(self: Downloads, held: HeldSnapshot, chunks: range, sources: Sequence[str]) -> None:
+    async def pull(self: Downloads, held: HeldSnapshot, chunks: range, sources: Sequence[str], *_: object) -> None:
         if held.snapshot.author == bad.peer_id:
             raise RuntimeError("a bug")
         held.have.update(chunks)
@@ -536,3 +540,40 @@ def test_what_a_merge_that_is_given_up_has_found_is_there_for_the_next(monkeypat
 
     virtual_swarm(run)
     assert found == [False, True]
+
+
+@pytest.mark.parametrize("number", [5, 6])
+def test_whole_publications_are_pulled_no_longer_once_the_roster_is_merged_in_shares(number: int) -> None:
+    """They were begun while the group looked smaller; a slow link would carry all of each beside its part."""
+    identities = a_swarm(number)
+    published = [publication(identity) for identity in identities]
+    entries = tuple(publication_of(each.snapshot) for each in published)
+    roster = Roster(round=0, signer=identities[0].peer_id, entries=entries)
+    ended_pulls: list[str] = []
+
+    async def run() -> None:
+        async def never(*_: object) -> Any:
+            await asyncio.Event().wait()
+
+        async def pull(held: HeldSnapshot, *_: object) -> None:
+            try:
+                await never()
+            finally:
+                ended_pulls.append(held.snapshot.author)
+
+        merger: Any = SimpleNamespace(settings=SETTINGS, downloads=SimpleNamespace(pull=pull), merge=never)
+        unused: Any = None
+        told: list[Any] = []
+        ended = EndedRound(published[0], merger, unused, unused, told.append)
+        for each, entry in zip(published[1:], entries[1:], strict=True):
+            ended.announced(each.snapshot)
+            ended.fetch(ev.FetchPublication(entry, (entry.peer,)))
+        await asyncio.sleep(0.1)
+        assert not ended_pulls
+        ended.merge(named(roster, sign_roster(identities[0], RUN, roster)))
+        await asyncio.sleep(0.1)
+        assert len(ended_pulls) == (number - 1 if number > SETTINGS.share_above else 0)
+        assert not told and not ended.outcome.done(), "that is no failure"
+        await ended.stop()
+
+    virtual_swarm(run)

@@ -56,7 +56,7 @@ class Measured:
     def __init__(self, published: PublishedRun, folder: Path) -> None:
         self.published, self.folder = published, folder
         self.events: list[Event] = []
-        self.records: list[tuple[HistoryPoint, TextSample]] = []
+        self.records: list[tuple[HistoryPoint, TextSample | None]] = []
         self.sampler = ArchiveSampler(
             published, folder, self.events.append, lambda point, sample: self.records.append((point, sample))
         )
@@ -78,13 +78,15 @@ def test_the_loss_is_the_models_and_the_sample_continues_held_out_text(published
     expected = held_out_loss_of(build_run_model(published.run, None), published, tokenizer)
     assert isinstance(event, EvalEvent) and event.round == 2
     assert event.held_out_loss == pytest.approx(expected.nats_per_byte)
-    ((point, sample),) = measured.records
+    (at_once, nothing_yet), (point, sample) = measured.records
+    assert at_once == point and nothing_yet is None and sample is not None, "the curve does not wait for the text"
     assert (point.run_tokens, point.held_out_loss) == (4000, event.held_out_loss)
     assert sample.prompt.encode() in published.held_out and 5 < len(sample.prompt) <= 48
     assert sample.text and len(sample.text) <= 200 and (sample.round, sample.run_tokens) == (3, 4000)
     again = Measured(published, tmp_path / "archive")
     again.sampler.measure(Progress(round=3, run_tokens=4000))
-    assert again.records[0][1].text == sample.text, "the same round writes the same"
+    written = again.records[1][1]
+    assert written is not None and written.text == sample.text, "the same round writes the same"
 
 
 def test_a_loss_that_is_not_finite_is_told_once(published: PublishedRun, tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_a_loss_that_is_not_finite_is_told_once(published: PublishedRun, tmp_pat
     (warning,) = measured.events
     assert isinstance(warning, WarningEvent) and warning.code == "training-diverged" and not measured.records
     measured.sampler.measure(measured.archive(5, 5000))
-    assert isinstance(measured.events[-1], EvalEvent) and len(measured.records) == 1, "it has come back"
+    assert isinstance(measured.events[-1], EvalEvent) and len(measured.records) == 2, "it has come back"
 
 
 def test_an_archive_that_is_not_the_one_offered_is_left_alone(published: PublishedRun, tmp_path: Path) -> None:

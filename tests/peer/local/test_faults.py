@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from swarmtrain.network.links.impairments import Outage
+from swarmtrain.network.links.impairments import Narrowing, Outage
 from swarmtrain.peer.local.faults import FaultInjection
 from swarmtrain.rehearsal import FaultEvent
 
@@ -42,6 +43,13 @@ class Noted:
 
     def mend(self, outage: Outage) -> None:
         self._note(f"mend {len(outage.sides)}")
+
+    def narrow(self, names: Sequence[str], share: float) -> Narrowing:
+        self._note(f"narrow {' '.join(names)} to {share:g}")
+        return Narrowing(frozenset(names), share)
+
+    def widen(self, narrowing: Narrowing) -> None:
+        self._note(f"widen {' '.join(sorted(narrowing.names))}")
 
     def reset(self, name: str) -> None:
         self._note(f"reset {name}")
@@ -94,6 +102,12 @@ def test_each_strikes_at_its_time_and_is_over_in_time() -> None:
 def test_those_parted_are_one_side_and_those_cut_off_are_each_alone() -> None:
     swarm = played(FaultEvent(0.0, "partition", ("a", "b"), 3.0), FaultEvent(1.0, "stall", ("a", "b"), 3.0), until_s=9)
     assert swarm.done == [(0.0, "part [['a', 'b']]"), (1.0, "part [['a'], ['b']]"), (3.0, "mend 1"), (4.0, "mend 2")]
+
+
+def test_narrowed_links_get_their_bandwidth_back() -> None:
+    swarm = played(FaultEvent(1.0, "narrow", ("a", "b"), 3.0, 25.0), FaultEvent(6.0, "narrow", ("a",), 9.0), until_s=8)
+    assert swarm.done == [(1.0, "narrow a b to 0.25"), (4.0, "widen a b"), (6.0, "narrow a to 0.5"), (8.0, "widen a")]
+    assert swarm.said[0] == "rehearsal: a and b: given 25 % of the bandwidth for 3 s"
 
 
 def test_at_the_end_what_hangs_goes_on_and_nothing_more_happens() -> None:

@@ -9,7 +9,10 @@ from swarmtrain.protocol.archive.load import (
     archive_every_s,
     archived_sources,
     is_early_archive_due,
+    not_the_slowest,
 )
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.protocol.rounds.roles import LinkRates
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,16 @@ def test_a_large_one_so_that_links_are_free_for_merging() -> None:
     assert archive_every_s(60, 90, 57_000_000) == 900
     assert archive_every_s(60, 900, 57_000_000) == 1800
     assert archive_every_s(7200, 900, 57_000_000) == 7200
+
+
+def test_a_state_that_all_hold_is_not_pulled_over_the_slow_links() -> None:
+    rates = {"a": 1e6, "b": 10e6, "c": 3e6, "unmeasured": 0.0}
+    infos = [PeerInfo(peer=peer, link=LinkRates(rate, rate)) for peer, rate in rates.items()]
+    infos.append(PeerInfo(peer="old"))
+    assert [info.peer for info in not_the_slowest(infos)] == ["b", "c", "unmeasured", "old"]
+    assert [info.peer for info in not_the_slowest(infos[3:])] == ["unmeasured", "old"]
+    assert [info.peer for info in not_the_slowest(infos[:1])] == ["a"]
+    assert not_the_slowest([]) == []
 
 
 @pytest.mark.parametrize(

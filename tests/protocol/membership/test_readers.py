@@ -71,3 +71,38 @@ def test_one_that_takes_nothing_loses_its_place_before_any_other() -> None:
     take(readers, inside[1:], 25, [1e6, 1e3, 1e6])
     _, gone = readers.admit("anna", MOST, 25.0)
     assert gone is inside[0]
+
+
+def test_places_go_in_the_order_of_asking_and_not_to_the_one_that_has_just_left() -> None:
+    readers = Readers(20.0, in_order=True)
+    inside = [readers.admit(peer, 2, 0.0)[0] for peer in ("anna", "ben")]
+    assert [readers.admit(peer, 2, 1.0)[0] for peer in ("carl", "dora")] == [None, None]
+    assert inside[0] is not None
+    readers.leaves(inside[0])
+    assert readers.admit("anna", 2, 1.1) == (None, None), "carl and dora asked before"
+    assert readers.admit("dora", 2, 1.2) == (None, None), "carl asked before"
+    carl, gone = readers.admit("carl", 2, 1.3)
+    assert carl is not None and gone is None
+    readers.leaves(carl)
+    assert readers.admit("dora", 2, 1.4)[0] is not None
+    assert len(readers) == 2
+
+
+def test_a_place_is_kept_only_for_a_moment_and_never_for_one_that_has_half_of_them() -> None:
+    readers = Readers(20.0, in_order=True)
+    anna, _ = readers.admit("anna", 2, 0.0)
+    assert readers.admit("anna", 2, 0.5) == (None, None), "it has its half"
+    ben, _ = readers.admit("ben", 2, 0.6)
+    assert anna is not None and ben is not None, "and nothing was kept for it"
+    assert readers.admit("carl", 2, 1.0) == (None, None)
+    readers.leaves(ben)
+    assert readers.admit("ben", 2, 2.9) == (None, None)
+    assert readers.admit("ben", 2, 3.1)[0] is not None, "carl has not come back"
+
+
+def test_without_an_order_a_place_is_the_next_askers() -> None:
+    readers = Readers(20.0)
+    anna, _ = readers.admit("anna", 1, 0.0)
+    assert readers.admit("ben", 1, 0.1) == (None, None) and anna is not None
+    readers.leaves(anna)
+    assert readers.admit("anna", 1, 0.2)[0] is not None

@@ -79,7 +79,7 @@ def test_who_claims_a_whole_batch_on_rosters_counts_as_a_fast_volunteer() -> Non
             ben = told("ben", now, steps=int(2 * (now - began)), round=round, speed=2.0, heard_s=now)
             eve = told("eve", now, steps=100, round=round, speed=1e9, heard_s=now)
             there = batch.share(int(20 * (now - began)), [ben, eve], now)
-            if batch.is_complete(there, wanted_by=("eve",), is_asking=False, now=now):
+            if batch.is_complete(there, wanted_by={"eve": began + 0.5}, is_asking=False, now=now):
                 break
             assert now - began < 60
         lasted.append(now - began)
@@ -111,43 +111,109 @@ def test_one_that_two_rosters_left_out_is_not_counted_until_one_has_it() -> None
     ghost = [told("eve", 101.0, steps=20, round=7)]
     there = batch.share(990, ghost, 110.0)
     assert there.others_tokens == 0 and there.tokens_per_s == 20
-    assert not batch.is_complete(there, wanted_by=("eve",), is_asking=False, now=110.0), "nor believed"
+    few = batch.share(490, ghost, 110.0)
+    assert not batch.is_complete(few, wanted_by={"eve": 100.0}, is_asking=False, now=110.0), "nor believed that it is"
+    assert batch.is_complete(there, wanted_by={"eve": 100.0}, is_asking=False, now=110.0), "it may sign for itself"
     batch.counted({"anna": 200, "ben": 300, "eve": 100}, 200, 110.0)
     batch.begin(8, 20.0, 100.0)
     assert batch.share(0, [told("eve", 101.0, steps=5, round=8)], 102.0).tokens_per_s == 20 + 10
 
 
+def test_a_roster_without_this_peer_says_nothing_against_others_and_for_nobody() -> None:
+    """Eve signs for herself alone, again and again: who is left out with this peer is not held for one that lies."""
+    batch = end()
+    for round in (5, 6, 7):
+        batch.begin(round, 20.0, 100.0)
+        batch.share(0, [told("ben", 101.0, round=round), told("eve", 101.0, round=round)], 110.0)
+        batch.counted({"eve": 10**9}, 200, 110.0, lists_this_peer=False)
+    batch.begin(8, 20.0, 100.0)
+    both = [told("ben", 101.0, round=8), told("eve", 101.0, round=8, speed=1e9)]
+    assert batch.share(0, both, 102.0).tokens_per_s == 20 + 30 + 30
+    for _ in range(2):
+        batch.share(0, both, 102.0)
+        batch.counted({"anna": 200, "ben": 300}, 200, 110.0)
+        batch.begin(8, 20.0, 100.0)
+    assert batch.share(0, both, 102.0).tokens_per_s == 20 + 30, "eve was on neither"
+    batch.counted({"eve": 10**9}, 200, 110.0, lists_this_peer=False)
+    assert batch.share(0, both, 102.0).tokens_per_s == 20 + 30 + 30, "she is there again"
+
+
 def test_the_batch_ends_when_it_is_there_once_the_others_have_answered() -> None:
     batch = end()
     early, late = batch.share(700, [], 110.0), batch.share(760, [told("ben", 110.0, steps=1)], 110.0)
-    assert not batch.asks_others(early) and batch.asks_others(late) and not batch.asks_others(late)
+    assert not batch.asks_others(early, 110.0) and batch.asks_others(late, 110.0) and not batch.asks_others(late, 110.0)
     full = batch.share(1000, [told("ben", 110.0, steps=1)], 111.0)
-    assert not batch.is_complete(late, wanted_by=(), is_asking=False, now=110.0)
-    assert not batch.is_complete(full, wanted_by=(), is_asking=True, now=111.0)
-    assert batch.is_complete(full, wanted_by=(), is_asking=False, now=111.0)
-    assert batch.is_complete(early, wanted_by=(), is_asking=False, now=700.0), "the round's limit"
+    assert not batch.is_complete(late, wanted_by={}, is_asking=False, now=110.0)
+    assert not batch.is_complete(full, wanted_by={}, is_asking=True, now=111.0)
+    assert batch.is_complete(full, wanted_by={}, is_asking=False, now=111.0)
+    assert batch.is_complete(early, wanted_by={}, is_asking=False, now=700.0), "the round's limit"
+
+
+def test_who_does_not_answer_is_waited_for_until_half_of_the_wait_and_no_longer() -> None:
+    batch = end()
+    full = batch.share(1000, [told("ben", 110.0, steps=1)], 110.0)
+    assert batch.asks_others(full, 110.0)
+    assert not batch.is_complete(full, wanted_by={}, is_asking=True, now=113.9)
+    assert batch.is_complete(full, wanted_by={}, is_asking=True, now=114.0)
+
+
+def test_while_others_are_in_a_later_round_they_are_asked_from_time_to_time() -> None:
+    batch = end()
+    assert not batch.asks_others(batch.share(100, [told("ben", 104.0)], 110.0), 110.0)
+    there = batch.share(100, [told("ben", 108.0, round=7)], 110.0)
+    times = (103.9, 104.0, 107.9, 108.0, 109.0)
+    assert [now for now in times if batch.asks_others(there, now)] == [104.0, 108.0]
+    assert not batch.is_complete(there, wanted_by={}, is_asking=False, now=115.0), "what they tell ends nothing"
+    assert not batch.is_complete(there, wanted_by={}, is_asking=True, now=115.0, is_overtaken=True), (
+        "not all say so yet"
+    )
+    assert batch.is_complete(there, wanted_by={}, is_asking=False, now=115.0, is_overtaken=True)
+    batch.begin(6, 20.0, 120.0)
+    assert not batch.asks_others(batch.share(100, [told("ben", 120.0, round=6)], 121.0), 121.0)
+
+
+def test_a_roster_of_this_peer_alone_says_nothing_of_the_others() -> None:
+    first = BatchEnd(RULES)
+    first.begin(0, 2.0, 90.0)
+    first.counted({"anna": 20}, 20, 100.0)
+    first.begin(1, 2.0, 100.0)
+    assert first.share(0, [told("ben", 101.0, round=1, speed=9.0)], 110.0).tokens_per_s == 2 + 8 * 2
+    parted = end()
+    parted.counted({"anna": 200}, 200, 110.0)
+    parted.begin(6, 20.0, 110.0)
+    assert parted.share(0, [told("ben", 111.0, round=6, speed=9.0)], 112.0).tokens_per_s == 20 + 30, "as before"
 
 
 def test_one_that_asks_is_believed_if_half_is_there_or_before_it_stops_waiting() -> None:
     batch = end()
     little, eighth, half = (batch.share(tokens, [], 110.0) for tokens in (120, 125, 500))
-    assert not batch.is_complete(little, wanted_by=("ben",), is_asking=False, now=110.0)
-    assert not batch.is_complete(little, wanted_by=("ben",), is_asking=False, now=113.9)
-    assert not batch.is_complete(little, wanted_by=("ben",), is_asking=False, now=114.0), "it cannot be"
-    assert batch.is_complete(eighth, wanted_by=("ben",), is_asking=False, now=114.0)
-    assert batch.is_complete(half, wanted_by=("ben",), is_asking=False, now=111.0)
-    batch.begin(6, 20.0, 120.0)
-    assert not batch.is_complete(eighth, wanted_by=("ben",), is_asking=False, now=121.0), "it has just begun to ask"
+    assert not batch.is_complete(little, wanted_by={"ben": 110.0}, is_asking=False, now=110.0)
+    assert not batch.is_complete(little, wanted_by={"ben": 110.0}, is_asking=False, now=113.9)
+    assert not batch.is_complete(little, wanted_by={"ben": 110.0}, is_asking=False, now=114.0), "it cannot be"
+    assert batch.is_complete(eighth, wanted_by={"ben": 110.0}, is_asking=False, now=114.0)
+    assert batch.is_complete(half, wanted_by={"ben": 110.0}, is_asking=False, now=111.0)
+    now = {"is_asking": False, "now": 111.0}
+    assert not batch.is_complete(eighth, wanted_by={"ben": 110.0}, step_s=2.9, **now)
+    assert batch.is_complete(eighth, wanted_by={"ben": 110.0}, step_s=3.0, **now), "the next step would end too late"
+    assert not batch.is_complete(little, wanted_by={"ben": 110.0}, step_s=3.0, **now)
+
+
+def test_one_that_came_late_follows_whoever_asks() -> None:
+    batch = end()
+    batch.begin(5, 20.0, 100.0, is_late=True)
+    little = batch.share(20, [told("ben", 101.0)], 102.0)
+    assert not batch.is_complete(little, wanted_by={}, is_asking=False, now=102.0)
+    assert batch.is_complete(little, wanted_by={"eve": 101.5}, is_asking=False, now=102.0)
 
 
 def test_one_that_no_roster_has_counted_is_believed_from_three_quarters_on() -> None:
     batch = end()
     some, half, more = (batch.share(tokens, [], 110.0) for tokens in (490, 740, 750))
-    assert not batch.is_complete(half, wanted_by=("eve",), is_asking=False, now=110.0)
-    assert batch.is_complete(more, wanted_by=("eve",), is_asking=False, now=110.0)
-    assert not batch.is_complete(some, wanted_by=("eve",), is_asking=False, now=114.0)
-    assert batch.is_complete(half, wanted_by=("eve",), is_asking=False, now=114.0)
-    assert batch.is_complete(half, wanted_by=("ben", "eve"), is_asking=False, now=110.0)
+    assert not batch.is_complete(half, wanted_by={"eve": 110.0}, is_asking=False, now=110.0)
+    assert batch.is_complete(more, wanted_by={"eve": 110.0}, is_asking=False, now=110.0)
+    assert not batch.is_complete(some, wanted_by={"eve": 110.0}, is_asking=False, now=114.0)
+    assert batch.is_complete(half, wanted_by={"eve": 110.0}, is_asking=False, now=114.0)
+    assert batch.is_complete(half, wanted_by={"ben": 110.0, "eve": 110.0}, is_asking=False, now=110.0)
 
 
 def test_a_signer_leaves_out_who_claims_far_more_than_the_others_and_the_batch_has() -> None:

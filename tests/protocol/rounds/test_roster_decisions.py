@@ -100,6 +100,29 @@ def test_a_signer_that_has_not_published_by_the_time_limit_is_passed_over() -> N
     assert signed(decide(view("b", "a", **talks), 200)) == "b"
 
 
+def test_one_whose_turn_comes_at_the_time_limit_first_asks_those_whom_nobody_has_asked() -> None:
+    """Of five with shares b has asked a alone, which answers and does not publish."""
+    told: dict[str, Any] = {"share_above": 2, "heard_at_s": {"a": 199.0}}
+    of_a = view("b", "acde", "b", asked_at_s={"a": 100.0}, answered_at_s={"a": 199.0}, **told)
+    assert decide(of_a, 200) == WaitDecision(
+        until_s=205, reason="the time limit is over: asking c, d, e for the first time"
+    )
+    asked = dict.fromkeys("acde", 200.0) | {"a": 100.0}
+    of_two = view("b", "acde", "bc", asked_at_s=asked, answered_at_s={"a": 199.0, "c": 200.0, "d": 200.0}, **told)
+    assert decide(of_two, 201) == WaitDecision(
+        until_s=205, reason="the time limit is over: asking e for the first time"
+    )
+    assert signed(decide(of_two, 205)) == "bc"
+    of_all = view("b", "acde", "bcde", asked_at_s=asked, answered_at_s=dict.fromkeys("acde", 200.0), **told)
+    assert signed(decide(of_all, 200.1)) == "bcde"
+    # Nor is one passed over that nobody has asked: it may have signed long ago.
+    others = view("d", "abce", "ad", asked_at_s={"a": 100.0}, answered_at_s={"a": 199.0}, idle=frozenset("a"), **told)
+    assert decide(others, 200) == WaitDecision(until_s=205, reason="b signs the roster")
+    # One that it asked when its steps ended has had its time.
+    silent = view("b", "ac", "b", asked_at_s={"a": 100.0, "c": 100.0}, heard_at_s={"a": 199.0, "c": 198.0})
+    assert signed(decide(silent, 200)) == "b"
+
+
 def test_a_signer_that_published_and_talks_yet_never_signs_is_passed_over_in_turn() -> None:
     talks = {"heard_at_s": {"a": 999.0, "b": 999.0}}
     assert decide(view("c", "ab", "abc", **talks), 201) == WaitDecision(until_s=205, reason="a signs the roster")
@@ -389,9 +412,14 @@ def test_standings() -> None:
 
 
 def test_a_group_whose_signer_lists_only_what_it_holds_pulls_everything() -> None:
-    """Guests that publish nothing make it no larger: else the signer waits for bytes that nobody pulls."""
-    small = view("a", "b", published="ab", held=frozenset("a"), share_above=2, late_joiners=frozenset("gh"))
+    """One rule for both: else the signer would wait for bytes that nobody pulls."""
+    small = view("a", "b", published="ab", held=frozenset("a"), share_above=2)
     assert isinstance(decide(small, 101), WaitDecision) and pulls_whole(small)
+    for late in ({"late_joiners": frozenset("g")}, {"ahead": frozenset("g")}):
+        large = view("a", "b", published="ab", held=frozenset("a"), share_above=2, **late)
+        assert not pulls_whole(large), "or a slow link carries everything once for each peer because one is late"
+    with_guest = view("a", "b", published="ab", held=frozenset("a"), share_above=2, late_joiners=frozenset("g"))
+    assert signed(decide(with_guest, 101)) == "ab", "nobody waits for what a guest may publish"
     assert not pulls_whole(view("a", "b", published="abg", share_above=2, late_joiners=frozenset("g")))
     assert signed(decide(view("a", "bc", published="abc", held=frozenset("a"), share_above=2), 101)) == "abc"
 

@@ -15,6 +15,7 @@ from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.chains import Chain, ChainLink, Chains, ShownChain
 from swarmtrain.protocol.rounds.engine import RoundEngine, RoundRules
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster, RoundPublication, steps_of_round
+from swarmtrain.protocol.rounds.state import KnownRound
 
 Engine: TypeAlias = RoundEngine[str, str]
 Command: TypeAlias = ev.Command[str]
@@ -133,6 +134,48 @@ def test_a_round_from_its_end_to_the_next() -> None:
     assert engine.round == 1 and engine.base == roster.digest and engine.knows(0)
 
 
+def test_others_are_told_of_the_roster_that_can_be_had() -> None:
+    """The signer of the first dies, and its bytes with it. The next one's would else be told once it is applied."""
+    known: KnownRound[str, str] = KnownRound(0, 0.0, 10.0, published("b"))
+    of_a, of_b = signed(roster_of("a", "b", "c")), signed(roster_of("b", "c"))
+    assert known.best is None and known.keep(of_a) and known.best is of_a
+    known.merging = of_a.roster.digest
+    known.merge_went_on(ev.RosterNotMerged(of_a.roster.digest, frozenset("a")))
+    assert known.best is of_a, "there is no other"
+    assert known.keep(of_b) and known.best is of_b
+    known.unobtainable.clear()
+    assert known.best is of_a
+
+
+def test_answers_while_it_trains_show_whether_the_others_have_gone_on() -> None:
+    first = roster_of("a", "b", "c")
+    second = roster_of("b", "c", before=first)
+    third = roster_of("b", "c", before=second)
+
+    def training() -> Engine:
+        engine = engine_of("a", "b", "c", applied=[first])
+        engine.receive(ev.RoundBegun(is_late_joiner=False), 1.0)
+        return engine
+
+    def survey(engine: Engine, last: Roster, now: float, chain: Chain | None = None) -> bool:
+        (one,) = engine.receive(ev.SurveyPeers(7, ("b",)), now)
+        assert isinstance(one, ev.AskRoundQuestion)
+        engine.receive(
+            ev.QuestionAnswered(one.number, reply(last, chain=chain if one.question.wants_chain else None)), now
+        )
+        return engine.is_overtaken
+
+    engine = training()
+    assert not survey(engine, first, 2.0)
+    assert not survey(engine, roster_of("b", before=first), 3.0), "c has not gone on with it"
+    assert survey(engine, second, 4.0)
+    engine.receive(ev.RoundAdvanced(2, signed(second)), 5.0)
+    assert not engine.is_overtaken
+    further = training()
+    assert not survey(further, third, 2.0), "what leads there is not known"
+    assert survey(further, third, 3.5, chain_of(first, second, third)), "now it is: the second question asks for it"
+
+
 def test_a_signer_leaves_out_a_claim_of_far_more_than_the_batch() -> None:
     engine = engine_of("a", "b", "c", rules=replace(RULES, target_tokens=30))
     ends(engine)
@@ -159,7 +202,7 @@ def test_others_are_answered_at_once_if_they_lack_something_and_else_held() -> N
     assert not engine.wanted_by, "nobody that this peer knows"
     for asker in ("b", "stranger"):
         engine.receive(ev.QuestionReceived(0, ev.RoundQuestion(round=0, has_publication=False), asker), 1.0)
-    assert engine.wanted_by == {"b"}
+    assert engine.wanted_by == {"b": 1.0}
     assert asks(1.0, has_publication=False, hold_s=9.0) == []
     assert asks(1.0, has_publication=False, hold_s=1.0) == []
     assert engine.wake_at() == 2.0
@@ -325,6 +368,22 @@ def test_a_roster_that_names_what_this_peer_never_published_is_not_merged_again(
     assert of_kind(ended_with(engine, wrong), ev.MergeRoster) == [ev.MergeRoster(signed(wrong))]
     engine.receive(ev.RosterNotMerged(wrong.digest, frozenset("c")), 10.1)
     assert not of_kind(wakes(engine, 10.1), ev.MergeRoster, ev.SignRoster), "it is b's turn"
+
+
+def test_a_roster_that_gives_one_peer_too_much_is_merged_in_equal_shares_and_its_signer_named() -> None:
+    engine, right = engine_of("c", "b", "d", "e"), roster_of("b", "c", "d", "e")
+    fair, wrong = replace(right, shares=(72, 24, 0, 0)), replace(right, shares=(73, 23, 0, 0))
+    assert of_kind(ended_with(engine, fair), ev.MergeRoster, ev.NamePeer) == [ev.MergeRoster(signed(fair))]
+    engine = engine_of("c", "b", "d", "e")
+    said = "a roster by which b averages 73 of 96 chunks of the mean, more than 72"
+    assert of_kind(ended_with(engine, wrong), ev.MergeRoster, ev.NamePeer) == [
+        ev.NamePeer("b", said, "bad-size"),
+        ev.MergeRoster(signed(right)),
+    ]
+    engine.receive(ev.RosterMerged(right.digest), 10.1)
+    assert of_kind(wakes(engine, 10.1), ev.FinishRound) == [ev.FinishRound(signed(wrong))], (
+        "others get it as it was signed"
+    )
 
 
 @pytest.mark.parametrize("comes", ["before", "after"])

@@ -247,6 +247,7 @@ HUGE = "[model]\nnum_layers = 24\nwidth = 2048\nnum_heads = 16\ncontext_tokens =
 ALIKE = (1.0,)
 FREE = LinksSection()
 DILOCO = 'method = "diloco"\n'
+BATCH = 'method = "batch"\n'
 
 
 @pytest.mark.parametrize(
@@ -275,6 +276,8 @@ DILOCO = 'method = "diloco"\n'
         ("stragglers", a_text("inner_steps = 4"), 6, SLOW, 1.0, (1, 1, 1, 1, 1, 30)),
         ("stragglers", a_text("inner_steps = 100"), 6, SLOW, 1.0, (1, 1, 1, 1, 1, 60)),
         ("stragglers", a_text("inner_steps = 100\npacing = false"), 6, SLOW, 1.0, (1, 1, 1, 1, 1, 10)),
+        ("late gradients", a_text(f"{BATCH}inner_steps = 30\nmax_wait_s = 3"), 6, SLOW, 8.0, (1, 1, 1, 1, 1, 4)),
+        ("late gradients", a_text(f"{BATCH}inner_steps = 300\nmax_wait_s = 3"), 5, thin(1), 0.5, ALIKE),
         ("memory", a_text("inner_steps = 500", model=LONG, batch=90), 2, LinksSection(), 2.0, ALIKE),
         ("memory", a_text("inner_steps = 500", model=HUGE, batch=1), 4, LinksSection(), 2.0, ALIKE),
         ("memory", a_text('method = "diloco"', model=HUGE, batch=1), 4, LinksSection(), 2.0, ALIKE),
@@ -315,6 +318,16 @@ def test_each_thing_that_can_hurt_is_named() -> None:
     stragglers = plan(a_run("inner_steps = 16"), machines(6, 1.0, (1, 1, 1, 1, 1, 60)), SLOW)
     found = {one.what: one for one in bottlenecks(a_run("inner_steps = 16"), stragglers)}
     assert found["stragglers"].utilization > 1
+
+
+def test_gradients_that_come_too_late_for_a_large_batch_are_told() -> None:
+    """A volunteer's shortest step is one sequence, a quarter of the run's batch."""
+    run = a_run(f"{BATCH}inner_steps = 30\nmax_wait_s = 3")
+    late = by_name(run, plan(run, machines(6, 8.0, (1, 1, 1, 1, 1, 4)), SLOW))["late gradients"]
+    assert late.utilization == pytest.approx(8 / 3) and "merge.max_wait_s = 12 (now 3)" in late.change
+    assert "takes 8.0 s" in late.why and "to the others" not in late.why, "of six, the signer needs no bytes"
+    assert by_name(run, plan(run, machines(6, 4.0, ALIKE), SLOW))["late gradients"].utilization == pytest.approx(1 / 3)
+    assert "late gradients" not in by_name(a_run(DILOCO), planned(a_run(DILOCO)))
 
 
 def test_big_models_hurt_by_memory_archives_and_late_joiners() -> None:

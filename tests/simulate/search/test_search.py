@@ -87,7 +87,7 @@ def test_every_invariant_that_is_new_is_told_by_a_schedule_of_its_own(
 
     again = next(seed for seed in range(1, 100) if draw(seed).world == draw(0).world)
     found = [(0, [Violation("one", ""), Violation("two", ""), Violation("one", "")]), (again, [Violation("two", "")])]
-    monkeypatch.setattr(command, "broken", lambda seeds, jobs: found)
+    monkeypatch.setattr(command, "broken", lambda seeds, jobs, world: found)
     monkeypatch.setattr(command, "shrink", noted)
     assert command.main(["--schedules", "2", "--seed", "0"]) == 1
     printed = capsys.readouterr().out
@@ -285,3 +285,76 @@ def test_who_is_alone_goes_on_from_the_archive_if_its_chain_holds(schedule: Faul
 def test_the_search_sees_who_never_asks_an_archive(schedule: FaultSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
     nobody_asks_archives(monkeypatch)
     assert [violation.invariant for violation in play(schedule)] == ["acknowledged work is archived"]
+
+
+def batches(
+    speeds: tuple[float, ...],
+    batch_s: float,
+    *faults: ScheduledFault,
+    wait_s: float = 3.0,
+    shares: bool = False,
+    seed: int,
+) -> FaultSchedule:
+    options = ((("share_above", 2.0),) if shares else ()) + (("batch_s", batch_s), ("max_wait_s", wait_s))
+    return FaultSchedule(world="batches", speeds=speeds, faults=faults, options=options, seed=seed)
+
+
+def lie(kind: str, peer: int) -> ScheduledFault:
+    return ScheduledFault(kind=f"lie: {kind}", peer=peer, at_s=4.0, lasts_s=42.0)
+
+
+def gone(at_s: float, victims: set[int], num_peers: int) -> tuple[ScheduledFault, ...]:
+    """Kill these at one moment, and halve the others' links."""
+    kinds = ("kill" if peer in victims else "narrow" for peer in range(num_peers))
+    return tuple(ScheduledFault(kind=kind, peer=peer, at_s=at_s, lasts_s=20.0) for peer, kind in enumerate(kinds))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(
+            batches((2.0, 0.7, 2.0, 10.0, 0.7, 5.0, 5.0), 3.0, lie("never ends", 0), seed=55363),
+            id="whose turn comes at the limit has asked nobody",
+        ),
+        pytest.param(
+            batches(
+                (2.0, 10.0, 2.0, 5.0, 2.0, 2.0), 3.0, *gone(7.7, {0, 3}, 6),
+                shares=True, seed=58888,
+            ),
+            id="the next roster is told once it is applied",
+        ),
+        pytest.param(
+            batches(
+                (2.0, 0.7, 10.0, 2.0, 2.0), 6.0,
+                ScheduledFault(kind="partition", peer=3, at_s=0.8, lasts_s=1.4, detail=124),
+                ScheduledFault(kind="partition", peer=1, at_s=13.6, lasts_s=13.7, detail=93),
+                wait_s=8.0, shares=True, seed=1000,
+            ),
+            id="one that was parted computes on in vain",
+        ),
+        pytest.param(batches((5.0, 10.0, 10.0), 6.0, lie("tokens", 2), seed=1), id="two stop counting each other"),
+        pytest.param(
+            batches((2.0, 0.7, 10.0, 0.7, 0.7), 6.0, lie("ends at once", 0), shares=True, seed=1),
+            id="slow ones end a moment too late, again and again",
+        ),
+        pytest.param(
+            batches(
+                (10.0, 2.0, 2.0, 2.0), 3.0,
+                ScheduledFault(kind="freeze at", peer=3, at_s=17.3, lasts_s=1.1, detail=10),
+                ScheduledFault(kind="freeze at", at_s=0.0, lasts_s=14.1, detail=121),
+                seed=1,
+            ),
+            id="a fast one that slept is followed by nobody and runs away",
+        ),
+        pytest.param(
+            batches(
+                (10.0, 2.0, 0.7, 2.0), 6.0,
+                ScheduledFault(kind="kill", at_s=11.3), ScheduledFault(kind="kill", peer=1, at_s=19.6),
+                shares=True, seed=1,
+            ),
+            id="batches that end at the time limit are of one peer each",
+        ),
+    ],
+)  # fmt: skip
+def test_large_batches_fell_apart(schedule: FaultSchedule) -> None:
+    assert not play(schedule), as_test(schedule)
