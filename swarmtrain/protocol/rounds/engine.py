@@ -513,7 +513,8 @@ class RoundEngine(Generic[Envelope, Link]):
             known.asking[peer] = ask.number
             commands.append(ask)
         # Those that have ended the round already are no longer in the group, but its roster is still merged in shares.
-        in_shares = known.best is not None and len(known.best.roster.entries) > self.rules.share_above
+        best = None if known.best is None or not known.can_be_had(known.best.roster) else known.best.roster
+        in_shares = best is not None and len(best.entries) > self.rules.share_above
         if in_shares or not pulls_whole(view):
             return commands
         for peer, offer in known.announced.items():

@@ -12,7 +12,7 @@ from typing import Generic
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.chains import Link
 from swarmtrain.protocol.rounds.messages import Envelope, SignedRoster
-from swarmtrain.protocol.rounds.rosters import RoundPublication, better_roster, worst_roster
+from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, better_roster, worst_roster
 from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay
 
 __all__ = ["KnownRound"]
@@ -79,14 +79,14 @@ class KnownRound(Generic[Envelope, Link]):
     def best(self) -> SignedRoster[Envelope] | None:
         """Roster that holds among those whose publications can be had, or among all if there is none; others are told
         of it."""
-        can_be_had = [
-            kept
-            for kept in self.rosters.values()
-            if self.unobtainable.isdisjoint(kept.roster.peers) and kept.roster.digest not in self.impossible
-        ]
-        kept_ones = can_be_had or list(self.rosters.values())
+        kept_ones = [kept for kept in self.rosters.values() if self.can_be_had(kept.roster)]
+        kept_ones = kept_ones or list(self.rosters.values())
         best = better_roster([kept.roster for kept in kept_ones])
         return next((kept for kept in kept_ones if kept.roster is best), None)
+
+    def can_be_had(self, roster: Roster) -> bool:
+        """Return whether nothing on this roster is known to be out of reach."""
+        return self.unobtainable.isdisjoint(roster.peers) and roster.digest not in self.impossible
 
     def keep(self, one: SignedRoster[Envelope]) -> bool:
         """Remember a roster of this round that starts from this peer's weights. Return whether it is new.
