@@ -2,7 +2,7 @@
 
     python benchmarks/roles.py                    # in virtual time
     python benchmarks/roles.py --only eight --mb 25
-    python benchmarks/roles.py --real             # real processes behind the links of a rehearsal: ten minutes
+    python benchmarks/roles.py --real             # real processes behind the links of a rehearsal: half an hour
 
 With `--real` the peers are processes of `swarmtrain join`, which measure their links themselves; the first rounds, in
 which they have not yet, are left out. Equal shares are the same program with that one decision patched.
@@ -128,9 +128,11 @@ EQUAL = (
 )
 """Program that is `swarmtrain` with equal shares."""
 _AVERAGED = re.compile(r"round (\d+): averaged (\d+) in ([\d.]+) s, (.*)")
-_LIMIT_S = 600.0
+_LIMIT_S = 900.0
 _FIRST = 2
 """Round from which on it is measured."""
+# With fewer inner steps a round takes no longer than the volunteers' applying of a roster lies apart: those behind then
+# join the next round late, and are not waited for.
 RUN = """
 [run]
 name = "roles"
@@ -149,7 +151,7 @@ held_out_bytes = 4096
 batch_sequences = 1
 [merge]
 method = "diloco"
-inner_steps = 2
+inner_steps = 200
 min_peers = {num}
 silence_s = 40.0
 [network]
