@@ -160,6 +160,19 @@ def test_seven_readers_of_a_slow_link_all_get_it_in_about_bytes_by_bandwidth(pla
     assert link.passed_bytes < 1.1 * 7 * NUM_CHUNKS * CHUNK_BYTES, "nothing is sent twice"
 
 
+@pytest.mark.parametrize("places", [2, 1])
+def test_an_author_with_a_place_for_one_part_is_busy_with_the_other_for_as_long_as_it_takes(places: int) -> None:
+    """Its own first part is what the second one waits for: longer than a busy source is, in all."""
+    link = Uplink(40e3)
+
+    async def run() -> float:
+        store = SnapshotStore(max_readers=1, round_places=places, clock=asyncio.get_running_loop().time)
+        store.add(WHOLE)
+        return await Reader("reader", of_store(store, link)).pull([AUTHOR.peer_id])
+
+    assert virtual_swarm(run) == pytest.approx(NUM_CHUNKS * CHUNK_BYTES / link.bytes_per_s, rel=0.1)
+
+
 def test_parts_of_a_round_are_small_where_the_link_is_slow_and_large_where_it_is_fast() -> None:
     for rate, least, most in ((RATE / 10, 1, 1), (100 * RATE, 2, NUM_CHUNKS)):
 
@@ -175,7 +188,8 @@ def test_parts_of_a_round_are_small_where_the_link_is_slow_and_large_where_it_is
         assert least <= max(asked) <= most
 
 
-def test_one_that_is_busy_for_ever_is_given_up() -> None:
+@pytest.mark.parametrize("waits_for", [patient, None])
+def test_one_that_is_busy_for_ever_is_given_up(waits_for: WaitsFor | None) -> None:
     async def run() -> tuple[float, int]:
         async def opens(peer: str, request: pb.PullRequest, reader: str) -> Any:
             async def busy() -> AsyncIterator[pb.PullReply]:
@@ -185,7 +199,7 @@ def test_one_that_is_busy_for_ever_is_given_up() -> None:
 
         reader = Reader("reader", opens)
         with pytest.raises(UnreachableError):
-            await reader.pull([AUTHOR.peer_id], patient)
+            await reader.pull([AUTHOR.peer_id], waits_for)
         return asyncio.get_running_loop().time(), len(reader.asked)
 
     ended_s, num_asked = virtual_swarm(run)
