@@ -79,7 +79,8 @@ class Downloads:
             try:
                 await run_together(pull.parts() for _ in range(pull.parts_at_once))
             finally:
-                if held.have:
+                # Of a state that nobody delivered the rest is worth nothing, and takes as much memory as the whole.
+                if held.have and (pull.is_of_round or all(chunk in held.have for chunk in chunks)):
                     self.store.add(held)
 
     def part_chunks(self, source: str) -> int:
@@ -115,10 +116,10 @@ class _Pull:
         self._sources = sources
         """Sources that may still deliver, those that failed last at the end."""
         self._paces: dict[str, SourcePace] = {}
-        self._of_round = held.snapshot.manifest.kind in _OF_ROUNDS
-        self.parts_at_once = _PARTS_AT_ONCE if self._of_round else 1
+        self.is_of_round = held.snapshot.manifest.kind in _OF_ROUNDS
+        self.parts_at_once = _PARTS_AT_ONCE if self.is_of_round else 1
         # A source may have a place for one of the parts only, and the other is busy for as long as all that takes.
-        busy_s = 0.0 if self._of_round or waits_for is not None else downloads.limits.busy_limit_s
+        busy_s = 0.0 if self.is_of_round or waits_for is not None else downloads.limits.busy_limit_s
         self._limits = dataclasses.replace(
             downloads.limits, busy_limit_s=busy_s, paces=self._paces, streams=self.parts_at_once
         )
@@ -136,7 +137,7 @@ class _Pull:
         if first is None:
             return None
         most, stop = len(chunks), first + 1
-        if self._of_round and self._sources:
+        if self.is_of_round and self._sources:
             most = self._downloads.part_chunks(self._sources[0])
         while stop in chunks and stop - first < most and stop not in have and stop not in taken:
             stop += 1
@@ -169,7 +170,7 @@ class _Pull:
 
     def _to_ask_again(self, asked: Sequence[str], failed: Mapping[str, PeerError]) -> list[str]:
         """Return those that may still deliver. What did not fail was busy: it is asked again while anything comes."""
-        if self._waits_for is None and not self._of_round:
+        if self._waits_for is None and not self.is_of_round:
             return []
         if len(self._held.have) > self._num_here:
             self._came_s, self._num_here = swarm_time(), len(self._held.have)

@@ -95,6 +95,7 @@ class Reader:
     refused: list[str] = field(default_factory=list)
     num_disturbed: int = 0
     held: HeldSnapshot = field(default_factory=lambda: empty_held(WHOLE.snapshot))
+    store: SnapshotStore = field(default_factory=SnapshotStore)
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
         self.asked.append((peer, request.num_chunks, asyncio.get_running_loop().time()))
@@ -111,7 +112,7 @@ class Reader:
 
         calls: Any = self
         limits = PullLimits(clock=asyncio.get_running_loop().time)
-        downloads = Downloads(self.name, calls, SnapshotStore(), limits, refuse, disturbed)
+        downloads = Downloads(self.name, calls, self.store, limits, refuse, disturbed)
         await downloads.pull(self.held, range(chunks), sources, waits_for)
         assert self.held.buffer is not None
         assert all(self.held.buffer[chunk * CHUNK_BYTES] == chunk for chunk in range(chunks))
@@ -315,3 +316,34 @@ def test_states_are_pulled_in_one_piece() -> None:
         return [num for _, num, _ in reader.asked]
 
     assert virtual_swarm(run) == [NUM_CHUNKS]
+
+
+@pytest.mark.parametrize(("kind", "keeps"), [(pb.SNAPSHOT_KIND_STATE, False), (pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, True)])
+def test_the_beginning_of_a_publication_is_served_and_that_of_a_state_forgotten(
+    kind: pb.SnapshotKind, keeps: bool
+) -> None:
+    """Anyone may offer a state: each that breaks off would take the memory of a whole one."""
+    source = publication(kind)
+
+    async def run() -> tuple[bool, bool]:
+        store = SnapshotStore()
+        store.add(source)
+
+        async def opens(peer: str, request: pb.PullRequest, reader: str) -> Any:
+            if reader_of_it.held.have:
+                raise UnreachableError("no answer within 6 s")
+
+            async def breaks_off() -> AsyncIterator[Any]:
+                replies = store.serve(request, peer=reader)
+                yield await anext(replies)
+                yield await anext(replies)
+                raise ConnectionError
+
+            return Stream(breaks_off(), Uplink(RATE))
+
+        reader_of_it = Reader("reader", opens, held=empty_held(source.snapshot))
+        with pytest.raises(UnreachableError):
+            await reader_of_it.pull([AUTHOR.peer_id])
+        return bool(reader_of_it.held.have), reader_of_it.store.get(source.snapshot.sha256) is not None
+
+    assert virtual_swarm(run) == (True, keeps)
