@@ -154,7 +154,9 @@ class _Pull:
                 failed[source] = error  # noqa: B023 - called before the next turn
                 self._others_first(source, error)
 
+            waits_s = swarm_time()
             async with downloads.calls.pull_slots:
+                self._had_slot(waits_s)
                 began_s = limits.clock()
                 try:
                     await pull_chunks(self._held, part, asked, downloads.calls.open_pull, limits, blame)
@@ -167,6 +169,12 @@ class _Pull:
                     return
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _MOST_AGAIN_S)
+
+    def _had_slot(self, waits_s: float) -> None:
+        """Leave out of the time without bytes what passed since `waits_s`, in which all slots were others': no source
+        was asked, and among many publications that may take long."""
+        now = swarm_time()
+        self._came_s = min(now, self._came_s + (now - waits_s) / self.parts_at_once)
 
     def _to_ask_again(self, asked: Sequence[str], failed: Mapping[str, PeerError]) -> list[str]:
         """Return those that may still deliver. What did not fail was busy: it is asked again while anything comes."""

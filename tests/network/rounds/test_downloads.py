@@ -305,6 +305,29 @@ def test_who_waits_holds_no_slot() -> None:
     assert virtual_swarm(run) < 1 + 2 * NUM_CHUNKS * CHUNK_BYTES / RATE
 
 
+@pytest.mark.parametrize("waits_for", [patient, None])
+def test_one_that_is_busy_is_not_given_up_for_the_time_in_which_nobody_asked_it(waits_for: WaitsFor | None) -> None:
+    """Other publications have all slots for longer than a busy source is waited for."""
+
+    async def run() -> float:
+        store = SnapshotStore()
+        store.add(WHOLE)
+        deliver = of_store(store, Uplink(RATE))
+
+        async def opens(peer: str, request: pb.PullRequest, reader: str) -> Any:
+            async def busy() -> AsyncIterator[pb.PullReply]:
+                yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
+
+            return await deliver(peer, request, reader) if len(waiting.asked) > 4 else Stream(busy(), Uplink(RATE))
+
+        waiting = Reader("reader", opens, asyncio.Semaphore(1))
+        await waiting.pull_slots.acquire()
+        asyncio.get_running_loop().call_later(40.0, waiting.pull_slots.release)
+        return await waiting.pull([AUTHOR.peer_id], waits_for)
+
+    assert 40 < virtual_swarm(run) < 45
+
+
 def test_states_are_pulled_in_one_piece() -> None:
     state = publication(pb.SNAPSHOT_KIND_STATE)
 
