@@ -258,7 +258,6 @@ class BatchEnd:
         `is_overtaken`: the others have gone on, with weights that hold, so that this batch is in vain. It counts from
         half of `max_wait_s` on: until then some may still be a roster behind, and speak for nobody.
         """
-        is_counted = not self._rates or any((self._rate(peer) or 0.0) > 0 for peer in wanted_by)
         if is_overtaken and not is_asking and self._asked_s >= self._can_be_overtaken_s:
             return True
         if now - self.started_s >= self.rules.round_limit_s:
@@ -270,8 +269,10 @@ class BatchEnd:
             return False
         if self._is_late:  # nobody waits for it: to count it has to deliver at once
             return True
-        at_once, later = _FOLLOWS_COUNTED if is_counted else _FOLLOWS_OTHERS
-        has_waited = now + step_s - min(wanted_by.values()) >= self.rules.max_wait_s / 2
+        # Only they: one that asks long before the others end would have their wait shortened.
+        counted = {peer: at_s for peer, at_s in wanted_by.items() if not self._rates or (self._rate(peer) or 0.0) > 0}
+        at_once, later = _FOLLOWS_COUNTED if counted else _FOLLOWS_OTHERS
+        has_waited = now + step_s - min((counted or wanted_by).values()) >= self.rules.max_wait_s / 2
         return there.share >= (later if has_waited else at_once)
 
 

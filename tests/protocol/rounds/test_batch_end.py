@@ -221,6 +221,9 @@ def test_one_that_no_roster_has_counted_is_believed_from_three_quarters_on() -> 
     assert not batch.is_complete(some, wanted_by={"eve": 110.0}, is_asking=False, now=114.0)
     assert batch.is_complete(half, wanted_by={"eve": 110.0}, is_asking=False, now=114.0)
     assert batch.is_complete(half, wanted_by={"ben": 110.0, "eve": 110.0}, is_asking=False, now=110.0)
+    quarter = batch.share(250, [], 110.0)
+    assert not batch.is_complete(quarter, wanted_by={"ben": 110.0, "eve": 100.0}, is_asking=False, now=110.0)
+    assert batch.is_complete(quarter, wanted_by={"ben": 110.0, "eve": 100.0}, is_asking=False, now=114.0)
 
 
 def test_a_signer_leaves_out_who_claims_far_more_than_the_others_and_the_batch_has() -> None:
