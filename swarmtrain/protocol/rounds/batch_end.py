@@ -109,8 +109,8 @@ class BatchEnd:
 
     rules: BatchRules
     round: int = 0
-    target_tokens: int = 0
-    """Tokens of this batch."""
+    target_tokens: int = field(default=0, init=False)
+    """Tokens of this batch; before it begins, those of the run's first."""
     started_s: float = 0.0
     """Time at which this peer began to add up gradients for the batch."""
     _rates: dict[str, float] = field(default_factory=dict)
@@ -131,6 +131,9 @@ class BatchEnd:
     """Time until which the end waits for their answers; None before it is near."""
     _are_ahead: bool = False
     """True if others tell that they are in a later round."""
+
+    def __post_init__(self) -> None:
+        self.target_tokens = self.rules.target.at(0)  # somebody may ask for the share before the first batch begins
 
     def begin(self, round: int, run_tokens: int, own_rate: float, now: float, *, is_late: bool = False) -> None:
         """Begin a batch, before which the run has had `run_tokens`.
