@@ -163,7 +163,9 @@ def section_page(name: str, section: type[BaseModel], titles: dict[str, str]) ->
             if "." not in name:  # a table of a list has the values of the section that it is in
                 titles[key] = f"{name}.{key}" if key in titles else key
                 lists.append(f"\n### `{titles[key]}`\n\n{meaning}\n\n" + "".join(f"{value}\n" for value in values))
-            allowed = f"one of [{len(values)} values](#{titles[key].replace('.', '')})"
+            place = f"#{titles[key].replace('.', '')}"
+            named = isinstance(field.default, str) or field.is_required() or field.default is None
+            allowed = f"one of [{len(values)} values]({place})" if named else f"[{allowed}]({place})"
         parts.append(f"| `{key}` | {default_of(field)} | {cell(allowed)} | {cell(meaning)} |\n")
         if table_fields(field.annotation):
             tables.append(section_page(f"{name}.{key}", get_args(field.annotation)[0], titles))

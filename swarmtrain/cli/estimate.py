@@ -23,9 +23,14 @@ def _schedule_doubts(run: RunFile, cost: Estimate) -> list[str]:
     merge, inner = run.merge, run.inner
     warmup_rounds = inner.warmup_fraction * run.run.total_tokens / cost.tokens_per_round
     if cost.num_rounds < 20:
+        what, few = counted(cost.num_rounds, "round"), "they average each other's work few times"
+        lower = f"merge.inner_steps = {merge.inner_steps}"
+        if merge.kind.common_step:
+            what, few = counted(cost.num_rounds, "step"), "large batches need some too"
+            if isinstance(merge.target_tokens, int) and merge.target_tokens:  # inner_steps follows from it
+                lower = f"merge.target_tokens = {merge.target_tokens}"
         found.append(
-            f"only {counted(cost.num_rounds, 'round')} with {counted(cost.num_peers, 'peer')}: they average each "
-            f"other's work few times; lower merge.inner_steps = {merge.inner_steps} or raise run.total_tokens"
+            f"only {what} with {counted(cost.num_peers, 'peer')}: {few}; lower {lower} or raise run.total_tokens"
         )
     if 0 < warmup_rounds < 1:
         found.append(

@@ -220,7 +220,7 @@ def blind_guess_in_words(status: Any) -> str:
     """Say how to read a training loss, in a few words."""
     if not status.vocabulary_size:
         return "lower is better"
-    return f"lower is better, a blind guess: {math.log(status.vocabulary_size):.3f}"
+    return f"lower is better, a blind guess: {math.log(status.vocabulary_size):.3f}/token"
 
 
 def losses_explained(status: Any, training_loss: float) -> str:

@@ -380,8 +380,11 @@ def _progress_bar(view: View, width: int, ascii_only: bool) -> list[Text]:
 
 
 def _loss_hint(status: Any, cells: int) -> str:
-    """Say how to read a training loss, in at most `cells`; empty if they do not do, or there is none."""
-    hints = (f"; {blind_guess_in_words(status)}", "; lower is better") if status.losses else ()
+    """Say how to read a loss, in at most `cells`; empty if they do not do, or there is none. A guess is compared with a
+    training loss only: held-out losses are by the byte."""
+    hints = ["; lower is better"] if status.losses else []
+    if any(finite(point.loss) for point in status.losses):
+        hints.insert(0, f"; {blind_guess_in_words(status)}")
     return next((hint for hint in hints if cell_len(hint) <= cells), "")
 
 

@@ -485,8 +485,10 @@ class _Bootstrap(BootstrapPeer):
     def _archive(self, swarm: Swarm, last: bool = False) -> bool:
         """Pull the newest state, write it to disk, and offer it to joiners; return False if nobody delivered."""
         infos = swarm.membership.volunteers()
-        own_weights = self.published.run.merge.kind.own_weights
-        volunteers = [info.peer for info in (infos if own_weights else not_the_slowest(infos))]
+        if self.published.run.merge.kind.own_weights:
+            volunteers = [info.peer for info in infos]
+        else:  # not only those on fast links that have just died
+            volunteers = [info.peer for info in not_the_slowest(swarm.membership.answering() or infos)]
         sample = random.sample(volunteers, min(self._most_sources, len(volunteers)))
         if self.archived is None:
             fetching = fetch_consensus_state(swarm, sample, "archive", self.progress.run_tokens)

@@ -68,6 +68,15 @@ def test_batches_that_grow_are_told_by_their_first_and_their_largest() -> None:
     assert "one step together for every 20.5 k tokens, later for up to 602 k (batch)" in summary_of(run)
 
 
+def test_of_few_large_batches_the_key_is_named_that_makes_them_smaller() -> None:
+    text = 'total_tokens = 300_000\n[merge]\nmethod = "batch"\n'
+    few = "only 5 steps with 4 peers: large batches need some too"
+    assert f"{few}; lower merge.target_tokens = 65536 or raise" in doubts_of(text + "target_tokens = 65_536\n")
+    for given in ("", "target_tokens = 0\n"):
+        assert "; lower merge.inner_steps = 32 or raise" in doubts_of(text + "inner_steps = 32\n" + given)
+    assert "lower merge.inner_steps = 32 or" in doubts_of(text + 'inner_steps = 32\ntarget_tokens = "auto"\n')
+
+
 def test_few_peers_send_their_whole_pseudo_gradient_to_each() -> None:
     assert cost_of(DILOCO, num_peers=1).bytes_sent_per_round == 0
     assert cost_of(DILOCO, num_peers=1).times_below_allreduce is None

@@ -71,15 +71,16 @@ class Downloads:
     ) -> None:
         """Pull `chunks` from the first of `sources` that works, and serve them from then on.
 
-        Without `waits_for` a source that fails is not asked again, and one that is busy for `busy_limit_s` at most.
-        Raises UnreachableError.
+        Without `waits_for` a source that fails is not asked again, and one that is busy only until nothing has come for
+        `busy_limit_s`. Raises UnreachableError.
         """
         pull = _Pull(self, held, chunks, [source for source in sources if source != self._me], waits_for)
         async with held.pulling:
             try:
                 await run_together(pull.parts() for _ in range(pull.parts_at_once))
             finally:
-                if held.have:
+                # Of a state that nobody delivered the rest is worth nothing, and takes as much memory as the whole.
+                if held.have and (pull.is_of_round or all(chunk in held.have for chunk in chunks)):
                     self.store.add(held)
 
     def part_chunks(self, source: str) -> int:
@@ -115,9 +116,10 @@ class _Pull:
         self._sources = sources
         """Sources that may still deliver, those that failed last at the end."""
         self._paces: dict[str, SourcePace] = {}
-        self._of_round = held.snapshot.manifest.kind in _OF_ROUNDS
-        self.parts_at_once = _PARTS_AT_ONCE if self._of_round else 1
-        busy_s = downloads.limits.busy_limit_s if waits_for is None else 0.0
+        self.is_of_round = held.snapshot.manifest.kind in _OF_ROUNDS
+        self.parts_at_once = _PARTS_AT_ONCE if self.is_of_round else 1
+        # A source may have a place for one of the parts only, and the other is busy for as long as all that takes.
+        busy_s = 0.0 if self.is_of_round or waits_for is not None else downloads.limits.busy_limit_s
         self._limits = dataclasses.replace(
             downloads.limits, busy_limit_s=busy_s, paces=self._paces, streams=self.parts_at_once
         )
@@ -135,7 +137,7 @@ class _Pull:
         if first is None:
             return None
         most, stop = len(chunks), first + 1
-        if self._of_round and self._sources:
+        if self.is_of_round and self._sources:
             most = self._downloads.part_chunks(self._sources[0])
         while stop in chunks and stop - first < most and stop not in have and stop not in taken:
             stop += 1
@@ -152,7 +154,9 @@ class _Pull:
                 failed[source] = error  # noqa: B023 - called before the next turn
                 self._others_first(source, error)
 
+            waits_s = swarm_time()
             async with downloads.calls.pull_slots:
+                self._had_slot(waits_s)
                 began_s = limits.clock()
                 try:
                     await pull_chunks(self._held, part, asked, downloads.calls.open_pull, limits, blame)
@@ -166,9 +170,15 @@ class _Pull:
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _MOST_AGAIN_S)
 
+    def _had_slot(self, waits_s: float) -> None:
+        """Leave out of the time without bytes what passed since `waits_s`, in which all slots were others': no source
+        was asked, and among many publications that may take long."""
+        now = swarm_time()
+        self._came_s = min(now, self._came_s + (now - waits_s) / self.parts_at_once)
+
     def _to_ask_again(self, asked: Sequence[str], failed: Mapping[str, PeerError]) -> list[str]:
-        """Return those that may still deliver. What did not fail was busy."""
-        if self._waits_for is None:
+        """Return those that may still deliver. What did not fail was busy: it is asked again while anything comes."""
+        if self._waits_for is None and not self.is_of_round:
             return []
         if len(self._held.have) > self._num_here:
             self._came_s, self._num_here = swarm_time(), len(self._held.have)
@@ -178,7 +188,8 @@ class _Pull:
             if isinstance(error, BadBytesError) or (error is not None and error.code == "not-held"):
                 continue
             is_busy = error is None and quiet_s < self._downloads.limits.busy_limit_s
-            if not (pace is not None and pace.is_too_slow) and (is_busy or self._waits_for(source, quiet_s)):
+            is_waited_for = is_busy or (self._waits_for is not None and self._waits_for(source, quiet_s))
+            if is_waited_for and not (pace is not None and pace.is_too_slow):
                 again.append(source)
         return again
 

@@ -492,9 +492,8 @@ class _MergeInShares:
         """Return whether a share belongs to this roster: its owner may be merging a different one, or one of the same
         publications with other shares."""
         _, manifest = open_signed_untrusted(signed, "manifest", self._merger.settings.run_sha256, pb.Manifest)
-        if self._roster.shares and (manifest.part, manifest.total_bytes) != (part, size_bytes):
-            return False
-        return manifest.roster_sha256.hex() == self._roster.digest
+        is_here = (manifest.part, manifest.total_bytes) == (part, size_bytes)
+        return is_here and manifest.roster_sha256.hex() == self._roster.digest
 
 
 def _check_entry(entry: RoundPublication, held: HeldSnapshot) -> None:

@@ -667,10 +667,28 @@ def _look_at_source(source: DataSource, run: RunFile, base: Path) -> tuple[str, 
     return found + (" compressed" if compressed else ""), is_enough
 
 
+def _speed_in_batches(run: RunFile, tokens_per_s: float, where: str) -> Finding:
+    """Judge the speed for large batches, of which each computes what it can: a sequence at least."""
+    sequence_s, limit_s = run.model.context_tokens / tokens_per_s, run.merge.max_wait_s
+    found = (
+        f"{count_in_words(tokens_per_s)} tokens/s{f' on {where}' if where else ''}: {time_in_words(sequence_s)} for a "
+        "sequence; of each large batch it computes what it can"
+    )
+    if sequence_s <= limit_s:
+        return Finding("speed", "ok", found)
+    advice = (
+        f"a step waits for a gradient {time_in_words(limit_s)} at most (merge.max_wait_s): this machine would mostly "
+        "be left out; use a quicker one"
+    )
+    return Finding("speed", "problem", found, advice)
+
+
 def check_speed(run: RunFile, tokens_per_s: float, others_steps_per_s: Mapping[str, float], where: str = "") -> Finding:
     """Judge whether this machine keeps up with the run's limit for a round, and with the other peers; `where` names the
     card on which its speed was measured."""
     steps_per_s = tokens_per_s / run.tokens_per_step
+    if run.merge.kind.common_step:
+        return _speed_in_batches(run, tokens_per_s, where)
     round_s = run.merge.inner_steps / steps_per_s
     found = (
         f"{count_in_words(tokens_per_s)} tokens/s{f' on {where}' if where else ''}: {time_in_words(round_s)} for a "

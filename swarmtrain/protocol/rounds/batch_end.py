@@ -109,8 +109,8 @@ class BatchEnd:
 
     rules: BatchRules
     round: int = 0
-    target_tokens: int = 0
-    """Tokens of this batch."""
+    target_tokens: int = field(default=0, init=False)
+    """Tokens of this batch; before it begins, those of the run's first."""
     started_s: float = 0.0
     """Time at which this peer began to add up gradients for the batch."""
     _rates: dict[str, float] = field(default_factory=dict)
@@ -131,6 +131,9 @@ class BatchEnd:
     """Time until which the end waits for their answers; None before it is near."""
     _are_ahead: bool = False
     """True if others tell that they are in a later round."""
+
+    def __post_init__(self) -> None:
+        self.target_tokens = self.rules.target.at(0)  # somebody may ask for the share before the first batch begins
 
     def begin(self, round: int, run_tokens: int, own_rate: float, now: float, *, is_late: bool = False) -> None:
         """Begin a batch, before which the run has had `run_tokens`.
@@ -255,7 +258,6 @@ class BatchEnd:
         `is_overtaken`: the others have gone on, with weights that hold, so that this batch is in vain. It counts from
         half of `max_wait_s` on: until then some may still be a roster behind, and speak for nobody.
         """
-        is_counted = not self._rates or any((self._rate(peer) or 0.0) > 0 for peer in wanted_by)
         if is_overtaken and not is_asking and self._asked_s >= self._can_be_overtaken_s:
             return True
         if now - self.started_s >= self.rules.round_limit_s:
@@ -267,8 +269,10 @@ class BatchEnd:
             return False
         if self._is_late:  # nobody waits for it: to count it has to deliver at once
             return True
-        at_once, later = _FOLLOWS_COUNTED if is_counted else _FOLLOWS_OTHERS
-        has_waited = now + step_s - min(wanted_by.values()) >= self.rules.max_wait_s / 2
+        # Only they: one that asks long before the others end would have their wait shortened.
+        counted = {peer: at_s for peer, at_s in wanted_by.items() if not self._rates or (self._rate(peer) or 0.0) > 0}
+        at_once, later = _FOLLOWS_COUNTED if counted else _FOLLOWS_OTHERS
+        has_waited = now + step_s - min((counted or wanted_by).values()) >= self.rules.max_wait_s / 2
         return there.share >= (later if has_waited else at_once)
 
 

@@ -57,6 +57,11 @@ __all__ = [
 ]
 
 
+_ASKING_SILENCES = 3
+"""Multiple of `silence_s` after the time limit for which candidates are asked for the first time one after the other.
+Without it, peers that say that they are there and answer nothing could hold up a round: identities cost nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoundPublication:
     """Pseudo-gradient that a peer offers for a round.
@@ -355,16 +360,17 @@ def _turn(view: RoundView, now: float) -> _Turn:
     """Return whose turn it is to sign.
 
     A candidate's turn ends when it has been silent for `silence_s`. If it has not published, the turn ends at this
-    peer's time limit, or once it has had time to answer for the first time. If it has published and answers but does
-    not sign, the turn ends `silence_s` after the limit, plus `silence_s` for each candidate that was passed over
-    before.
+    peer's time limit, or once it has had time to answer for the first time, but not long after the limit
+    (`_ASKING_SILENCES`). If it has published and answers but does not sign, the turn ends `silence_s` after the limit,
+    plus `silence_s` for each candidate that was passed over before.
     """
     passed_over: set[str] = set()
     idled: set[str] = set()
     for candidate in view.candidates:
         if candidate == view.me:
             break
-        closes_s = max(view.deadline_s, _first_answer_due_s(view, candidate, now))
+        most_s = view.deadline_s + _ASKING_SILENCES * view.silence_s
+        closes_s = max(view.deadline_s, min(_first_answer_due_s(view, candidate, now), most_s))
         if candidate in view.announced:
             closes_s += view.silence_s * (1 + len(passed_over))
         silent_s = _silence_ends_s(view, candidate, now)
@@ -442,6 +448,7 @@ def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> D
         lacking = ", ".join(sorted(view.unobtainable))
         return SignDecision(entries=entries, attempt=1 + max(attempts), reason=f"nobody could deliver {lacking}")
     coming = frozenset(p for p in view.late_joiners if p in view.announced and view.announced[p].base == view.base)
+    passed_over = frozenset(peer for peer in passed_over if now >= _first_answer_due_s(view, peer, now))
     wanted = (view.live | coming) - ready - passed_over - view.unobtainable
     ends_s = {peer: _silence_ends_s(view, peer, now) for peer in wanted}
     missing = sorted(peer for peer, end_s in ends_s.items() if now < end_s)

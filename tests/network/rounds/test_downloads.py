@@ -95,6 +95,7 @@ class Reader:
     refused: list[str] = field(default_factory=list)
     num_disturbed: int = 0
     held: HeldSnapshot = field(default_factory=lambda: empty_held(WHOLE.snapshot))
+    store: SnapshotStore = field(default_factory=SnapshotStore)
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
         self.asked.append((peer, request.num_chunks, asyncio.get_running_loop().time()))
@@ -111,7 +112,7 @@ class Reader:
 
         calls: Any = self
         limits = PullLimits(clock=asyncio.get_running_loop().time)
-        downloads = Downloads(self.name, calls, SnapshotStore(), limits, refuse, disturbed)
+        downloads = Downloads(self.name, calls, self.store, limits, refuse, disturbed)
         await downloads.pull(self.held, range(chunks), sources, waits_for)
         assert self.held.buffer is not None
         assert all(self.held.buffer[chunk * CHUNK_BYTES] == chunk for chunk in range(chunks))
@@ -160,6 +161,19 @@ def test_seven_readers_of_a_slow_link_all_get_it_in_about_bytes_by_bandwidth(pla
     assert link.passed_bytes < 1.1 * 7 * NUM_CHUNKS * CHUNK_BYTES, "nothing is sent twice"
 
 
+@pytest.mark.parametrize("places", [2, 1])
+def test_an_author_with_a_place_for_one_part_is_busy_with_the_other_for_as_long_as_it_takes(places: int) -> None:
+    """Its own first part is what the second one waits for: longer than a busy source is, in all."""
+    link = Uplink(40e3)
+
+    async def run() -> float:
+        store = SnapshotStore(max_readers=1, round_places=places, clock=asyncio.get_running_loop().time)
+        store.add(WHOLE)
+        return await Reader("reader", of_store(store, link)).pull([AUTHOR.peer_id])
+
+    assert virtual_swarm(run) == pytest.approx(NUM_CHUNKS * CHUNK_BYTES / link.bytes_per_s, rel=0.1)
+
+
 def test_parts_of_a_round_are_small_where_the_link_is_slow_and_large_where_it_is_fast() -> None:
     for rate, least, most in ((RATE / 10, 1, 1), (100 * RATE, 2, NUM_CHUNKS)):
 
@@ -175,7 +189,8 @@ def test_parts_of_a_round_are_small_where_the_link_is_slow_and_large_where_it_is
         assert least <= max(asked) <= most
 
 
-def test_one_that_is_busy_for_ever_is_given_up() -> None:
+@pytest.mark.parametrize("waits_for", [patient, None])
+def test_one_that_is_busy_for_ever_is_given_up(waits_for: WaitsFor | None) -> None:
     async def run() -> tuple[float, int]:
         async def opens(peer: str, request: pb.PullRequest, reader: str) -> Any:
             async def busy() -> AsyncIterator[pb.PullReply]:
@@ -185,7 +200,7 @@ def test_one_that_is_busy_for_ever_is_given_up() -> None:
 
         reader = Reader("reader", opens)
         with pytest.raises(UnreachableError):
-            await reader.pull([AUTHOR.peer_id], patient)
+            await reader.pull([AUTHOR.peer_id], waits_for)
         return asyncio.get_running_loop().time(), len(reader.asked)
 
     ended_s, num_asked = virtual_swarm(run)
@@ -290,6 +305,29 @@ def test_who_waits_holds_no_slot() -> None:
     assert virtual_swarm(run) < 1 + 2 * NUM_CHUNKS * CHUNK_BYTES / RATE
 
 
+@pytest.mark.parametrize("waits_for", [patient, None])
+def test_one_that_is_busy_is_not_given_up_for_the_time_in_which_nobody_asked_it(waits_for: WaitsFor | None) -> None:
+    """Other publications have all slots for longer than a busy source is waited for."""
+
+    async def run() -> float:
+        store = SnapshotStore()
+        store.add(WHOLE)
+        deliver = of_store(store, Uplink(RATE))
+
+        async def opens(peer: str, request: pb.PullRequest, reader: str) -> Any:
+            async def busy() -> AsyncIterator[pb.PullReply]:
+                yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
+
+            return await deliver(peer, request, reader) if len(waiting.asked) > 4 else Stream(busy(), Uplink(RATE))
+
+        waiting = Reader("reader", opens, asyncio.Semaphore(1))
+        await waiting.pull_slots.acquire()
+        asyncio.get_running_loop().call_later(40.0, waiting.pull_slots.release)
+        return await waiting.pull([AUTHOR.peer_id], waits_for)
+
+    assert 40 < virtual_swarm(run) < 45
+
+
 def test_states_are_pulled_in_one_piece() -> None:
     state = publication(pb.SNAPSHOT_KIND_STATE)
 
@@ -301,3 +339,34 @@ def test_states_are_pulled_in_one_piece() -> None:
         return [num for _, num, _ in reader.asked]
 
     assert virtual_swarm(run) == [NUM_CHUNKS]
+
+
+@pytest.mark.parametrize(("kind", "keeps"), [(pb.SNAPSHOT_KIND_STATE, False), (pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, True)])
+def test_the_beginning_of_a_publication_is_served_and_that_of_a_state_forgotten(
+    kind: pb.SnapshotKind, keeps: bool
+) -> None:
+    """Anyone may offer a state: each that breaks off would take the memory of a whole one."""
+    source = publication(kind)
+
+    async def run() -> tuple[bool, bool]:
+        store = SnapshotStore()
+        store.add(source)
+
+        async def opens(peer: str, request: pb.PullRequest, reader: str) -> Any:
+            if reader_of_it.held.have:
+                raise UnreachableError("no answer within 6 s")
+
+            async def breaks_off() -> AsyncIterator[Any]:
+                replies = store.serve(request, peer=reader)
+                yield await anext(replies)
+                yield await anext(replies)
+                raise ConnectionError
+
+            return Stream(breaks_off(), Uplink(RATE))
+
+        reader_of_it = Reader("reader", opens, held=empty_held(source.snapshot))
+        with pytest.raises(UnreachableError):
+            await reader_of_it.pull([AUTHOR.peer_id])
+        return bool(reader_of_it.held.have), reader_of_it.store.get(source.snapshot.sha256) is not None
+
+    assert virtual_swarm(run) == (True, keeps)

@@ -171,8 +171,9 @@ def merged(
     shares: tuple[int, ...],
     prepare: Callable[[dict[str, Peer]], None] = lambda swarm: None,
     bad: int | None = None,
+    equal: Identity | None = None,
 ) -> dict[str, Peer]:
-    """Let all peers merge one roster, and check each one's mean."""
+    """Let all peers merge one roster, and check each one's mean. Peer `equal` takes the shares for equal ones."""
     publications, mean = published(bad)
     entries = tuple(publication_of(each.snapshot) for each in publications)
     roster = Roster(round=0, signer=PEERS[0].peer_id, entries=entries, shares=shares)
@@ -183,7 +184,11 @@ def merged(
             swarm[identity.peer_id] = Peer(identity, swarm)
             swarm[identity.peer_id].store.add(publication)
         prepare(swarm)
-        return await asyncio.gather(*(peer.merge(roster, publications) for peer in swarm.values()))
+        merges = []
+        for peer in swarm.values():
+            its = dataclasses.replace(roster, shares=()) if peer.identity is equal else roster
+            merges.append(peer.merge(its, publications))
+        return await asyncio.gather(*merges)
 
     for found in virtual_swarm(run):
         assert torch.allclose(torch.frombuffer(found, dtype=torch.float32), mean, atol=1e-5)
@@ -207,6 +212,12 @@ def test_what_is_not_finite_is_left_out_of_its_chunk_whoever_averages_it() -> No
 
 def test_equal_shares_are_one_piece_each_as_before() -> None:
     assert [peer.pieces for peer in merged(()).values()] == [1, 1, 1, 1]
+
+
+def test_who_merges_with_other_shares_of_the_same_publications_is_not_blamed() -> None:
+    """Two signers may have listed the same, and one of them told no shares, or some that this peer takes for none."""
+    swarm = merged(SHARES, equal=PEERS[0])
+    assert not any(peer.refused for peer in swarm.values())
 
 
 def test_a_share_that_nobody_sends_is_averaged_by_whoever_misses_it() -> None:

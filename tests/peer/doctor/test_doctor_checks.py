@@ -259,6 +259,14 @@ def test_a_slow_machine() -> None:
     assert check_speed(gossip, gossip.tokens_per_step / 100, others).level == "ok", "it takes fewer steps in a round"
 
 
+def test_a_slow_machine_has_its_part_of_a_large_batch() -> None:
+    """Nobody computes a whole one, and there is no pacing to ask for."""
+    run = a_run("[merge]\nmethod = 'batch'\ninner_steps = 1000\nmax_wait_s = 10\n")
+    slow = check_speed(run, run.model.context_tokens / 9, {"a": 1e6})
+    assert slow.level == "ok" and "9.0 s for a sequence" in slow.found
+    a_problem(check_speed(run, run.model.context_tokens / 11, {}), "11.0 s for a sequence", "merge.max_wait_s")
+
+
 def test_speed_is_measured_or_guessed() -> None:
     small = a_run(
         "[model]\ncontext_tokens = 16\nnum_layers = 1\nwidth = 16\nnum_heads = 1\n[inner]\nbatch_sequences = 2\n"

@@ -93,6 +93,13 @@ def test_a_batch_that_grows_follows_from_the_runs_tokens(
     assert exchange._end.target_tokens == 4 * STEP
 
 
+def test_a_status_before_the_first_batch_is_no_error(
+    exchange_for: Callable[..., tuple[BatchExchange, list[Event]]],
+) -> None:
+    exchange, _ = exchange_for({"target_tokens": "auto", "inner_steps": 4}, round=3)
+    assert exchange.progress_in_words() == "0 % of this step's batch of 1.02 k tokens is here"
+
+
 def test_one_that_joins_within_a_batch_is_not_waited_for(
     exchange_for: Callable[..., tuple[BatchExchange, list[Event]]],
 ) -> None:

@@ -44,6 +44,12 @@ def test_one_that_is_elsewhere_or_silent_is_not_counted(other: tuple[PeerInfo, f
     assert end().share(0, [other], 110.0).others_tokens == 0
 
 
+def test_before_its_first_batch_a_peer_has_nothing_of_it() -> None:
+    """Its status is asked for as soon as it has joined."""
+    there = BatchEnd(RULES).share(0, [], 110.0)
+    assert (there.share, there.target_tokens, there.left_s) == (0.0, 1000, None)
+
+
 def test_a_boast_is_bounded_by_what_rosters_counted() -> None:
     """Of ben 30 tokens/s are known; of eve, whom no roster has, nothing: she may be as fast as the fastest."""
     known = end().share(0, [told("ben", 101.0, steps=10**6, speed=1e9)], 110.0)
@@ -215,6 +221,9 @@ def test_one_that_no_roster_has_counted_is_believed_from_three_quarters_on() -> 
     assert not batch.is_complete(some, wanted_by={"eve": 110.0}, is_asking=False, now=114.0)
     assert batch.is_complete(half, wanted_by={"eve": 110.0}, is_asking=False, now=114.0)
     assert batch.is_complete(half, wanted_by={"ben": 110.0, "eve": 110.0}, is_asking=False, now=110.0)
+    quarter = batch.share(250, [], 110.0)
+    assert not batch.is_complete(quarter, wanted_by={"ben": 110.0, "eve": 100.0}, is_asking=False, now=110.0)
+    assert batch.is_complete(quarter, wanted_by={"ben": 110.0, "eve": 100.0}, is_asking=False, now=114.0)
 
 
 def test_a_signer_leaves_out_who_claims_far_more_than_the_others_and_the_batch_has() -> None:

@@ -123,6 +123,26 @@ def test_one_whose_turn_comes_at_the_time_limit_first_asks_those_whom_nobody_has
     assert signed(decide(silent, 200)) == "b"
 
 
+@pytest.mark.parametrize(("num_mute", "signs_s"), [(0, 200), (2, 200), (4, 205), (6, 210), (26, 220)])
+def test_a_crowd_that_is_there_and_answers_nothing_holds_up_a_round_for_a_few_silences(
+    num_mute: int, signs_s: float
+) -> None:
+    """They have the lowest PeerIDs. x asks two at a time, and everyone once it is its turn; z never publishes."""
+    mute = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:num_mute]
+    asked, answered, now = dict[str, float](), dict[str, float](), 100.0
+    while True:
+        heard = dict.fromkeys((*mute, "y", "z"), now)
+        of_x = view("x", mute + "yz", "xy", share_above=2, asked_at_s=asked, answered_at_s=answered, heard_at_s=heard)
+        for peer in peers_to_ask(of_x, now):
+            asked.setdefault(peer, now)
+            if peer in "yz":
+                answered[peer] = now
+        if isinstance(decision := decide(of_x, now), SignDecision):
+            assert (now, signed(decision)) == (signs_s, "xy")
+            return
+        now += 0.5
+
+
 def test_a_signer_that_published_and_talks_yet_never_signs_is_passed_over_in_turn() -> None:
     talks = {"heard_at_s": {"a": 999.0, "b": 999.0}}
     assert decide(view("c", "ab", "abc", **talks), 201) == WaitDecision(until_s=205, reason="a signs the roster")
