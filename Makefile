@@ -41,7 +41,7 @@ $(DEV): pyproject.toml | $(BIN)/python
 
 venv: $(DEV)  ## create .venv with everything that a developer needs
 
-test: $(DEV)  ## style, types, import contracts, and all quick tests: nine minutes on two cores
+test: $(DEV)  ## style, types, import contracts, and all quick tests: ten minutes on two cores
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory test-processes
 

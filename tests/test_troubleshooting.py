@@ -93,16 +93,9 @@ def filled_in(name: str, message: ast.expr) -> Iterator[str]:
 
 
 @cache
-def set_to(module: str) -> dict[str, list[str]]:
-    """Return the strings in the values of each variable of a module, and in each of its functions; those of other
-    modules too for what it imports."""
-    found: dict[str, list[str]] = {}
-    imported = {
-        alias.name
-        for name, node in nodes()
-        if name == module and isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+def strings_by_target() -> dict[str, dict[str, list[str]]]:
+    """Return the strings in the values of each variable and in each function: by its name, then by module."""
+    found: dict[str, dict[str, list[str]]] = {}
     for name, node in nodes():
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             target, value = node.targets[0].id, node.value
@@ -110,9 +103,31 @@ def set_to(module: str) -> dict[str, list[str]]:
             target, value = node.name, ast.Module(node.body[ast.get_docstring(node) is not None :], [])
         else:
             continue
-        if name == module or target in imported:
-            strings = (one for one in ast.walk(value) if isinstance(one, ast.Constant) and isinstance(one.value, str))
-            found.setdefault(target, []).extend(one.value for one in strings)
+        strings = (one for one in ast.walk(value) if isinstance(one, ast.Constant) and isinstance(one.value, str))
+        found.setdefault(target, {}).setdefault(name, []).extend(one.value for one in strings)
+    return found
+
+
+@cache
+def imported_by() -> dict[str, set[str]]:
+    """Return the names that each module imports from others."""
+    found: dict[str, set[str]] = {}
+    for name, node in nodes():
+        if isinstance(node, ast.ImportFrom):
+            found.setdefault(name, set()).update(alias.name for alias in node.names)
+    return found
+
+
+@cache
+def set_to(module: str) -> dict[str, list[str]]:
+    """Return the strings in the values of each variable of a module, and in each of its functions; those of other
+    modules too for what it imports."""
+    imported = imported_by().get(module, set())
+    found: dict[str, list[str]] = {}
+    for target, by_module in strings_by_target().items():
+        for name, strings in by_module.items():
+            if name == module or target in imported:
+                found.setdefault(target, []).extend(strings)
     return found
 
 

@@ -46,7 +46,7 @@ def _weights(folder: Path) -> bytes:
     return (folder / "model" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["gossip", "diloco"])
+@pytest.mark.parametrize("method", [pytest.param("gossip", marks=pytest.mark.long), "diloco"])
 def test_volunteers_of_unequal_ranks_train_one_adapter_that_peft_loads(swarm: Swarm, method: str) -> None:
     path = write_tuning_run(swarm.folder)
     table = tomllib.loads(path.read_text())

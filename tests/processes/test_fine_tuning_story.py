@@ -19,7 +19,11 @@ from swarm import Swarm, write_run
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.events import DoneEvent, RoundEvent
 
-pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore::FutureWarning")]  # of transformers, about peft
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers, about peft
+]
 
 CONTEXT_TOKENS = 64
 RANKS = {"anna": 4, "ben": 8, "carl": 16}
