@@ -179,11 +179,15 @@ class TrafficCount:
         """Measure from now on what the link carries, for runs whose peers divide their work by it."""
         self.up_meter, self.down_meter = LinkMeter(self.up), LinkMeter(self.down)
 
+    @property
+    def _meters(self) -> list[LinkMeter]:
+        """Meters of both directions; none where nothing is measured."""
+        return [meter for meter in (self.up_meter, self.down_meter) if meter is not None]
+
     def disturbed(self) -> None:
         """Record that a transfer failed, so that what is measured now is less than the links can carry."""
-        for meter in (self.up_meter, self.down_meter):
-            if meter is not None:
-                meter.disturbed()
+        for meter in self._meters:
+            meter.disturbed()
 
     @property
     def link_bytes_per_s(self) -> tuple[float, float]:
@@ -193,9 +197,8 @@ class TrafficCount:
 
     def round_over(self) -> None:
         """Let what was measured of the link in a round count; see `LinkMeter.round_over`."""
-        for meter in (self.up_meter, self.down_meter):
-            if meter is not None:
-                meter.round_over()
+        for meter in self._meters:
+            meter.round_over()
 
     def called(self, sent_bytes: int, received_bytes: int) -> None:
         """Count a small call or its reply."""

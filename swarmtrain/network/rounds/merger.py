@@ -325,10 +325,9 @@ class _MergeInShares:
         ranges = share_ranges(groups.num_chunks, len(entries), roster.shares)
         self._pieces = [share_pieces(chunks) if roster.shares else [chunks] for chunks in ranges]
         self._roster_s = swarm_time()
-        times = merger.owners.averaging_times(roster) if roster.shares else None
-        silence_s = merger.settings.silence_s
-        self._times = times
-        self._waits = ShareWaits(self._roster_s, [len(chunks) for chunks in ranges], self._own, times, silence_s)
+        self._times = merger.owners.averaging_times(roster) if roster.shares else None
+        sizes, silence_s = [len(chunks) for chunks in ranges], merger.settings.silence_s
+        self._waits = ShareWaits(self._roster_s, sizes, self._own, self._times, silence_s)
 
     async def run(self) -> bytearray:
         """Return the mean. Raises UnobtainableError."""
