@@ -108,7 +108,8 @@ class RoundEngine(Generic[Envelope, Link]):
         self.round = 0
         self.last: SignedRoster[Envelope] | None = None
         self.is_late_joiner = True
-        """True if nobody waits for this peer's round: before and in its first one, and after catching up."""
+        """True if nobody waits for this peer's round: before and in its first one, after catching up, and in one
+        that it began late."""
         self.away = False
         """True if this peer has said goodbye. A peer that missed the goodbye and asks about a round learns it from the
         answer."""
@@ -295,6 +296,9 @@ class RoundEngine(Generic[Envelope, Link]):
 
     def _advanced(self, event: ev.RoundAdvanced[Envelope]) -> _Commands[Envelope]:
         if event.last is not None:
+            ended = self._rounds.get(event.last.roster.round)
+            if ended is not None and ended.is_merged and ended.merging == event.last.roster.digest:
+                self.is_late_joiner = self.away  # on time again: others wait until its next round begins, and in it
             self.last = event.last
         if event.round != self.round:
             self.wanted, self.wanted_by, self.is_overtaken = False, {}, False

@@ -135,6 +135,31 @@ def test_a_round_from_its_end_to_the_next() -> None:
     assert engine.round == 1 and engine.base == roster.digest and engine.knows(0)
 
 
+def test_who_was_late_in_a_round_is_waited_for_again_once_it_has_ended() -> None:
+    engine = engine_of("a", "b")
+    engine.receive(ev.RoundBegun(is_late_joiner=True), 1.0)
+    ends(engine)
+    engine.receive(ev.QuestionAnswered(1, reply(publication=published("b"))), 10.1)
+    wakes(engine, 10.1)
+    engine.receive(ev.PublicationFetched("b0"), 10.2)
+    roster = roster_of("a", "b")
+    engine.receive(ev.RosterSigned(signed(roster)), 10.2)
+    wakes(engine, 10.2)
+    engine.receive(ev.RosterMerged(roster.digest), 10.3)
+    assert of_kind(wakes(engine, 10.3), ev.FinishRound)
+    assert engine.is_late_joiner, "until the outer step is done it is in the round that it began late"
+    engine.receive(ev.RoundAdvanced(1, signed(roster)), 10.4)
+    assert not engine.is_late_joiner, "others would end the next round without it while it evaluates or saves"
+
+
+def test_who_takes_the_weights_of_others_is_not_waited_for() -> None:
+    engine = engine_of("a", "b")
+    engine.receive(ev.RoundBegun(is_late_joiner=True), 1.0)
+    ends(engine)
+    engine.receive(ev.RoundAdvanced(1, signed(roster_of("b", "c"))), 10.4)
+    assert engine.is_late_joiner
+
+
 def test_others_are_told_of_the_roster_that_can_be_had() -> None:
     """The signer of the first dies, and its bytes with it. The next one's would else be told once it is applied."""
     known: KnownRound[str, str] = KnownRound(0, 0.0, 10.0, published("b"))
