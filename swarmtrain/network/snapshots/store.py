@@ -286,6 +286,8 @@ class SnapshotStore:
     num_served: NumServed = all_chunks
     round_places: int = 1
     """Multiple of `max_readers` that may read what a synchronous round averages."""
+    is_of_round: Callable[[str], bool] = lambda peer: True
+    """Returns whether a peer may need that; the others read it after those."""
     arriving: HeldSnapshot | None = field(default=None, init=False)
     """State that is being pulled, so that its progress can be shown; None if none is."""
     _held: dict[str, HeldSnapshot] = field(default_factory=dict)
@@ -300,7 +302,9 @@ class SnapshotStore:
 
     def __post_init__(self) -> None:
         self._readers = Readers(self.reader_stall_s, self.reader_gives_way_s)
-        self._round_readers = Readers(self.reader_stall_s, self.reader_gives_way_s, in_order=True)
+        self._round_readers = Readers(
+            self.reader_stall_s, self.reader_gives_way_s, in_order=True, goes_first=self.is_of_round
+        )
         # Twice as long: a file that breaks off is read again from its start.
         self._files = Readers(self.reader_stall_s, 2 * self.reader_gives_way_s)
         self._model_files = Readers(self.reader_stall_s, self.reader_gives_way_s)
