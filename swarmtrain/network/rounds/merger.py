@@ -205,7 +205,7 @@ class Merger:
         """Return how long the sources of this roster's publications are waited for from now on: one that lives and
         brings nothing for as long as its link may be the slow one, and all together for one limit."""
         began_s, silence_s = swarm_time(), self.settings.silence_s
-        limit = MergeLimit(began_s, self.limit_s(roster))
+        limit_s = self.limit_s(roster)
         places = {peer: place for place, peer in enumerate(roster.peers)}
 
         def waits_for(source: str, quiet_s: float) -> bool:
@@ -215,9 +215,9 @@ class Merger:
                 return quiet_s < silence_s
             now = swarm_time()
             pair_s = times.pairs_s[places[source]]
-            return now < author_due_s(began_s, now - quiet_s, pair_s, times.everyone_s, silence_s)
+            return now < author_due_s(began_s, now - quiet_s, pair_s, times.everyone_s, silence_s, limit_s)
 
-        return AuthorPatience(waits_for, limit)
+        return AuthorPatience(waits_for, MergeLimit(began_s, limit_s))
 
     def limit_s(self, roster: Roster) -> float:
         """Return the seconds that the authors on a roster have."""

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeAlias
 
-from swarmtrain.protocol.membership.membership import Membership
+from swarmtrain.protocol.membership.membership import Membership, PeerState
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds import rosters
 from swarmtrain.protocol.rounds.batch_end import plausible_entries
@@ -154,7 +154,7 @@ class RoundEngine(Generic[Envelope, Link]):
             case ev.PublicationFetched() | ev.PublicationNotFetched() if self._ending is not None:
                 before = set(self._ending.unobtainable)
                 self._ending.was_fetched(event)
-                self.claims.not_delivered(self._ending.unobtainable - before)
+                self._not_delivered(self._ending.unobtainable - before)
                 self._look_s = now
             case ev.ReplyRefused():
                 return self._got_nothing(event.number, now, is_malformed=True)
@@ -165,7 +165,7 @@ class RoundEngine(Generic[Envelope, Link]):
             case ev.PublicationFound() | ev.RosterMerged() | ev.RosterNotMerged() if self._ending is not None:
                 before = set(self._ending.unobtainable)
                 self._ending.merge_went_on(event)
-                self.claims.not_delivered(self._ending.unobtainable - before)
+                self._not_delivered(self._ending.unobtainable - before)
                 self._look_s = now
             case ev.RoundBegun():
                 self.is_late_joiner = event.is_late_joiner
@@ -444,6 +444,10 @@ class RoundEngine(Generic[Envelope, Link]):
         rules = self.rules
         expected_s = self.claims.merging_s(peers, shares, rules.body_bytes)
         return merge_limit_s(expected_s, rules.silence_s, rules.round_limit_s)
+
+    def _not_delivered(self, authors: Iterable[str]) -> None:
+        """Note whose publications could not be had; those that are gone did not fail by their links."""
+        self.claims.not_delivered(peer for peer in authors if self.membership.state(peer) is PeerState.LIVE)
 
     def _caught_up(self, commands: _Commands[Envelope], now: float) -> _Commands[Envelope]:
         """Pass on the commands of a search. If catching up has ended, adopt the state, or decide anew if there

@@ -71,8 +71,11 @@ class LinkClaims:
             self._doubts[owner] = doubts
 
     def not_delivered(self, authors: Iterable[str]) -> None:
-        """Do not wait for what these peers tell of their links, for some rounds."""
-        self._undelivered.update(dict.fromkeys(authors, _FORGIVE_ROUNDS))
+        """Do not wait for what these peers tell of their links, for some rounds.
+
+        Meanwhile they do not fail anew: one whose link is honestly slow is waited for again after that.
+        """
+        self._undelivered = dict.fromkeys(authors, _FORGIVE_ROUNDS) | self._undelivered
 
     def round_over(self, round: int) -> None:
         """Believe all claims a little more, now and then."""
@@ -128,10 +131,10 @@ class LinkClaims:
         return AveragingTimes(max(pairs_s), pairs_s)
 
     def merging_s(self, peers: Sequence[str], shares: Sequence[int] | None, body_bytes: int) -> float:
-        """Return how long merging should take, infinity if no link is known: with these shares, with equal ones if they
-        are empty, and if they are None each peer pulls everything."""
+        """Return how long merging should take: with these shares, with equal ones if they are empty, and if they are
+        None each peer pulls everything. Infinity if it is not known how fast one of them sends: it may be slow."""
         links = self._waited_for(peers)
-        if not any(link.is_known for link in links):
+        if not any(link.is_known for link in links) or not all(map(self._is_measured, peers)):
             return math.inf
         own_s = 0.0 if self.membership.me in peers else self._receiving_s(body_bytes)
         if shares is None:
@@ -145,6 +148,13 @@ class LinkClaims:
             for peer in peers
         )
         return [LinkRates() if link is None else _at_least(link, _LEAST_BYTES_PER_S) for link in told]
+
+    def _is_measured(self, peer: str) -> bool:
+        """Return whether it is known how fast a peer sends, or this peer receives; or is not waited for."""
+        if peer == self.membership.me:
+            return self.own.down_bytes_per_s > 0
+        link = self._claim(peer)
+        return peer in self._undelivered or (link is not None and link.up_bytes_per_s > 0)
 
     def _receiving_s(self, body_bytes: int) -> float:
         """Return how long this peer takes to receive the mean, 0 if its link is not known."""

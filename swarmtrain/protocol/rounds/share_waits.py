@@ -33,6 +33,9 @@ peers averages three quarters of it, its share is there after six times that, an
 _LEAST_SILENCES = 6.0
 """Multiple of a silence that a merge has at least: as long as a source that is busy with others is waited for, with the
 usual five seconds."""
+_LIMIT_PATIENCE = 8.0
+"""Multiple of the time that merging should take that its authors have at most. Seven readers of one author behind 2
+Mbit/s were ready after six times that, because streams that came to nothing took part of the link."""
 _OTHERS_PATIENCE = 4.0
 """Multiple of the limit after which authors are given up although most of the others have not come either: then this
 peer's own link is slow, and without all these it would merge alone. Also of the time in which half of them came."""
@@ -44,16 +47,18 @@ def merge_limit_s(expected_s: float, silence_s: float, round_limit_s: float) -> 
     `expected_s` is what merging should take by the links that all tell, infinity if none is known. An identity may tell
     of any link: what it tells holds a merge up for `round_limit_s` at most.
     """
-    return max(_LEAST_SILENCES * silence_s, min(_MOST_PATIENCE * expected_s, round_limit_s))
+    return max(_LEAST_SILENCES * silence_s, min(_LIMIT_PATIENCE * expected_s, round_limit_s))
 
 
-def author_due_s(began_s: float, last_s: float, pair_s: float, everyone_s: float, silence_s: float) -> float:
+def author_due_s(
+    began_s: float, last_s: float, pair_s: float, everyone_s: float, silence_s: float, limit_s: float
+) -> float:
     """Return the time until which to wait for the next bytes of a publication whose last ones came at `last_s`.
 
-    Unlike a piece of a share they are there already. So the time that its author and this peer need (`pair_s`), in
-    which the author's link may be busy with others, counts only as far as a merge waits at least.
+    Unlike a piece of a share they are there already. So of the time that its author and this peer need (`pair_s`), in
+    which the author's link may be busy with others, at most a quarter of the limit counts.
     """
-    first_s = min(_PATIENCE * pair_s, _LEAST_SILENCES * silence_s)
+    first_s = min(_PATIENCE * pair_s, limit_s / _MOST_PATIENCE)
     return max(began_s + first_s, max(began_s, last_s) + max(silence_s, _PIECE_PART * everyone_s))
 
 

@@ -167,10 +167,11 @@ def test_what_one_tells_holds_a_merge_up_for_a_round_s_limit_at_most() -> None:
         return merge_limit_s(expected_s, 5.0, LIMIT_S)
 
     assert limit_s(link(200)) == 30.0, "six silences"
-    assert limit_s(link(10)) == 4 * 1.75 * 20.0, "an honest slow link has four times what it needs"
+    assert limit_s(link(10)) == 8 * 1.75 * 20.0, "an honest slow link has eight times what it needs"
     assert limit_s(link(10), 300_000_000) == LIMIT_S
     assert limit_s(LinkRates(1.0, 1.0)) == LIMIT_S, "a link that crawls"
-    assert limit_s(LinkRates()) == 30.0, "unknown: as the others"
+    assert limit_s(LinkRates()) == limit_s(LinkRates(0.0, 200 * MBIT)) == LIMIT_S, "how fast it sends is not known"
+    assert limit_s(LinkRates(200 * MBIT, 0.0)) == 30.0
     assert merge_limit_s(claims(LinkRates(), b=None).merging_s("ab", (), BODY), 5.0, LIMIT_S) == LIMIT_S
     assert claims(link(100), b=link(10)).merging_s("ab", None, BODY) == 20.0
     assert claims(link(100), b=link(100), c=link(10)).merging_s("abc", None, BODY) == 40.0, "it sends it to both"
@@ -189,6 +190,7 @@ def test_whose_publication_could_not_be_had_is_not_waited_for_as_it_tells_for_so
     some.not_delivered(["d"])
     for round in range(1, 9):
         assert looks(some) == looks(usual)
+        some.not_delivered(["d"])  # it has too little time now, if its link is slow
         some.round_over(round)
     assert looks(some) == before
 
@@ -220,10 +222,11 @@ def test_authors_are_given_up_at_the_limit_unless_nearly_all_are_late() -> None:
 
 
 def test_an_author_that_brings_nothing_is_given_up_before() -> None:
-    assert author_due_s(1000.0, 1000.0, 600.0, 600.0, 5.0) == 1150.0, "a quarter of what it tells"
-    assert author_due_s(1000.0, 1000.0, 100.0, 100.0, 5.0) == 1030.0, "its link may be busy with others at first"
-    assert author_due_s(1000.0, 1000.0, 2.0, 2.0, 5.0) == 1005.0
-    assert author_due_s(1000.0, 1100.0, 100.0, 100.0, 5.0) == 1125.0
+    assert author_due_s(1000.0, 1000.0, 600.0, 600.0, 5.0, LIMIT_S) == 1150.0, "a quarter of what it tells"
+    assert author_due_s(1000.0, 1000.0, 100.0, 100.0, 5.0, 400.0) == 1100.0, "its link may be busy with others at first"
+    assert author_due_s(1000.0, 1000.0, 20.0, 100.0, 5.0, 400.0) == 1040.0
+    assert author_due_s(1000.0, 1000.0, 2.0, 2.0, 5.0, 30.0) == 1005.0, "a silence"
+    assert author_due_s(1000.0, 1100.0, 100.0, 100.0, 5.0, 400.0) == 1125.0
 
 
 def test_an_owner_has_no_more_than_a_merge_s_limit() -> None:

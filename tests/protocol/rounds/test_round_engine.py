@@ -367,8 +367,11 @@ def test_who_delivers_nothing_is_left_off_the_roster() -> None:
     ]
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_who_told_of_a_slow_link_and_delivered_nothing_is_not_waited_for_as_long_again(small: bool) -> None:
+@pytest.mark.parametrize(("small", "is_gone"), [(True, False), (False, False), (False, True)])
+def test_who_told_of_a_slow_link_and_delivered_nothing_is_not_waited_for_as_long_again(
+    small: bool, is_gone: bool
+) -> None:
+    """Unless it was gone: that does not show that it lies."""
     engine = engine_of("a", "b", "c", rules=replace(RULES, body_bytes=25_000_000, round_limit_s=600.0))
     for peer, rate in {"b": 1.0, "c": 25e6}.items():
         info = PeerInfo(peer=peer, training=True, stamp=1.0, link=LinkRates(rate, rate))
@@ -383,8 +386,10 @@ def test_who_told_of_a_slow_link_and_delivered_nothing_is_not_waited_for_as_long
         engine.receive(ev.RosterSigned(signed(first)), 15.0)
         assert of_kind(wakes(engine, 15.0), ev.MergeRoster) == [ev.MergeRoster(signed(first))]
         engine.receive(ev.RosterNotMerged("of an earlier roster", frozenset("c")), 15.4)
+        if is_gone:
+            engine.membership.left("b", 15.4)
         engine.receive(ev.RosterNotMerged(first.digest, frozenset("b")), 15.5)
-    assert engine.merge_limit_s("abc", ()) == 30.0
+    assert engine.merge_limit_s("abc", ()) == (600.0 if is_gone else 30.0)
 
 
 def test_a_roster_that_cannot_be_merged_is_signed_again_without_who_lacks() -> None:
