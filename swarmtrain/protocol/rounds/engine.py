@@ -18,11 +18,11 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeAlias
 
-from swarmtrain.protocol.membership.membership import MAX_PEERS, Membership
+from swarmtrain.protocol.membership.membership import MAX_PEERS, Membership, PeerState
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds import rosters
 from swarmtrain.protocol.rounds.batch_end import plausible_entries
@@ -45,6 +45,7 @@ from swarmtrain.protocol.rounds.rosters import (
     pulls_whole,
     standings,
 )
+from swarmtrain.protocol.rounds.share_waits import merge_limit_s
 from swarmtrain.protocol.rounds.signers import Signers
 from swarmtrain.protocol.rounds.state import KnownRound
 from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay, Open, PeerSurvey, Questions, StateSearches
@@ -153,7 +154,9 @@ class RoundEngine(Generic[Envelope, Link]):
             case ev.QuestionReceived():
                 return self._asked(event, now)
             case ev.PublicationFetched() | ev.PublicationNotFetched() if self._ending is not None:
+                before = set(self._ending.unobtainable)
                 self._ending.was_fetched(event)
+                self._not_delivered(self._ending.unobtainable - before)
                 self._look_s = now
             case ev.ReplyRefused():
                 return self._got_nothing(event.number, now, is_malformed=True)
@@ -162,7 +165,9 @@ class RoundEngine(Generic[Envelope, Link]):
             case ev.RosterSigned():
                 return self._signed(event.roster, now)
             case ev.PublicationFound() | ev.RosterMerged() | ev.RosterNotMerged() if self._ending is not None:
+                before = set(self._ending.unobtainable)
                 self._ending.merge_went_on(event)
+                self._not_delivered(self._ending.unobtainable - before)
                 self._look_s = now
             case ev.RoundBegun():
                 self.is_late_joiner = event.is_late_joiner
@@ -444,6 +449,17 @@ class RoundEngine(Generic[Envelope, Link]):
         """Return how long averaging with a roster's shares takes, by the links that the peers tell; None: unknown."""
         rules = self.rules
         return self.claims.averaging_times(roster.peers, roster.shares, rules.body_bytes, rules.round_limit_s)
+
+    def merge_limit_s(self, peers: Sequence[str], shares: Sequence[int] | None) -> float:
+        """Return the seconds that the authors among `peers` have to deliver what this peer averages of them. For
+        `shares` see `LinkClaims.merging_s`."""
+        rules = self.rules
+        expected_s = self.claims.merging_s(peers, shares, rules.body_bytes)
+        return merge_limit_s(expected_s, rules.silence_s, rules.round_limit_s)
+
+    def _not_delivered(self, authors: Iterable[str]) -> None:
+        """Note whose publications could not be had; those that are gone did not fail by their links."""
+        self.claims.not_delivered(peer for peer in authors if self.membership.state(peer) is PeerState.LIVE)
 
     def _caught_up(self, commands: _Commands[Envelope], now: float) -> _Commands[Envelope]:
         """Pass on the commands of a search. If catching up has ended, adopt the state, or decide anew if there

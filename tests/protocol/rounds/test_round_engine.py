@@ -14,6 +14,7 @@ from swarmtrain.protocol.membership.membership import Membership, PeerInfo, Peer
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.chains import Chain, ChainLink, Chains, ShownChain
 from swarmtrain.protocol.rounds.engine import RoundEngine, RoundRules
+from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster, RoundPublication, SignDecision, steps_of_round
 from swarmtrain.protocol.rounds.state import KnownRound
 from swarmtrain.run_batch import BatchTarget
@@ -364,6 +365,31 @@ def test_who_delivers_nothing_is_left_off_the_roster() -> None:
     assert of_kind(wakes(engine, 10.1), ev.SignRoster, ev.FetchPublication) == [
         ev.SignRoster(roster_of("a"), "everyone alive has published")
     ]
+
+
+@pytest.mark.parametrize(("small", "is_gone"), [(True, False), (False, False), (False, True)])
+def test_who_told_of_a_slow_link_and_delivered_nothing_is_not_waited_for_as_long_again(
+    small: bool, is_gone: bool
+) -> None:
+    """Unless it was gone: that does not show that it lies."""
+    engine = engine_of("a", "b", "c", rules=replace(RULES, body_bytes=25_000_000, round_limit_s=600.0))
+    for peer, rate in {"b": 1.0, "c": 25e6}.items():
+        info = PeerInfo(peer=peer, training=True, stamp=1.0, link=LinkRates(rate, rate))
+        engine.membership.saw_presence(info, 999.0, 0.0)
+    engine.claims.own = LinkRates(25e6, 25e6)
+    assert engine.merge_limit_s("abc", ()) == 600.0
+    ended_with(engine)
+    if small:
+        engine.receive(ev.PublicationNotFetched("b0"), 15.5)
+    else:
+        first = roster_of("a", "b")
+        engine.receive(ev.RosterSigned(signed(first)), 15.0)
+        assert of_kind(wakes(engine, 15.0), ev.MergeRoster) == [ev.MergeRoster(signed(first))]
+        engine.receive(ev.RosterNotMerged("of an earlier roster", frozenset("c")), 15.4)
+        if is_gone:
+            engine.membership.left("b", 15.4)
+        engine.receive(ev.RosterNotMerged(first.digest, frozenset("b")), 15.5)
+    assert engine.merge_limit_s("abc", ()) == (600.0 if is_gone else 30.0)
 
 
 def test_a_roster_that_cannot_be_merged_is_signed_again_without_who_lacks() -> None:
