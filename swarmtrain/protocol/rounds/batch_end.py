@@ -40,7 +40,8 @@ _MOST_TIMES_MEDIAN = 8.0
 """A peer's rate counts up to this multiple of the median of its roster; before any roster, of this peer's own rate. A
 larger one lets a liar end batches sooner, a smaller one fails volunteers that are much faster than the others."""
 _MISSED_ROSTERS = 2
-"""Rosters in a row without a peer after which it is not counted."""
+"""Rosters in a row without a peer after which it is not counted; without this peer, after which it follows those on
+them."""
 _MOST_RATES = 256
 """Peers whose rates are kept: identities cost nothing."""
 _FOLLOWS_COUNTED = 0.5, 0.125
@@ -117,6 +118,10 @@ class BatchEnd:
     """Tokens per second of each peer that rosters with others have counted, this one included, the latest last."""
     _missed: dict[str, int] = field(default_factory=dict)
     """Number of rosters in a row that each peer was not on, although it was there."""
+    _left_out: int = 0
+    """Rosters in a row that this peer applied and was not on."""
+    _listed: frozenset[str] = frozenset()
+    """Peers on the last of them."""
     _seen: set[str] = field(default_factory=set)
     """Peers that were there in this batch."""
     _is_late: bool = False
@@ -157,6 +162,8 @@ class BatchEnd:
         """
         seconds = max(ended_s - self.started_s, 1e-3)
         self._own_counted = own_tokens / seconds
+        self._left_out = 0 if lists_this_peer else self._left_out + 1
+        self._listed = frozenset(tokens)
         # A copy, because another thread may ask for the share meanwhile.
         if not lists_this_peer:
             self._missed = {peer: times for peer, times in self._missed.items() if peer not in tokens}
@@ -252,7 +259,8 @@ class BatchEnd:
         rosters have counted is believed at once if half of the batch is there, and if an eighth is, after half of
         `max_wait_s`, so that it still waits: before the step that would end later, since one takes `step_s`. Of
         others, three quarters and a half must be there. A peer that came late follows anybody, since it counts only if
-        it delivers before the roster is signed.
+        it delivers before the roster is signed. So does one that two rosters left out follow those that they listed:
+        it learns no rates from them, so what it believes to be there stays too little.
 
         `is_asking`: the others' answers are not here yet; they are waited for until half of `max_wait_s`.
         `is_overtaken`: the others have gone on, with weights that hold, so that this batch is in vain. It counts from
@@ -268,6 +276,8 @@ class BatchEnd:
         if not wanted_by:
             return False
         if self._is_late:  # nobody waits for it: to count it has to deliver at once
+            return True
+        if self._left_out >= _MISSED_ROSTERS and not self._listed.isdisjoint(wanted_by):
             return True
         # Only they: one that asks long before the others end would have their wait shortened.
         counted = {peer: at_s for peer, at_s in wanted_by.items() if not self._rates or (self._rate(peer) or 0.0) > 0}

@@ -213,6 +213,20 @@ def test_one_that_came_late_follows_whoever_asks() -> None:
     assert batch.is_complete(little, wanted_by={"eve": 101.5}, is_asking=False, now=102.0)
 
 
+def test_one_that_rosters_leave_out_again_and_again_follows_those_on_them() -> None:
+    """It knows rates of slow ones alone, believes a fast one no more than them, and ends after it for ever."""
+    batch, wanted = end(), {"fay": 104.0}
+    for left_out in range(3):
+        assert batch.is_complete(batch.share(20, [], 105.0), wanted_by=wanted, is_asking=False, now=105.0) == (
+            left_out == 2
+        )
+        batch.counted({"fay": 900}, 20, 110.0, lists_this_peer=False)
+    now = {"is_asking": False, "now": 105.0}
+    assert not batch.is_complete(batch.share(20, [], 105.0), wanted_by={"eve": 104.0}, **now), "on no roster"
+    batch.counted({"anna": 20, "fay": 900}, 20, 110.0)
+    assert not batch.is_complete(batch.share(20, [], 105.0), wanted_by=wanted, **now), "it counts again"
+
+
 def test_one_that_no_roster_has_counted_is_believed_from_three_quarters_on() -> None:
     batch = end()
     some, half, more = (batch.share(tokens, [], 110.0) for tokens in (490, 740, 750))

@@ -411,6 +411,18 @@ def gone(at_s: float, victims: set[int], num_peers: int) -> tuple[ScheduledFault
             ),
             id="one that was cut off calls nobody, and computes alone",
         ),
+        pytest.param(
+            FaultSchedule(
+                world="batches",
+                speeds=(5.0, 0.7, 0.7),
+                options=(("batch_s", 6.0),),
+                faults=(
+                    ScheduledFault(kind="partition", peer=1, lasts_s=6.0, detail=113),
+                    ScheduledFault(kind="kill", peer=1, at_s=10.0),
+                ),
+            ),
+            id="one that knows slow ones alone ends after a fast one for ever",
+        ),
     ],
 )  # fmt: skip
 def test_large_batches_fell_apart(schedule: FaultSchedule) -> None:
