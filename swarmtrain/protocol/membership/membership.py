@@ -347,9 +347,16 @@ class Membership:
         return [entry.info for _, entry in self._training()]
 
     def answering(self) -> list[PeerInfo]:
-        """Return those of `volunteers` to which the last call did not fail, or that have called since, by PeerID.
+        """Return those of `volunteers` to which the last call did not fail, by PeerID.
 
         A killed peer is believed alive until its presence expires, but calls to it fail at once.
+        """
+        return [entry.info for _, entry in self._training() if not entry.failures]
+
+    def in_touch(self) -> list[PeerInfo]:
+        """Return those of `volunteers` to which the last call did not fail, or that have called since, by PeerID.
+
+        Who was cut off, and calls nobody while it computes, would else take all for gone.
         """
         return [one.info for _, one in self._training() if not one.failures or one.called_s > one.failed_s]
 

@@ -289,7 +289,7 @@ class BatchEnd:
 def others_in(membership: Membership) -> list[tuple[PeerInfo, float, float]]:
     """Return what a peer knows of the volunteers that answer, as `BatchEnd.share` needs it."""
     return [
-        (info, membership.so_far_since_s(info.peer), membership.heard_s(info.peer)) for info in membership.answering()
+        (info, membership.so_far_since_s(info.peer), membership.heard_s(info.peer)) for info in membership.in_touch()
     ]
 
 

@@ -107,9 +107,9 @@ def test_who_calls_after_a_call_to_it_has_failed_is_counted_again() -> None:
     """Who was cut off, and calls nobody while it computes, would else count nobody for a whole batch."""
     members = table()
     members.call_failed("a", 1.0, "x")
-    assert members.answering() == []
+    assert members.answering() == [] == members.in_touch()
     members.was_called_by("a", 2.0)
-    assert [each.peer for each in members.answering()] == ["a"]
+    assert [each.peer for each in members.in_touch()] == ["a"] and members.answering() == []
     assert members.call_failed("a", 3.0, "x") is not None, "that calls to it fail is counted all the same"
 
 
