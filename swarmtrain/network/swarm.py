@@ -116,6 +116,7 @@ class Swarm:
             min_bytes_per_s=limits.least_bytes_per_s,
             num_served=num_served,
             round_places=_ROUND_PLACES,
+            is_of_round=lambda peer: (info := members.info(peer)) is not None and info.training,
         )
         settings = RoundSettings(
             run_sha256=sha256,

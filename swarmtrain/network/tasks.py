@@ -8,10 +8,11 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Awaited", "SingleFlight", "end_tasks", "logged", "run_together"]
+__all__ = ["Awaited", "SingleFlight", "end_tasks", "logged", "run_together", "run_until"]
 
 _log = logging.getLogger(__name__)
 _AGAIN_S = 0.05  # until a task that has not ended is cancelled again
+_LEAST_LOOK_S, _MOST_LOOK_S = 0.01, 1.0  # between two looks whether time is left
 _T = TypeVar("_T")
 
 
@@ -49,6 +50,22 @@ async def run_together(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
         for task in tasks:
             if not task.cancelled():
                 task.exception()  # retrieve it, or the loop reports it
+
+
+async def run_until(work: Coroutine[Any, Any, None], left_s: Callable[[], float]) -> bool:
+    """Run `work` while `left_s()`, the seconds that are left, is above 0. Return whether it ended; if not, it is
+    cancelled."""
+    task = asyncio.create_task(work)
+    try:
+        while not task.done() and (left := left_s()) > 0:
+            await asyncio.wait([task], timeout=max(_LEAST_LOOK_S, min(left, _MOST_LOOK_S)))
+        if task.done():
+            task.result()
+        return task.done()
+    finally:
+        await end_tasks([task])
+        if not task.cancelled():
+            task.exception()  # retrieve it, or the loop reports it
 
 
 class Awaited(Generic[_T]):

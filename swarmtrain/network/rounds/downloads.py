@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
@@ -19,7 +20,7 @@ from swarmtrain.network.snapshots.store import (
     all_finite,
     pull_chunks,
 )
-from swarmtrain.network.tasks import run_together
+from swarmtrain.network.tasks import run_together, run_until
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 __all__ = ["Downloads", "WaitsFor", "check_finite", "check_not_negative"]
@@ -68,12 +69,21 @@ class Downloads:
         chunks: range,
         sources: Sequence[str],
         waits_for: WaitsFor | None = None,
+        left_s: Callable[[], float] = lambda: math.inf,
     ) -> None:
         """Pull `chunks` from the first of `sources` that works, and serve them from then on.
 
         Without `waits_for` a source that fails is not asked again, and one that is busy only until nothing has come for
-        `busy_limit_s`. Raises UnreachableError.
+        `busy_limit_s`. `left_s` returns the seconds that are left for all of it, the wait for an earlier pull of the
+        same snapshot included. Raises UnreachableError.
         """
+        if not await run_until(self._pull(held, chunks, sources, waits_for), left_s):
+            title = held.snapshot.sha256[:12]
+            raise UnreachableError(f"snapshot {title} is not here within the time of a merge")
+
+    async def _pull(
+        self, held: HeldSnapshot, chunks: range, sources: Sequence[str], waits_for: WaitsFor | None
+    ) -> None:
         pull = _Pull(self, held, chunks, [source for source in sources if source != self._me], waits_for)
         async with held.pulling:
             try:

@@ -40,12 +40,12 @@ from swarmtrain.protocol.membership.membership import Membership, PeerState
 from swarmtrain.protocol.rounds.link_claims import AveragingTimes
 from swarmtrain.protocol.rounds.roles import MAX_PIECES, PIECES_AT_ONCE, share_pieces
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, share_ranges, sources_of
-from swarmtrain.protocol.rounds.share_waits import ShareWaits, piece_due_s
+from swarmtrain.protocol.rounds.share_waits import MergeLimit, ShareWaits, author_due_s
 from swarmtrain.run_batch import BatchTarget
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer
 
-__all__ = ["Average", "Merger", "RoundSettings", "ShareOwners", "UnobtainableError"]
+__all__ = ["AuthorPatience", "Average", "Merger", "RoundSettings", "ShareOwners", "UnobtainableError"]
 
 _log = logging.getLogger("swarmtrain.network.rounds.runner")
 _ASK_AGAIN_S = 0.1  # between two questions for a share
@@ -91,12 +91,24 @@ class ShareOwners:
 
     A request for a share carries the hash of the roster that the owner applied last, `last_known(owner)`: the owner
     then need not repeat that roster in its reply. `averaging_times` returns how long averaging a roster should take,
-    None if that is unknown; `judged` is called with an owner and whether its share came in time.
+    None if that is unknown. `limit_s` returns the seconds that the authors among some peers have to deliver what this
+    peer averages: with these shares, equal ones if they are empty, and everything if they are None. `judged` is called
+    with an owner and whether its share came in time.
     """
 
     last_known: Callable[[str], bytes]
     averaging_times: Callable[[Roster], AveragingTimes | None] = lambda roster: None
+    limit_s: Callable[[Sequence[str], Sequence[int] | None], float] = lambda peers, shares: math.inf
     judged: Callable[[str, bool], None] = lambda owner, in_time: None
+
+
+@dataclass(frozen=True)
+class AuthorPatience:
+    """How long the sources of publications are waited for: `waits_for` is for `Downloads.pull`, and all authors have
+    `limit` together."""
+
+    waits_for: WaitsFor
+    limit: MergeLimit
 
 
 class UnobtainableError(Exception):
@@ -152,8 +164,9 @@ class Merger:
             await run_together(find(entry) for entry in roster.entries[first : first + _FIND_AT_ONCE])
         entries = [found[peer] for peer in roster.peers]
         if len(entries) <= self.settings.share_above:
-            waits_for = self.patience(roster)
-            return await self.average_range(roster, entries, (0, self.settings.groups.total_bytes), waits_for)
+            return await self.average_range(
+                roster, entries, (0, self.settings.groups.total_bytes), self.patience(roster)
+            )
         return await _MergeInShares(self, roster, name, entries, share_ready).run()
 
     def roles_in_words(self, roster: Roster) -> str:
@@ -188,10 +201,11 @@ class Merger:
         sources, gone = sources_of(roster, author), (PeerState.LOST, PeerState.LEFT)
         return [p for p in sources if p != self.identity.peer_id and self.membership.state(p) not in gone]
 
-    def patience(self, roster: Roster, times: AveragingTimes | None = None) -> WaitsFor:
-        """Return whether a source of this roster's publications that brings nothing is asked again: one that lives is
-        waited for as long as the owner of a share is, since its link may be the slow one."""
+    def patience(self, roster: Roster, times: AveragingTimes | None = None) -> AuthorPatience:
+        """Return how long the sources of this roster's publications are waited for from now on: one that lives and
+        brings nothing for as long as its link may be the slow one, and all together for one limit."""
         began_s, silence_s = swarm_time(), self.settings.silence_s
+        limit_s = self.limit_s(roster)
         places = {peer: place for place, peer in enumerate(roster.peers)}
 
         def waits_for(source: str, quiet_s: float) -> bool:
@@ -201,9 +215,44 @@ class Merger:
                 return quiet_s < silence_s
             now = swarm_time()
             pair_s = times.pairs_s[places[source]]
-            return now < piece_due_s(began_s, now - quiet_s, pair_s, times.everyone_s, silence_s)
+            return now < author_due_s(began_s, now - quiet_s, pair_s, times.everyone_s, silence_s, limit_s)
 
-        return waits_for
+        return AuthorPatience(waits_for, MergeLimit(began_s, limit_s))
+
+    def limit_s(self, roster: Roster) -> float:
+        """Return the seconds that the authors on a roster have."""
+        in_shares = len(roster.entries) > self.settings.share_above
+        return self.owners.limit_s(roster.peers, roster.shares if in_shares else None)
+
+    async def pull_whole(self, held: HeldSnapshot, sources: Sequence[str]) -> None:
+        """Pull a publication of a small group, in which each peer pulls all of each. Raises UnreachableError."""
+        limit = MergeLimit(swarm_time(), self.owners.limit_s([self.identity.peer_id, *sources], None))
+        chunks = range(held.snapshot.num_chunks)
+        await self.downloads.pull(held, chunks, sources, None, lambda: limit.due_s - swarm_time())
+
+    async def _fetch(
+        self,
+        roster: Roster,
+        entry: RoundPublication,
+        held: HeldSnapshot,
+        pieces: Sequence[GradientPiece],
+        patience: AuthorPatience,
+    ) -> bool:
+        """Pull pieces of a publication; return False if nobody delivers them in time."""
+        if entry.peer == self.identity.peer_id and held.complete:
+            return True
+        limit, sources = patience.limit, self._sources(roster, entry.peer)
+        limit.asked()
+        try:
+            await self.downloads.pull(
+                held, _chunks(pieces), sources, patience.waits_for, lambda: limit.due_s - swarm_time()
+            )
+            return True
+        except UnreachableError as error:
+            _log.info("round %d: the publication of %s: %s", roster.round, self._name(entry.peer), error)
+            return False
+        finally:
+            limit.ended(swarm_time())
 
     def rotated(self, items: list[_T]) -> list[_T]:
         """Return the same items, starting from an item that depends on this peer, so that not all peers pull from the
@@ -212,10 +261,10 @@ class Merger:
         return items[start:] + items[:start]
 
     async def average_range(
-        self, roster: Roster, entries: Sequence[HeldSnapshot], bounds: tuple[int, int], waits_for: WaitsFor
+        self, roster: Roster, entries: Sequence[HeldSnapshot], bounds: tuple[int, int], patience: AuthorPatience
     ) -> bytearray:
         """Return the weighted mean of a range of bytes of the gradient, as (start, end), over the roster, in roster
-        order. `waits_for`: see `Downloads.pull`.
+        order.
 
         Each group of an adapter is the mean of the publications that have it. Raises UnobtainableError.
         """
@@ -223,9 +272,7 @@ class Merger:
         pieces = [groups.pieces(held.snapshot, start, end) for held in entries]
 
         async def fetch(entry: RoundPublication, held: HeldSnapshot, its: Sequence[GradientPiece]) -> None:
-            try:
-                await self.downloads.pull(held, _chunks(its), self._sources(roster, entry.peer), waits_for)
-            except UnreachableError:
+            if not await self._fetch(roster, entry, held, its, patience):
                 lacking.append(entry.peer)
 
         wanted = [each for each in zip(roster.entries, entries, pieces, strict=True) if each[2]]
@@ -240,7 +287,7 @@ class Merger:
         entries: Sequence[HeldSnapshot],
         ranges: Sequence[tuple[int, int]],
         averaged: Callable[[int, bytearray], Awaitable[None]],
-        waits_for: WaitsFor,
+        patience: AuthorPatience,
     ) -> None:
         """Average byte ranges of the gradient that follow each other, and call `averaged` with each one's number and
         mean as soon as its bytes are here. Raises UnobtainableError."""
@@ -248,11 +295,7 @@ class Merger:
 
         async def fetch(entry: RoundPublication, held: HeldSnapshot) -> None:
             its = groups.pieces(held.snapshot, ranges[0][0], ranges[-1][1])
-            if not its:
-                return
-            try:
-                await self.downloads.pull(held, _chunks(its), self._sources(roster, entry.peer), waits_for)
-            except UnreachableError:
+            if its and not await self._fetch(roster, entry, held, its, patience):
                 lacking.append(entry.peer)
 
         async def average() -> None:
@@ -327,7 +370,10 @@ class _MergeInShares:
         self._roster_s = swarm_time()
         self._times = merger.owners.averaging_times(roster) if roster.shares else None
         sizes, silence_s = [len(chunks) for chunks in ranges], merger.settings.silence_s
-        self._waits = ShareWaits(self._roster_s, sizes, self._own, self._times, silence_s)
+        limit_s = merger.limit_s(roster)
+        self._until_s = self._roster_s + limit_s
+        """Time after which a piece that still comes from its owner is given up."""
+        self._waits = ShareWaits(self._roster_s, sizes, self._own, self._times, silence_s, limit_s)
 
     async def run(self) -> bytearray:
         """Return the mean. Raises UnobtainableError."""
@@ -341,11 +387,27 @@ class _MergeInShares:
         if index == self._own:
             await self._average_own(index)
             return
-        for _, chunks in await self._pull_all(index, pieces):
-            start, end = self._bytes(chunks)
-            waits_for = self._merger.patience(self._roster, self._times)
-            part = await self._merger.average_range(self._roster, self._entries, (start, end), waits_for)
-            self._mean[start:end] = part
+        if missing := await self._pull_all(index, pieces):
+            await self._average_missing([chunks for _, chunks in missing])
+
+    async def _average_missing(self, pieces: Sequence[range]) -> None:
+        """Average pieces of another's share. Their authors have one time for all of them together."""
+        patience = self._merger.patience(self._roster, self._times)
+
+        async def average(run: list[tuple[int, int]]) -> None:
+            async def averaged(number: int, part: bytearray) -> None:
+                start, end = run[number]
+                self._mean[start:end] = part
+
+            await self._merger.average_pieces(self._roster, self._entries, run, averaged, patience)
+
+        runs: list[list[tuple[int, int]]] = []
+        for start, end in map(self._bytes, pieces):
+            if runs and runs[-1][-1][1] == start:
+                runs[-1].append((start, end))
+            else:
+                runs.append([(start, end)])
+        await run_together(average(run) for run in runs)
 
     async def _average_own(self, index: int) -> None:
         """Average this peer's own share piece by piece, and let the others pull what is ready."""
@@ -362,8 +424,8 @@ class _MergeInShares:
                 _log.info("round %d: own share averaged in %d pieces in %.2f s", self._roster.round, num, took_s)
             self._share_ready(made)
 
-        waits_for = self._merger.patience(self._roster, self._times)
-        await self._merger.average_pieces(self._roster, self._entries, ranges, averaged, waits_for)
+        patience = self._merger.patience(self._roster, self._times)
+        await self._merger.average_pieces(self._roster, self._entries, ranges, averaged, patience)
 
     def _bytes(self, chunks: range) -> tuple[int, int]:
         return chunks.start * CHUNK_BYTES, min(chunks.stop * CHUNK_BYTES, len(self._mean))
@@ -431,6 +493,9 @@ class _MergeInShares:
     def _is_gone(self, owner: str) -> bool:
         return self._merger.membership.state(owner) in (PeerState.LOST, PeerState.LEFT)
 
+    def _left_s(self, index: int) -> float:
+        return max(self._until_s, self._waits.due_s(index)) - swarm_time()
+
     def _is_lost(self, index: int) -> bool:
         return swarm_time() >= self._waits.due_s(index) or self._is_gone(self._roster.peers[index])
 
@@ -472,7 +537,7 @@ class _MergeInShares:
         held = empty_held(snapshot)
         while not self._is_lost(index):
             try:
-                await downloads.pull(held, range(snapshot.num_chunks), [owner])
+                await downloads.pull(held, range(snapshot.num_chunks), [owner], None, lambda: self._left_s(index))
             except UnreachableError as error:
                 downloads.blame(owner, error)
                 await asyncio.sleep(_ASK_AGAIN_S)

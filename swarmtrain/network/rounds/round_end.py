@@ -128,7 +128,7 @@ class EndedRound:
         held = self._publications[sha256]
         event: _Event = ev.PublicationFetched(sha256)
         try:
-            await self._merger.downloads.pull(held, range(held.snapshot.num_chunks), fetch.sources)
+            await self._merger.pull_whole(held, fetch.sources)
         except UnreachableError:
             event = ev.PublicationNotFetched(sha256)
         except Exception:

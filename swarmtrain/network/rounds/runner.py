@@ -96,6 +96,7 @@ class RoundRunner:
         owners = ShareOwners(
             last_known=self._questions.last_known,
             averaging_times=self.engine.averaging_times,
+            limit_s=self.engine.merge_limit_s,
             judged=lambda owner, in_time: self._tell(ev.ShareJudged(owner, in_time)),
         )
         self._merger = Merger(self.identity, downloads, membership, settings, average, owners)

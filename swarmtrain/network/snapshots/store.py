@@ -286,6 +286,8 @@ class SnapshotStore:
     num_served: NumServed = all_chunks
     round_places: int = 1
     """Multiple of `max_readers` that may read what a synchronous round averages."""
+    is_of_round: Callable[[str], bool] = lambda peer: True
+    """Returns whether a peer may need that; the others read it after those."""
     arriving: HeldSnapshot | None = field(default=None, init=False)
     """State that is being pulled, so that its progress can be shown; None if none is."""
     _held: dict[str, HeldSnapshot] = field(default_factory=dict)
@@ -300,7 +302,9 @@ class SnapshotStore:
 
     def __post_init__(self) -> None:
         self._readers = Readers(self.reader_stall_s, self.reader_gives_way_s)
-        self._round_readers = Readers(self.reader_stall_s, self.reader_gives_way_s, in_order=True)
+        self._round_readers = Readers(
+            self.reader_stall_s, self.reader_gives_way_s, in_order=True, goes_first=self.is_of_round
+        )
         # Twice as long: a file that breaks off is read again from its start.
         self._files = Readers(self.reader_stall_s, 2 * self.reader_gives_way_s)
         self._model_files = Readers(self.reader_stall_s, self.reader_gives_way_s)
@@ -590,11 +594,13 @@ async def pull_chunks(
     """Pull `chunks` of `held` from the first of `sources` that works, and check each chunk as it arrives.
 
     Chunks that a source delivered before it failed are kept, and the next source continues from there. A source whose
-    stream broke off is tried again after the others: it may only have made this reader give way. The caller holds
+    stream broke off is tried again after the others and a pause: it may only have made this reader give way. It may
+    then be BUSY for as long as its stream lasted, since a reader gives way only after a while. The caller holds
     `held.pulling`, because chunks are put in place before they are checked. Raises UnreachableError when no source
     could deliver.
     """
-    busy_s, patience_s, wait_s = 0.0, limits.busy_limit_s, limits.busy_wait_s
+    busy_s, patience_s, wait_s, pause_s = 0.0, limits.busy_limit_s, limits.busy_wait_s, limits.busy_wait_s
+    most_s = max(limits.busy_limit_s, GIVES_WAY_S + _BACK_AGAIN_S)
     pending = list(sources)
     paces = {} if limits.paces is None else limits.paces
     while True:
@@ -605,6 +611,7 @@ async def pull_chunks(
             raise UnreachableError(f"nobody could deliver snapshot {held.snapshot.sha256[:12]}")
         source = pending.pop(0)
         pace, asked_s, num_before = paces.setdefault(source, SourcePace(limits)), limits.clock(), len(held.have)
+        turn_s = asked_s
         try:
             while (missing := _missing_run(held, chunks)) is not None:
                 asked_s = limits.clock()
@@ -621,10 +628,10 @@ async def pull_chunks(
             if len(held.have) == num_before:
                 continue
             pending.append(source)
-            # The source did deliver: begin to count anew, and wait as long as it takes until a reader there has to give
-            # way.
-            busy_s, wait_s = 0.0, max(wait_s, _BACK_AGAIN_S)
-            patience_s = max(patience_s, GIVES_WAY_S + _BACK_AGAIN_S)
+            # As long as it takes until a reader there has to give way, if it was so with this one.
+            patience_s = min(patience_s + limits.clock() - turn_s + _BACK_AGAIN_S, busy_s + most_s)
+            await asyncio.sleep(pause_s)
+            wait_s, pause_s = max(wait_s, _BACK_AGAIN_S), min(2 * pause_s, _BACK_AGAIN_S)
         except PeerError as error:
             blame(source, error)
             if isinstance(error, StalledError):

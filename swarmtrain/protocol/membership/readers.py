@@ -6,12 +6,15 @@ reader that has used `gives_way_s` of its own time gives way to a peer with fewe
 it spent waiting for this peer, whose link may be the slow one, does not count. It may come back at once and continue
 where it was. While there are places for all, nobody gives way, however slow.
 
+What a synchronous round averages is for its volunteers: they go before strangers, of whom anyone can make any number.
+
 Everything here is pure: `now` is an argument.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 __all__ = ["GIVES_WAY_S", "Reader", "Readers"]
@@ -23,6 +26,7 @@ long."""
 _COMES_BACK_S = 2.0
 """Seconds for which a place is kept for a peer that was told to come again."""
 _MAX_WAITING = 256
+"""Peers that may wait in order, of those that go first and of the others."""
 
 
 @dataclass(eq=False)
@@ -53,6 +57,8 @@ class Readers:
     in_order: bool = False
     """Whether peers that got no place get one in the order in which they asked first: a place that becomes free is kept
     for a moment for whoever asked earlier. Otherwise it is the next asker's, which may be the one that just left it."""
+    goes_first: Callable[[str], bool] = lambda peer: True
+    """Returns whether a peer goes before those for which this is false."""
     _inside: dict[Reader, None] = field(default_factory=dict)
     _waiting: dict[str, float] = field(default_factory=dict)
     """Peers that got no place, the earliest first, with the time at which they asked last."""
@@ -73,7 +79,8 @@ class Readers:
         """Return (the new reader or None, the reader that loses its place for it or None)."""
         if not self.has_room_for(peer, most, now):
             has_its_part = peer and self._num_moving(peer, now) >= -(-most // 2)
-            if self.in_order and peer and not has_its_part and len(self._waiting) < _MAX_WAITING:
+            alike = sum(self.goes_first(other) == self.goes_first(peer) for other in self._waiting if other != peer)
+            if self.in_order and peer and not has_its_part and alike < _MAX_WAITING:
                 self._waiting[peer] = now
             return None, None
         self._waiting.pop(peer, None)
@@ -104,10 +111,12 @@ class Readers:
         self._inside.pop(reader, None)
 
     def _num_before(self, peer: str, now: float) -> int:
-        """Return the number of peers that wait for a place and asked before this one."""
+        """Return the number of peers that wait for a place and go before this one."""
         for gone in [other for other, asked_s in self._waiting.items() if asked_s < now - _COMES_BACK_S]:
             del self._waiting[gone]
-        return next((place for place, other in enumerate(self._waiting) if other == peer), len(self._waiting))
+        mine, line = self.goes_first(peer), [(other, self.goes_first(other)) for other in self._waiting]
+        place = next((place for place, (other, _) in enumerate(line) if other == peer), len(line))
+        return sum(theirs > mine or (theirs == mine and at < place) for at, (_, theirs) in enumerate(line))
 
     def _num_moving(self, peer: str, now: float) -> int:
         return sum(reader.peer == peer and not self.is_stalled(reader, now) for reader in self._inside)
@@ -117,6 +126,10 @@ class Readers:
         stalled = [reader for reader in self._inside if self.is_stalled(reader, now)]
         if stalled:
             return min(stalled, key=lambda reader: reader.took_s)
+        if self.goes_first(peer):
+            strangers = [reader for reader in self._inside if not self.goes_first(reader.peer)]
+            if strangers:
+                return min(strangers, key=lambda reader: reader.bytes_per_s(now))
         own = self._num_moving(peer, now) if peer else 0
         # Two readers at 54 KB/s once kept an honest one out in 31 of 31 attempts (decision 53).
         due = [

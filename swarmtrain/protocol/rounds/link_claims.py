@@ -6,6 +6,9 @@ whoever waited averages that share itself, and when it signs a roster it takes w
 sixteenth after the second such share, and so on. Each share that comes in time takes half of a quarter back, and so do
 eight rounds, since a peer without a share can show nothing.
 
+One that tells less can also bring nothing, and be waited for as if its link were slow. Whose publication could not be
+had counts for some rounds as a peer that tells nothing, so that this happens once and not in every round.
+
 Whoever signs a roster writes the shares. Its readers take only shares that an honest signer may have written
 (`bounded`): otherwise it could let an accomplice average the whole mean.
 """
@@ -13,11 +16,20 @@ Whoever signs a roster writes the shares. Its readers take only shares that an h
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from swarmtrain.protocol.membership.membership import Membership
-from swarmtrain.protocol.rounds.roles import LinkRates, carrying_s, divide, equal_shares, known_rates, largest_share
+from swarmtrain.protocol.rounds.roles import (
+    LinkRates,
+    averaging_s,
+    carrying_s,
+    divide,
+    equal_shares,
+    known_rates,
+    largest_share,
+)
 from swarmtrain.protocol.rounds.rosters import Roster
 
 __all__ = ["AveragingTimes", "LinkClaims"]
@@ -49,6 +61,8 @@ class LinkClaims:
     """This peer's own link."""
     _doubts: dict[str, int] = field(default_factory=dict)
     """Number of halvings of each peer's claim."""
+    _undelivered: dict[str, int] = field(default_factory=dict)
+    """Peers whose publication could not be had, each with the rounds for which nobody waits for what it tells."""
 
     def judged(self, owner: str, *, in_time: bool) -> None:
         """Believe a peer's claim less after a share that did not come in time, and more after one that did."""
@@ -56,8 +70,16 @@ class LinkClaims:
         if doubts:
             self._doubts[owner] = doubts
 
+    def not_delivered(self, authors: Iterable[str]) -> None:
+        """Do not wait for what these peers tell of their links, for some rounds.
+
+        Meanwhile they do not fail anew: one whose link is honestly slow is waited for again after that.
+        """
+        self._undelivered = dict.fromkeys(authors, _FORGIVE_ROUNDS) | self._undelivered
+
     def round_over(self, round: int) -> None:
         """Believe all claims a little more, now and then."""
+        self._undelivered = {peer: left - 1 for peer, left in self._undelivered.items() if left > 1}
         if round % _FORGIVE_ROUNDS == 0:
             self._doubts = {peer: doubts - 1 for peer, doubts in self._doubts.items() if doubts > 1}
 
@@ -100,19 +122,43 @@ class LinkClaims:
         self, peers: Sequence[str], shares: Sequence[int], body_bytes: int, limit_s: float
     ) -> AveragingTimes | None:
         """Return how long averaging with these shares takes, at most `limit_s`; None if no link is known."""
-        me = self.membership.me
-        told = (self.own if peer == me else self._claim(peer) for peer in peers)
-        links = [LinkRates() if link is None else link for link in told]
+        links = self._waited_for(peers)
         if not shares or not any(link.is_known for link in links):
             return None
-        each_s = carrying_s([_at_least(link, _LEAST_BYTES_PER_S) for link in links], shares, body_bytes)
-        own_s = 0.0
-        if me in peers:
-            own_s = each_s[peers.index(me)]
-        elif self.own.is_known:  # it only receives the mean
-            own_s = body_bytes / known_rates([_at_least(self.own, _LEAST_BYTES_PER_S)])[0]
+        me, each_s = self.membership.me, carrying_s(links, shares, body_bytes)
+        own_s = each_s[peers.index(me)] if me in peers else self._receiving_s(body_bytes)
         pairs_s = tuple(min(max(own_s, its_s), limit_s) for its_s in each_s)
         return AveragingTimes(max(pairs_s), pairs_s)
+
+    def merging_s(self, peers: Sequence[str], shares: Sequence[int] | None, body_bytes: int) -> float:
+        """Return how long merging should take: with these shares, with equal ones if they are empty, and if they are
+        None each peer pulls everything. Infinity if it is not known how fast one of them sends: it may be slow."""
+        links = self._waited_for(peers)
+        if not any(link.is_known for link in links) or not all(map(self._is_measured, peers)):
+            return math.inf
+        own_s = 0.0 if self.membership.me in peers else self._receiving_s(body_bytes)
+        if shares is None:
+            return max(len(peers) * own_s, max(1, len(peers) - 1) * body_bytes / min(known_rates(links)))
+        return max(own_s, averaging_s(links, shares or [1] * len(peers), body_bytes))
+
+    def _waited_for(self, peers: Sequence[str]) -> list[LinkRates]:
+        """Return the links that others wait for."""
+        told = (
+            self.own if peer == self.membership.me else None if peer in self._undelivered else self._claim(peer)
+            for peer in peers
+        )
+        return [LinkRates() if link is None else _at_least(link, _LEAST_BYTES_PER_S) for link in told]
+
+    def _is_measured(self, peer: str) -> bool:
+        """Return whether it is known how fast a peer sends, or this peer receives; or is not waited for."""
+        if peer == self.membership.me:
+            return self.own.down_bytes_per_s > 0
+        link = self._claim(peer)
+        return peer in self._undelivered or (link is not None and link.up_bytes_per_s > 0)
+
+    def _receiving_s(self, body_bytes: int) -> float:
+        """Return how long this peer takes to receive the mean, 0 if its link is not known."""
+        return body_bytes / known_rates([_at_least(self.own, _LEAST_BYTES_PER_S)])[0] if self.own.is_known else 0.0
 
     def _claim(self, peer: str) -> LinkRates | None:
         info = self.membership.info(peer)

@@ -44,7 +44,8 @@ class ShareMerge:
         self._averaged_here: set[int] = set()
         self._begun: set[int] = set()
         times, sizes = owner.engine.averaging_times(roster), [len(chunks) for chunks in ranges]
-        self._waits = ShareWaits(world.clock.now, sizes, self._own, times, owner.settings.silence_s)
+        limit_s = owner.engine.merge_limit_s(roster.peers, roster.shares)
+        self._waits = ShareWaits(world.clock.now, sizes, self._own, times, owner.settings.silence_s, limit_s)
         self._is_over = False
 
     def begin(self) -> None:

@@ -555,13 +555,13 @@ def test_whole_publications_are_pulled_no_longer_once_the_roster_is_merged_in_sh
         async def never(*_: object) -> Any:
             await asyncio.Event().wait()
 
-        async def pull(held: HeldSnapshot, *_: object) -> None:
+        async def pull(held: HeldSnapshot, sources: Sequence[str]) -> None:
             try:
                 await never()
             finally:
                 ended_pulls.append(held.snapshot.author)
 
-        merger: Any = SimpleNamespace(settings=SETTINGS, downloads=SimpleNamespace(pull=pull), merge=never)
+        merger: Any = SimpleNamespace(settings=SETTINGS, pull_whole=pull, merge=never)
         unused: Any = None
         told: list[Any] = []
         ended = EndedRound(published[0], merger, unused, unused, told.append)

@@ -13,13 +13,13 @@ import torch
 from codes import raises_code
 from virtual_loop import virtual_swarm
 
-from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.rounds.answers import RoundAnswers
 from swarmtrain.network.rounds.chains import ChainStore
 from swarmtrain.network.rounds.downloads import Downloads
-from swarmtrain.network.rounds.merger import Merger, RoundSettings, ShareOwners
+from swarmtrain.network.rounds.merger import Merger, RoundSettings, ShareOwners, UnobtainableError
 from swarmtrain.network.rounds.roster import publication_of, roster_untrusted, sign_roster
 from swarmtrain.network.snapshots.store import (
     CHUNK_BYTES,
@@ -33,8 +33,10 @@ from swarmtrain.network.snapshots.store import (
 )
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.rounds import messages as ev
-from swarmtrain.protocol.rounds.link_claims import AveragingTimes
+from swarmtrain.protocol.rounds.link_claims import AveragingTimes, LinkClaims
+from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication
+from swarmtrain.protocol.rounds.share_waits import merge_limit_s
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN, NUM_CHUNKS = "ab" * 32, 40
@@ -45,12 +47,24 @@ SETTINGS = RoundSettings(
     state_specs=SPECS,
     max_tokens=100,
     share_above=2,
-    round_limit_s=60.0,
+    round_limit_s=600.0,
     silence_s=5.0,
     pull=PullLimits(),
 )
 PEERS = sorted((new_identity(bytes([i]) * 32) for i in range(4)), key=lambda identity: identity.peer_id)
 SHARES = (0, 7, 33, 0)
+MBIT = 125_000.0
+TIMES = AveragingTimes(4.0, (4.0,) * 4)
+
+
+@pytest.fixture(autouse=True)
+def computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check and average in no virtual time: a thread takes real time, in which the virtual clock runs on."""
+
+    async def at_once(work: Any, *args: Any) -> Any:
+        return work(*args)
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
 
 
 class Stream:
@@ -89,12 +103,17 @@ class Peer:
     pull_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(8))
     change: Callable[[pb.RoundReply], None] = lambda reply: None
     serves_shares: bool = True
+    opens: Callable[[str, str, Any], Any] = lambda reader, sha256, stream: stream
+    """Stream in place of the honest one, for a reader of a snapshot."""
+    times: AveragingTimes = TIMES
+    limit_s: float = 60.0
+    ended_s: float = 0.0
     mean: bytearray = field(default_factory=bytearray)
     reckoned: int = 0
 
     def expects(self, roster: Roster) -> AveragingTimes:
         self.reckoned += 1
-        return AveragingTimes(4.0, (4.0,) * len(roster.entries))
+        return self.times
 
     async def round(self, peer: str, request: pb.RoundRequest) -> pb.RoundReply:
         other = self.swarm[peer]
@@ -113,9 +132,10 @@ class Peer:
         return reply
 
     async def open_pull(self, peer: str, request: pb.PullRequest) -> Any:
-        return Stream(self.swarm[peer].store.serve(request, peer=self.identity.peer_id), bytes)
+        stream = Stream(self.swarm[peer].store.serve(request, peer=self.identity.peer_id), bytes)
+        return self.swarm[peer].opens(self.identity.peer_id, request.snapshot_sha256.hex(), stream)
 
-    async def merge(self, roster: Roster, publications: list[HeldSnapshot]) -> bytearray:
+    def merger(self) -> Merger:
         me = self.identity.peer_id
         membership = Membership(me)
         for other in PEERS:
@@ -129,9 +149,13 @@ class Peer:
         owners = ShareOwners(
             last_known=lambda owner: b"",
             averaging_times=self.expects,
+            limit_s=lambda peers, shares: self.limit_s,
             judged=lambda owner, in_time: self.judged.append((owner, in_time)),
         )
-        merger = Merger(self.identity, downloads, membership, SETTINGS, average_bytes_untrusted, owners)
+        return Merger(self.identity, downloads, membership, SETTINGS, average_bytes_untrusted, owners)
+
+    async def merge(self, roster: Roster, publications: list[HeldSnapshot]) -> bytearray:
+        me, merger = self.identity.peer_id, self.merger()
         held = {
             each.snapshot.author: each if each.snapshot.author == me else empty_held(each.snapshot)
             for each in publications
@@ -141,7 +165,10 @@ class Peer:
             self.answers.shared(0, pieces)
             self.pieces = len(pieces)
 
-        self.mean = await merger.merge(roster, "cd" * 32, held, ready)
+        try:
+            self.mean = await merger.merge(roster, "cd" * 32, held, ready)
+        finally:
+            self.ended_s = asyncio.get_running_loop().time()
         return self.mean
 
 
@@ -264,3 +291,201 @@ def test_a_roster_whose_shares_are_not_the_mean_is_refused(
     good = dataclasses.replace(roster, shares=SHARES)
     assert roster_untrusted(sign_roster(PEERS[0], RUN, good), RUN, 100, NUM_CHUNKS) == good
     assert good.digest == roster.digest, "shares change nothing about the weights"
+
+
+# ---------------------------------------------------------------- hostile authors
+
+
+@dataclass
+class Miser:
+    """Author that says BUSY to each reader for `busy_s` seconds and then sends one chunk, again and again."""
+
+    busy_s: float
+    but: str = ""
+    """Snapshot that it sends as it should."""
+    readers: dict[str, float] = field(default_factory=dict)
+    """Time at which each reader may have its next chunk."""
+
+    def __call__(self, reader: str, sha256: str, stream: Stream) -> Any:
+        if sha256 == self.but:
+            return stream
+        now = asyncio.get_running_loop().time()
+        if now < self.readers.setdefault(reader, now + self.busy_s):
+            return Busy()
+        self.readers[reader] = now + self.busy_s
+        return OneChunk(stream)
+
+
+@dataclass
+class OneChunk:
+    """Stream that breaks off after its first chunk."""
+
+    stream: Stream
+    is_over: bool = False
+
+    async def __anext__(self) -> Any:
+        return await self.stream.__anext__()
+
+    async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
+        if self.is_over:
+            raise ConnectionError
+        self.is_over = True
+        await self.stream.take(chunks[:1], room_of, came)
+
+    async def count(self, size_bytes: int) -> None: ...
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+
+class Busy:
+    """Stream of a peer that says that it has no place."""
+
+    async def __anext__(self) -> pb.PullReply:
+        return pb.PullReply(status=pb.PullReply.STATUS_BUSY)
+
+    async def aclose(self) -> None: ...
+
+
+def not_merged(prepare: Callable[[dict[str, Peer]], None]) -> dict[str, Peer]:
+    """Let all peers merge a roster whose last author delivers nothing in time; return them."""
+    publications, _ = published()
+    entries = tuple(publication_of(each.snapshot) for each in publications)
+    roster = Roster(round=0, signer=PEERS[0].peer_id, entries=entries, shares=SHARES)
+    swarm: dict[str, Peer] = {}
+
+    async def run() -> list[BaseException | bytearray]:
+        for identity, publication in zip(PEERS, publications, strict=True):
+            swarm[identity.peer_id] = Peer(identity, swarm)
+            swarm[identity.peer_id].store.add(publication)
+        prepare(swarm)
+        merges = (peer.merge(roster, publications) for peer in swarm.values())
+        return await asyncio.gather(*merges, return_exceptions=True)
+
+    for peer, found in zip(PEERS[:3], virtual_swarm(run), strict=False):
+        assert isinstance(found, UnobtainableError) and found.peers == {PEERS[3].peer_id}, (peer.peer_id, found)
+    return swarm
+
+
+def test_an_author_that_sends_a_chunk_now_and_then_holds_a_merge_up_for_its_limit() -> None:
+    def prepare(swarm: dict[str, Peer]) -> None:
+        swarm[PEERS[3].peer_id].opens = Miser(busy_s=29.0)
+
+    swarm = not_merged(prepare)
+    small, large = swarm[PEERS[1].peer_id], swarm[PEERS[2].peer_id]
+    assert 60.0 <= small.ended_s < 63.0 and 60.0 <= large.ended_s < 63.0
+    assert swarm[PEERS[0].peer_id].ended_s < 2 * 60.0 + 3.0, "an owner's time, and the authors'"
+
+
+def test_an_author_that_tells_of_a_slow_link_and_sends_nothing_is_not_waited_for_as_long_as_a_round_may_last() -> None:
+    def prepare(swarm: dict[str, Peer]) -> None:
+        def nothing(reader: str, sha256: str, stream: Stream) -> Any:
+            raise UnreachableError("no answer within 6 s")
+
+        swarm[PEERS[3].peer_id].opens = nothing
+        for peer in swarm.values():
+            peer.times, peer.limit_s = AveragingTimes(600.0, (4.0, 4.0, 4.0, 600.0)), 600.0
+
+    swarm = not_merged(prepare)
+    assert 150.0 <= swarm[PEERS[2].peer_id].ended_s < 153.0, "a quarter of the time in which its bytes should come"
+
+
+def test_authors_have_one_time_for_all_pieces_of_a_share_that_did_not_come() -> None:
+    """An owner that sends no piece, and an author that lets each chunk come just before it would be given up."""
+
+    def prepare(swarm: dict[str, Peer]) -> None:
+        swarm[PEERS[2].peer_id].serves_shares = False
+        swarm[PEERS[3].peer_id].opens = Miser(busy_s=20.0)
+
+    swarm = not_merged(prepare)
+    assert swarm[PEERS[0].peer_id].ended_s < 2 * 60.0 + 3.0
+
+
+def test_an_owner_that_sends_its_share_by_drops_is_given_up() -> None:
+    owner, publications = PEERS[2].peer_id, published()[0]
+
+    def prepare(swarm: dict[str, Peer]) -> None:
+        swarm[owner].opens = Miser(busy_s=20.0, but=publications[2].snapshot.sha256)
+
+    swarm = merged((), prepare)
+    assert (owner, False) in swarm[PEERS[0].peer_id].judged
+    assert swarm[PEERS[0].peer_id].ended_s < 60.0 + 5.0, "it averages that share itself"
+
+
+def test_in_a_small_group_an_author_has_the_same_limit() -> None:
+    (publication, *_), swarm = published()[0], dict[str, Peer]()
+    author, reader = (swarm.setdefault(one.peer_id, Peer(one, swarm)) for one in (PEERS[0], PEERS[1]))
+    assert publication.snapshot.author == author.identity.peer_id
+    author.opens = Miser(busy_s=29.0)
+
+    async def run() -> float:
+        author.store.add(publication)
+        with pytest.raises(UnreachableError):
+            await reader.merger().pull_whole(empty_held(publication.snapshot), [author.identity.peer_id])
+        return asyncio.get_running_loop().time()
+
+    assert 60.0 <= virtual_swarm(run) < 61.5
+
+
+@dataclass
+class Uplink:
+    """Link of one peer: what it sends passes one after the other, in the order of asking."""
+
+    bytes_per_s: float
+    free_s: float = 0.0
+
+    def __call__(self, reader: str, sha256: str, stream: Stream) -> Any:
+        return ThrottledStream(stream, self)
+
+    async def passes(self, size_bytes: int) -> None:
+        now = asyncio.get_running_loop().time()
+        self.free_s = max(now, self.free_s) + size_bytes / self.bytes_per_s
+        await asyncio.sleep(self.free_s - now)
+
+
+@dataclass
+class ThrottledStream:
+    """Stream that passes its author's link."""
+
+    stream: Stream
+    link: Uplink
+
+    async def __anext__(self) -> Any:
+        return await self.stream.__anext__()
+
+    async def take(self, chunks: range, room_of: Callable[[int], memoryview], came: Callable[[int], None]) -> None:
+        await self.link.passes(CHUNK_BYTES)
+        await self.stream.take(chunks[:1], room_of, came)
+
+    async def count(self, size_bytes: int) -> None: ...
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+
+@pytest.mark.parametrize("slow_mbit", [10.0, 1.0])
+@pytest.mark.parametrize("owner_fails", [False, True])
+def test_an_honest_author_behind_a_slow_link_is_merged(slow_mbit: float, owner_fails: bool) -> None:
+    """Links of 200 Mbit/s and one of 10 or 1, 10 MB: with the product's own limit nobody is cut, also where an owner
+    fails and everyone needs its share from the slow link too."""
+    rates = [200.0, 200.0, 200.0, slow_mbit]
+
+    def prepare(swarm: dict[str, Peer]) -> None:
+        claims = LinkClaims(Membership("nobody"))
+        for identity, rate in zip(PEERS, rates, strict=True):
+            link = LinkRates(rate * MBIT, rate * MBIT)
+            claims.membership.saw_presence(PeerInfo(peer=identity.peer_id, training=True, link=link), 1e12, 0.0)
+            swarm[identity.peer_id].opens = Uplink(rate * MBIT)
+        peers, size_bytes = [identity.peer_id for identity in PEERS], NUM_CHUNKS * CHUNK_BYTES
+        for peer in swarm.values():
+            times = claims.averaging_times(peers, SHARES, size_bytes, SETTINGS.round_limit_s)
+            assert times is not None
+            peer.times = times
+            expected_s = claims.merging_s(peers, SHARES, size_bytes)
+            peer.limit_s = merge_limit_s(expected_s, SETTINGS.silence_s, SETTINGS.round_limit_s)
+        swarm[PEERS[2].peer_id].serves_shares = not owner_fails
+
+    swarm = merged(SHARES, prepare)
+    carried_s = NUM_CHUNKS * CHUNK_BYTES / (slow_mbit * MBIT)
+    assert max(peer.ended_s for peer in swarm.values()) > carried_s * (NUM_CHUNKS - 1) / NUM_CHUNKS
+    assert not any(peer.refused for peer in swarm.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -805,6 +806,56 @@ def test_one_that_had_to_give_way_comes_back_to_the_only_source_that_has_it() ->
         assert held.complete and here.cuts > 1
 
     crowded(["mallory", "mallory", "eve", "eve", "oscar", "oscar"], body)
+
+
+@pytest.mark.parametrize(("busy_limit_s", "most_s"), [(0.0, 2.0), (30.0, 40.0)])
+def test_a_source_that_breaks_off_and_then_is_busy_is_waited_for_no_longer_than_it_delivered(
+    busy_limit_s: float, most_s: float
+) -> None:
+    """It sends a chunk at once, breaks off, and is BUSY until just before it would be given up: no reader of its has to
+    give way so early. Each chunk took half a minute."""
+
+    async def run(clock: Callable[[], float]) -> float:
+        held, limits = empty_held(WHOLE.snapshot), PullLimits(clock=clock, busy_limit_s=busy_limit_s)
+        store = SnapshotStore(num_served=lambda num_chunks: min(num_chunks, 1))
+        store.add(WHOLE)
+        may_read_s = 0.0
+
+        async def is_busy() -> AsyncIterator[pb.PullReply]:
+            yield pb.PullReply(status=pb.PullReply.STATUS_BUSY)
+
+        async def open_pull(source: str, asked: pb.PullRequest) -> Any:
+            nonlocal may_read_s
+            if clock() < may_read_s:
+                return Replies(is_busy())
+            may_read_s = clock() + 29.0
+            return Replies(store.serve(asked))
+
+        with pytest.raises(UnreachableError):
+            await pull_chunks(held, range(NUM_CHUNKS), ["b"], open_pull, limits, lambda *_: None)
+        return clock()
+
+    assert virtually(run) < most_s
+
+
+def test_a_source_that_breaks_off_after_each_chunk_is_asked_again_after_a_pause() -> None:
+    async def run(clock: Callable[[], float]) -> list[float]:
+        held, asked_s = empty_held(WHOLE.snapshot), list[float]()
+        store = SnapshotStore(num_served=lambda num_chunks: min(num_chunks, 1))
+        store.add(WHOLE)
+
+        async def open_pull(source: str, asked: pb.PullRequest) -> Any:
+            asked_s.append(clock())
+            return Replies(store.serve(asked))
+
+        await pull_chunks(held, range(NUM_CHUNKS), ["b"], open_pull, PullLimits(clock=clock), lambda *_: None)
+        assert held.complete
+        return asked_s
+
+    asked_s = virtually(run)
+    pauses_s = [after - before for before, after in itertools.pairwise(asked_s)]
+    assert len(asked_s) == NUM_CHUNKS and min(pauses_s) >= 0.05
+    assert 0.5 <= pauses_s[-1] < 0.6, "at most"
 
 
 def test_an_honest_reader_on_a_slow_link_is_left_alone_while_there_are_places() -> None:

@@ -106,3 +106,29 @@ def test_without_an_order_a_place_is_the_next_askers() -> None:
     assert readers.admit("ben", 1, 0.1) == (None, None) and anna is not None
     readers.leaves(anna)
     assert readers.admit("anna", 1, 0.2)[0] is not None
+
+
+def test_any_number_of_strangers_keeps_no_volunteer_from_what_its_round_averages() -> None:
+    readers, now = Readers(20.0, in_order=True, goes_first={"anna", "ben", "carl"}.__contains__), 0.0
+    inside = [readers.admit(f"stranger {number}", 2, now)[0] for number in range(2)]
+    for number in range(2, 600):
+        assert readers.admit(f"stranger {number}", 2, now) == (None, None)
+    anna, gone = readers.admit("anna", 2, 1.0)
+    assert anna is not None and gone in inside, "at once"
+    ben, gone = readers.admit("ben", 2, 1.1)
+    assert ben is not None and gone in inside
+    assert readers.admit("carl", 2, 1.2) == (None, None), "volunteers do not drive each other out"
+    readers.leaves(anna)
+    assert readers.admit("stranger 2", 2, 1.3) == (None, None), "carl goes before it"
+    assert readers.admit("anna", 2, 1.4) == (None, None), "and before anna"
+    assert readers.admit("carl", 2, 1.5)[0] is not None
+    readers.leaves(ben)
+    assert readers.admit("anna", 2, 1.6)[0] is not None
+
+
+def test_strangers_alone_read_in_order() -> None:
+    readers = Readers(20.0, in_order=True, goes_first=lambda peer: False)
+    first, _ = readers.admit("anna", 1, 0.0)
+    assert first is not None and readers.admit("ben", 1, 0.1) == (None, None) == readers.admit("carl", 1, 0.2)
+    readers.leaves(first)
+    assert readers.admit("carl", 1, 0.3) == (None, None) and readers.admit("ben", 1, 0.4)[0] is not None

@@ -6,7 +6,7 @@ from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.rounds.link_claims import AveragingTimes, LinkClaims
 from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication
-from swarmtrain.protocol.rounds.share_waits import ShareWaits, piece_due_s
+from swarmtrain.protocol.rounds.share_waits import MergeLimit, ShareWaits, author_due_s, merge_limit_s, piece_due_s
 
 BODY, NUM_CHUNKS = 25_000_000, 96
 MBIT = 125_000.0
@@ -156,3 +156,80 @@ def test_an_owner_of_all_and_equal_shares_are_waited_for_as_told() -> None:
     assert equal.due_s(0) == float("inf"), "its own share takes as long"
     equal.own_is_ready(1010.0)
     assert equal.due_s(0) == 1030.0
+
+
+def test_what_one_tells_holds_a_merge_up_for_a_round_s_limit_at_most() -> None:
+    honest = {peer: link(200) for peer in "bcdefg"}
+    shares = (12,) * 8
+
+    def limit_s(last: LinkRates, body_bytes: int = BODY) -> float:
+        expected_s = claims(link(200), **honest, h=last).merging_s("abcdefgh", shares, body_bytes)
+        return merge_limit_s(expected_s, 5.0, LIMIT_S)
+
+    assert limit_s(link(200)) == 30.0, "six silences"
+    assert limit_s(link(10)) == 8 * 1.75 * 20.0, "an honest slow link has eight times what it needs"
+    assert limit_s(link(10), 300_000_000) == LIMIT_S
+    assert limit_s(LinkRates(1.0, 1.0)) == LIMIT_S, "a link that crawls"
+    assert limit_s(LinkRates()) == limit_s(LinkRates(0.0, 200 * MBIT)) == LIMIT_S, "how fast it sends is not known"
+    assert limit_s(LinkRates(200 * MBIT, 0.0)) == 30.0
+    assert merge_limit_s(claims(LinkRates(), b=None).merging_s("ab", (), BODY), 5.0, LIMIT_S) == LIMIT_S
+    assert claims(link(100), b=link(10)).merging_s("ab", None, BODY) == 20.0
+    assert claims(link(100), b=link(100), c=link(10)).merging_s("abc", None, BODY) == 40.0, "it sends it to both"
+    outside = claims(link(5), b=link(100), c=link(100))
+    assert outside.merging_s("bc", (), BODY) == 40.0 and outside.merging_s("bc", None, BODY) == 80.0
+
+
+def test_whose_publication_could_not_be_had_is_not_waited_for_as_it_tells_for_some_rounds() -> None:
+    told = {"b": link(100), "c": link(100), "d": LinkRates(1.0, 1.0)}
+    some, usual = claims(link(100), **told), claims(link(100), **(told | {"d": link(100)}))
+
+    def looks(of: LinkClaims) -> object:
+        return of.merging_s(PEERS, (), BODY), of.averaging_times(PEERS, (32, 32, 32, 0), BODY, LIMIT_S)
+
+    before = looks(some)
+    some.not_delivered(["d"])
+    for round in range(1, 9):
+        assert looks(some) == looks(usual)
+        some.not_delivered(["d"])  # it has too little time now, if its link is slow
+        some.round_over(round)
+    assert looks(some) == before
+
+
+def test_authors_are_given_up_at_the_limit_unless_nearly_all_are_late() -> None:
+    limit = MergeLimit(1000.0, 30.0)
+    for _ in range(5):
+        limit.asked()
+    assert limit.due_s == 1120.0, "this peer's own link is slow"
+    limit.ended(1002.0)
+    assert limit.due_s == 1120.0
+    limit.ended(1003.0)
+    assert limit.due_s == 1030.0
+    limit.ended(1029.0)
+    assert limit.due_s == 1030.0, "those that come later do not move it"
+    late = MergeLimit(1000.0, 30.0)
+    for _ in range(3):
+        late.asked()
+    late.ended(1020.0)
+    assert late.due_s == 1080.0, "four times as long as half of them took"
+    alone = MergeLimit(1000.0, 30.0)
+    alone.asked()
+    assert alone.due_s == 1030.0, "one author alone cannot show that all are slow"
+    slowest = MergeLimit(1000.0, 30.0)
+    for _ in range(3):
+        slowest.asked()
+    slowest.ended(1110.0)
+    assert slowest.due_s == 1120.0
+
+
+def test_an_author_that_brings_nothing_is_given_up_before() -> None:
+    assert author_due_s(1000.0, 1000.0, 600.0, 600.0, 5.0, LIMIT_S) == 1150.0, "a quarter of what it tells"
+    assert author_due_s(1000.0, 1000.0, 100.0, 100.0, 5.0, 400.0) == 1100.0, "its link may be busy with others at first"
+    assert author_due_s(1000.0, 1000.0, 20.0, 100.0, 5.0, 400.0) == 1040.0
+    assert author_due_s(1000.0, 1000.0, 2.0, 2.0, 5.0, 30.0) == 1005.0, "a silence"
+    assert author_due_s(1000.0, 1100.0, 100.0, 100.0, 5.0, 400.0) == 1125.0
+
+
+def test_an_owner_has_no_more_than_a_merge_s_limit() -> None:
+    times = AveragingTimes(600.0, (600.0, 10.0))
+    assert ShareWaits(1000.0, (48, 48), 1, times, 5.0).due_s(0) == 2200.0
+    assert ShareWaits(1000.0, (48, 48), 1, times, 5.0, LIMIT_S).due_s(0) == 1600.0
