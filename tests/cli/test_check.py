@@ -70,8 +70,8 @@ def test_batches_that_grow_are_told_by_their_first_and_their_largest() -> None:
 
 
 def test_large_batches_that_end_late_are_fewer_than_their_sizes_say() -> None:
-    """Each of three equal volunteers may have two steps more in each batch. A step has 2048 tokens, and fewer if its part of
-    the batch would else be less than four steps."""
+    """Each of three equal volunteers may have two steps more in each batch. A step has 2048 tokens, and fewer if its
+    part of the batch would else be less than four steps."""
     text = 'total_tokens = 3_072_000\n[merge]\nmethod = "batch"\n'
     large = cost_of(text + "inner_steps = 60\n")
     assert (large.num_rounds, large.fewest_rounds) == (25, -(-3_072_000 // (60 * 2048 + 2 * 3 * 2048)))

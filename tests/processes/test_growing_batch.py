@@ -94,6 +94,7 @@ def test_three_volunteers_want_the_same_batch_while_it_grows(swarm: Swarm) -> No
     grow(swarm, path, with_growing_batches(path), (3, 8, 5))
 
 
+@pytest.mark.evidence
 def test_an_adapter_is_trained_in_batches_that_grow(swarm: Swarm) -> None:
     path = write_tuning_run(swarm.folder)
     lora = {"method": "lora", "rank": 4, "targets": ["all-linear"]}
