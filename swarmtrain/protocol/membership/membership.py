@@ -1,7 +1,7 @@
 """Membership: each peer's view of the others, as a table of states.
 
-    unknown -> live -> lost -> live    (only a presence newer than the loss brings a peer back)
-                    -> left -> live    (likewise)
+    unknown -> live -> lost -> live    (a presence newer than the loss brings a peer back, or a call of its own)
+                    -> left -> live    (only a presence newer than the goodbye)
 
 Everything here is pure: `now` is an argument, every change carries its reason, and nothing is sent from here.
 """
@@ -103,6 +103,10 @@ class _Entry:
     failures: int = 0
     """Failed calls in a row."""
     failing_since_s: float = 0.0
+    failed_s: float = 0.0
+    """Time of the last failed call to it."""
+    called_s: float = float("-inf")
+    """Time of its own last call."""
     has_answered: bool = False
 
 
@@ -155,9 +159,7 @@ class Membership:
         was = entry.state
         if expires_s < now or (was is not PeerState.LIVE and info.stamp <= entry.away_since_s):
             return None
-        # Others reach it, this peer does not: calls would fail again at once.
-        banned = was is PeerState.LOST and entry.losses > 1 and not info.hidden
-        if banned and now < entry.away_since_s + self._ban_s(entry.losses):
+        if self._is_banned(entry, now, hidden=info.hidden):
             return None
         if was is not PeerState.LIVE:  # a renewal shows that it is alive, not that calls reach it
             entry.failures = 0
@@ -199,12 +201,35 @@ class Membership:
             return None
         if entry.failures == 0:
             entry.failing_since_s = now
-        entry.failures += 1
+        entry.failures, entry.failed_s = entry.failures + 1, now
         if entry.failures >= self.max_failures and now - entry.failing_since_s >= self.grace_s:
             self._lose(entry, entry.failing_since_s)
             entry.losses += 1
             return MembershipChange(peer=peer, state=PeerState.LOST, reason=reason)
         return None
+
+    def was_called_by(self, peer: str, now: float) -> MembershipChange | None:
+        """Record that `peer` has called this one. Return the change if that brings back a peer that was lost.
+
+        It hung, or its link was cut, and that is over before anybody reads its next presence.
+        """
+        entry = self._entries.get(peer)
+        if entry is None:
+            return None
+        entry.called_s = now
+        if entry.state is not PeerState.LOST:
+            return None
+        if self._is_banned(entry, now, hidden=entry.info.hidden):
+            return None
+        entry.failures, entry.heard_s, entry.state = 0, now, PeerState.LIVE
+        self._live[peer] = entry
+        self.version += 1
+        return MembershipChange(peer=peer, state=PeerState.LIVE, reason="it called after it had been lost")
+
+    def _is_banned(self, entry: _Entry, now: float, *, hidden: bool) -> bool:
+        """Return whether a lost peer must wait: others reach it, this peer does not, and calls would fail again."""
+        is_lost_again = entry.state is PeerState.LOST and entry.losses > 1 and not hidden
+        return is_lost_again and now < entry.away_since_s + self._ban_s(entry.losses)
 
     @staticmethod
     def _ban_s(losses: int) -> float:
@@ -322,11 +347,11 @@ class Membership:
         return [entry.info for _, entry in self._training()]
 
     def answering(self) -> list[PeerInfo]:
-        """Return those of `volunteers` to which the last call did not fail, by PeerID.
+        """Return those of `volunteers` to which the last call did not fail, or that have called since, by PeerID.
 
         A killed peer is believed alive until its presence expires, but calls to it fail at once.
         """
-        return [entry.info for _, entry in self._training() if not entry.failures]
+        return [one.info for _, one in self._training() if not one.failures or one.called_s > one.failed_s]
 
     def so_far_since_s(self, peer: str) -> float:
         """Return since when `peer` is known to be at its present step; -inf if it is unknown.

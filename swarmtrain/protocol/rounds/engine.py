@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeAlias
 
-from swarmtrain.protocol.membership.membership import Membership, PeerState
+from swarmtrain.protocol.membership.membership import MAX_PEERS, Membership, PeerState
 from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds import rosters
 from swarmtrain.protocol.rounds.batch_end import plausible_entries
@@ -134,6 +134,8 @@ class RoundEngine(Generic[Envelope, Link]):
         """Time at which the present round began."""
         self._ending: KnownRound[Envelope, Link] | None = None
         """Round whose end is being agreed on."""
+        self._in_vain: set[str] = set()
+        """Peers that were there again, and did not deliver what they had published."""
         self._look_s = math.inf
         self._held: dict[int, tuple[RoundQuestion, float]] = {}
         """Questions of other peers whose answers are held back, by call, each with the time until which it is held."""
@@ -254,18 +256,21 @@ class RoundEngine(Generic[Envelope, Link]):
     # ------------------------------------------------------------- answering
 
     def _asked(self, event: ev.QuestionReceived, now: float) -> _Commands[Envelope]:
-        question = event.question
+        question, commands = event.question, list[Command[Envelope]]()
+        if (change := self.membership.was_called_by(event.asker, now)) is not None:
+            self._look_s = now
+            commands.append(ev.ReportChange(change))
         if question.round == self.round and not question.has_publication:
             self.wanted = True
             info = self.membership.info(event.asker)
             if info is not None and info.training:
                 self.wanted_by.setdefault(event.asker, now)
         if question.hold_s <= 0 or self._is_news(question):
-            return [self._answer(event.call, question)]
+            return [*commands, self._answer(event.call, question)]
         until_s = now + min(question.hold_s, self.rules.hold_s)
         self._held[event.call] = question, until_s
         self._held_until_s = min(self._held_until_s, until_s)
-        return []
+        return commands
 
     def _is_news(self, question: RoundQuestion) -> bool:
         if self.away or self.round > question.round or question.wants_chain:
@@ -313,6 +318,7 @@ class RoundEngine(Generic[Envelope, Link]):
 
     def _ended(self, event: ev.InnerStepsDone, now: float) -> _Commands[Envelope]:
         known: KnownRound[Envelope, Link] = KnownRound(event.round, event.started_s, now, event.publication)
+        known.in_vain = frozenset(self._in_vain)
         known.announced[self.me] = event.publication
         known.held.add(event.publication.snapshot)
         self._rounds[event.round] = self._ending = known
@@ -323,6 +329,9 @@ class RoundEngine(Generic[Envelope, Link]):
         """End the round: stop all questions about it, and record who did not sign."""
         view = self._view(known)
         commands = [*self._unproved(known), *self._hang_up(known, view, list(known.asking), now)]
+        if len(self._in_vain) > MAX_PEERS:  # identities cost nothing
+            self._in_vain.clear()
+        self._in_vain |= {peer for peer, roster in known.tried_again if not roster and peer in known.unobtainable}
         self.claims.round_over(known.round)
         self.signers.round_over(known.round, known.idled | idled(view, now), {roster.signer for roster in view.rosters})
         if known.merging and not known.is_merged:
@@ -353,7 +362,7 @@ class RoundEngine(Generic[Envelope, Link]):
     def _look(self, known: KnownRound[Envelope, Link], now: float) -> _Commands[Envelope]:
         """Ask the questions that are due, decide about the round, and return the commands of the decision."""
         self._look_s = now + self.rules.look_s
-        known.try_again(self.hearsay)
+        known.try_again(self.hearsay, self.membership.heard_at_s(), now)
         view = self._view(known)
         commands = self._keep_asking(known, view, now)
         if known.state_fetch is not None:
@@ -367,6 +376,9 @@ class RoundEngine(Generic[Envelope, Link]):
             if (until_s := known.chains_due_s(lacking, self.rules.silence_s, now)) > now:
                 until_s = min(until_s, now + self.rules.retry_s)
                 decision = WaitDecision(until_s=until_s, reason="asking others for the rosters behind their weights")
+            elif (until_s := known.authors_due_s(view.heard_at_s, self.rules.silence_s, now)) > now:
+                until_s = min(until_s, now + self.rules.retry_s)
+                decision = WaitDecision(until_s=until_s, reason="asking those whose publications nobody delivered")
         self.waiting_for = decision.reason
         self.waiting_until_s = decision.until_s if isinstance(decision, WaitDecision) else 0.0
         merging = decision.roster.digest if isinstance(decision, ApplyDecision) else ""

@@ -422,11 +422,12 @@ def decide(view: RoundView, now: float) -> Decision:
     fitting = [roster for roster in view.rosters if roster.round == view.round and roster.base == view.base]
     roster = better_roster([roster for roster in fitting if view.unobtainable.isdisjoint(roster.peers)])
     # If the others have applied another roster of this round, this peer's own gives way although it ranks first:
-    # otherwise many would have to give up a round for one (decision 35).
+    # otherwise many would have to give up a round for one (decision 35). So does one that its signer and somebody else
+    # have given up: they could not get what is on it.
     if roster is not None and (
         not view.ahead
         or roster.digest in view.applied
-        or (roster.signer != view.me and roster == better_roster(fitting))
+        or (roster.signer != view.me and roster == better_roster(fitting) and not _is_given_up(roster, view))
     ):
         return ApplyDecision(roster=roster, reason=f"signed by {roster.signer}")
     if view.ahead:
@@ -435,6 +436,12 @@ def decide(view: RoundView, now: float) -> Decision:
     if turn.signer != view.me:
         return WaitDecision(until_s=turn.ends_s, reason=f"{turn.signer} signs the roster")
     return _sign_or_wait(view, turn.passed_over, now)
+
+
+def _is_given_up(roster: Roster, view: RoundView) -> bool:
+    """Return whether its signer and another peer have finished the round with another roster. One peer alone may lie
+    about that."""
+    return roster.signer in view.ahead and len(view.ahead) > 1 and roster.digest not in view.applied
 
 
 def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> Decision:
@@ -509,7 +516,8 @@ def peers_to_ask(view: RoundView, now: float) -> list[str]:
     """Return the peers to ask about the round.
 
     In a small group everyone asks everyone, so that bytes arrive before the roster does. In a larger one the signer
-    asks everyone, and the others ask only the two lowest that may sign and two of those ahead.
+    asks everyone, and the others ask only the two lowest that may sign, two of those ahead, and the authors of what
+    they could not get: an author that hung may deliver it now.
     """
     ahead = view.ahead | view.far_ahead
     everyone = view.live | view.late_joiners | ahead
@@ -517,7 +525,8 @@ def peers_to_ask(view: RoundView, now: float) -> list[str]:
     if len(everyone) + 1 <= view.share_above or turn.signer == view.me:
         return sorted(everyone)
     candidates = view.live - turn.passed_over - view.idle
-    return sorted({*heapq.nsmallest(2, candidates), *heapq.nsmallest(2, ahead)})
+    lacking = everyone & view.unobtainable
+    return sorted({*heapq.nsmallest(2, candidates), *heapq.nsmallest(2, ahead), *lacking})
 
 
 def share_ranges(num_chunks: int, num_peers: int, shares: Sequence[int] = ()) -> list[range]:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic
 
@@ -58,8 +59,13 @@ class KnownRound(Generic[Envelope, Link]):
     """Hashes of the publications whose bytes are here."""
     unobtainable: set[str] = field(default_factory=set)
     """Peers whose publication nobody delivers."""
+    in_vain: frozenset[str] = frozenset()
+    """Peers whose second chance came to nothing in an earlier round; they get no more of those that cost a wait."""
     tried_again: set[tuple[str, str]] = field(default_factory=set)
-    """(peer, digest of a roster) for which an unobtainable publication got its second chance."""
+    """(peer, digest of a roster) for which an unobtainable publication got its second chance; "" for the chance of one
+    that had hung."""
+    missed_s: dict[str, float] = field(default_factory=dict)
+    """Time when each peer's publication was first found unobtainable."""
     undeliverable: set[str] = field(default_factory=set)
     """Peers whose state could not be fetched."""
     distrusted: set[str] = field(default_factory=set)
@@ -137,12 +143,15 @@ class KnownRound(Generic[Envelope, Link]):
                     self.impossible.add(digest)
                 self.unobtainable.update(event.lacking - {self.own.peer})
 
-    def try_again(self, hearsay: Hearsay[Envelope, Link]) -> None:
-        """Give unobtainable publications a second chance if their author has merged this round.
+    def try_again(self, hearsay: Hearsay[Envelope, Link], heard_at_s: Mapping[str, float], now: float) -> None:
+        """Give unobtainable publications a second chance if their author has merged this round, or is there again.
 
         The author may have been suspended when it was asked. What is on the roster that it applied holds, so it can be
-        had from somebody. Each roster gives one such chance.
+        had from somebody. Each roster gives one such chance. Another is for a roster whose authors hung while their
+        bytes were pulled, once something is heard of all of them: else this peer would sign without them.
         """
+        for peer in self.unobtainable:
+            self.missed_s.setdefault(peer, now)
         for peer in list(self.unobtainable):
             last = hearsay.last_of(peer)
             if last is None or (last.round, last.base) != (self.round, self.own.base):
@@ -150,6 +159,22 @@ class KnownRound(Generic[Envelope, Link]):
             if (peer, last.digest) not in self.tried_again:
                 self.tried_again.add((peer, last.digest))
                 self.unobtainable.discard(peer)
+        for lacking in self._lacking():
+            if all(heard_at_s.get(peer, -math.inf) > self.missed_s[peer] for peer in lacking):
+                self.tried_again |= {(peer, "") for peer in lacking}
+                self.unobtainable -= lacking
+
+    def _lacking(self) -> list[set[str]]:
+        """Return, of each roster that lacks something, the authors of that, if none has had a second chance."""
+        lacking = [self.unobtainable.intersection(one.roster.peers) for one in self.rosters.values()]
+        tried = self.in_vain.union(peer for peer, _ in self.tried_again)
+        return [some for some in lacking if some and not some & tried]
+
+    def authors_due_s(self, live: Collection[str], silence_s: float, now: float) -> float:
+        """Return the time until which to wait for a word of the authors whose publications could not be got, before
+        this peer signs without them."""
+        due_s = (max(self.missed_s.get(peer, now) for peer in some) for some in self._lacking() if some <= set(live))
+        return max((one + silence_s for one in due_s), default=now)
 
     def chains_due_s(self, lacking: Iterable[str], silence_s: float, now: float) -> float:
         """Return the time until which to wait for the `lacking` peers to send their chains.

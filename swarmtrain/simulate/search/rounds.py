@@ -51,7 +51,7 @@ _TOGETHER_S = 4.0
 _SPAN = FaultSpan(0.0, 20.0, 14.0)
 _LEAST_S = 8.0
 _PULLED_S = 1.0
-"""Seconds in which others have a publication, links being as they are."""
+"""Seconds in which others have a publication, or a state, links being as they are."""
 _ASKED_S = (0.01, 0.01, 0.1, 0.2)
 """Seconds after it has asked: before it is answered, or while the bytes come that it learned of."""
 KINDS = {
@@ -295,15 +295,20 @@ class SearchedRounds(SynchronousWorld):
         return len(electors) < 2 or len(electors & went_on) >= len(electors & stayed)
 
     def _look_for_lies(self, peer: SimulatedVolunteer, roster: Roster) -> None:
-        """Check that no peer gives up its weights for a liar's own while another honest peer is on the same roster."""
+        """Check that no peer gives up its weights for a liar's own while another honest peer is on the same roster.
+
+        One that hung until a moment ago does not count: it could not be heard when the state was asked for.
+        """
         head = self.heads.get(peer.name)
         if roster.digest not in self.invented or head is None:
             return
+        hung = {event.peer for event in self.events("thawed") if event.time_s > self.clock.now - _PULLED_S}
         beside = [
             one.name
             for one in self.running()
             if one is not peer
             and one.name not in self.liars
+            and one.name not in hung
             and one.phase is not Phase.JOINING
             and self.connected(one, peer)
             and self.heads.get(one.name) == head

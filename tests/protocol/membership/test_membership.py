@@ -86,6 +86,33 @@ def test_only_a_presence_newer_than_the_loss_brings_it_back() -> None:
     assert members.state("a") is LIVE
 
 
+def test_a_call_of_its_own_brings_back_who_was_lost() -> None:
+    members = table()
+    assert members.was_called_by("a", 1.0) is None, "it is not lost"
+    assert members.was_called_by("b", 1.0) is None, "nobody that it knows"
+    assert [change.state for change in members.expire(31.0)] == [LOST]
+    change = members.was_called_by("a", 40.0)
+    assert change is not None and (change.state, members.state("a"), members.heard_s("a")) == (LIVE, LIVE, 40.0)
+    assert members.expire(44.0) == [], "until its next record is here"
+    lose(members, 44.0)
+    assert members.was_called_by("a", 46.0) is not None
+    lose(members, 47.0)
+    assert members.was_called_by("a", 50.0) is None, "its calls come through, and calls to it do not"
+    assert members.was_called_by("a", 58.0) is not None
+    members.left("a", 59.0)
+    assert members.was_called_by("a", 60.0) is None, "it asked before it said goodbye"
+
+
+def test_who_calls_after_a_call_to_it_has_failed_is_counted_again() -> None:
+    """Who was cut off, and calls nobody while it computes, would else count nobody for a whole batch."""
+    members = table()
+    members.call_failed("a", 1.0, "x")
+    assert members.answering() == []
+    members.was_called_by("a", 2.0)
+    assert [each.peer for each in members.answering()] == ["a"]
+    assert members.call_failed("a", 3.0, "x") is not None, "that calls to it fail is counted all the same"
+
+
 def test_one_that_calls_never_reach_comes_back_ever_more_slowly() -> None:
     members, returns, now = table(), [], 0.0
     while now < 1000:

@@ -399,10 +399,53 @@ def test_a_roster_that_cannot_be_merged_is_signed_again_without_who_lacks() -> N
     engine.receive(ev.RosterSigned(signed(first)), 15.0)
     assert of_kind(wakes(engine, 15.0), ev.MergeRoster) == [ev.MergeRoster(signed(first))]
     engine.receive(ev.RosterNotMerged(first.digest, frozenset("b")), 15.5)
-    again = roster_of("a", attempt=1)
-    assert of_kind(wakes(engine, 15.5), ev.SignRoster) == [ev.SignRoster(again, "nobody could deliver b")]
-    engine.receive(ev.RosterSigned(signed(again)), 15.5)
-    assert of_kind(wakes(engine, 15.5), ev.MergeRoster) == [ev.MergeRoster(signed(again))]
+    again, now = roster_of("a", attempt=1), 15.5
+    while not (signs := of_kind(wakes(engine, now), ev.SignRoster, ev.MergeRoster)):
+        assert engine.waiting_for == "asking those whose publications nobody delivered"
+        now = engine.wake_at() or now
+    assert signs == [ev.SignRoster(again, "nobody could deliver b")] and now == 20.5, "a silence"
+    engine.receive(ev.RosterSigned(signed(again)), now)
+    assert of_kind(wakes(engine, now), ev.MergeRoster) == [ev.MergeRoster(signed(again))]
+
+
+def test_who_hung_while_its_bytes_were_pulled_is_asked_for_them_once_more() -> None:
+    """Without it, two that hung at one time were left off by a third, which signed alone when both were there again."""
+    engine, first, again = engine_of("a", "b", "c"), roster_of("a", "b"), roster_of("a", attempt=1)
+    ended_with(engine)
+    engine.receive(ev.RosterSigned(signed(first)), 15.0)
+    wakes(engine, 15.0)
+    engine.receive(ev.RosterNotMerged(first.digest, frozenset("b")), 15.5)
+    assert not of_kind(wakes(engine, 15.5), ev.SignRoster, ev.MergeRoster)
+    [number] = (number for number, one in engine._questions.open.items() if one.peer == "b")
+    engine.receive(ev.QuestionAnswered(number, reply(publication=published("b"))), 16.0)
+    assert of_kind(wakes(engine, 16.0), ev.MergeRoster) == [ev.MergeRoster(signed(first))]
+    engine.receive(ev.RosterNotMerged(first.digest, frozenset("b")), 16.5)
+    assert of_kind(wakes(engine, 16.5), ev.SignRoster) == [ev.SignRoster(again, "nobody could deliver b")], "once"
+    engine.receive(ev.RosterSigned(signed(again)), 16.5)
+    wakes(engine, 16.5)
+    engine.receive(ev.RosterMerged(again.digest), 16.6)
+    assert of_kind(wakes(engine, 16.6), ev.FinishRound)
+    engine.receive(ev.RoundAdvanced(1, signed(again)), 16.6)
+    engine.receive(ev.InnerStepsDone(1, published("a", 1, again.digest), 16.6), 30.0)
+    known = engine._ending
+    assert known is not None and known.keep(signed(roster_of("a", "b", before=again)))
+    known.unobtainable.add("b")
+    known.try_again(engine.hearsay, {"b": 31.0}, 30.0)
+    assert known.unobtainable == {"b"}, "it was there and delivered nothing: that costs one wait and no more"
+    assert known.authors_due_s("bc", 5.0, 30.0) == 30.0
+
+
+def test_who_was_lost_and_asks_is_there_again() -> None:
+    """Else two sign at one moment: one that is there again, and one that has not read its presence yet."""
+    engine = engine_of("b", "a")
+    for now in (1.0, 2.5):
+        engine.membership.call_failed("a", now, "no answer")
+    assert engine.membership.volunteers() == []
+    asks = ev.QuestionReceived(1, ev.RoundQuestion(round=0, has_publication=False), "a")
+    [report, answer] = engine.receive(asks, 3.0)
+    assert isinstance(report, ev.ReportChange) and report.change.state is PeerState.LIVE
+    assert isinstance(answer, ev.AnswerRoundQuestion) and engine.wanted_by == {"a": 3.0}
+    assert list(asked(ends(engine))) == ["a"] and engine.waiting_for == "a signs the roster"
 
 
 def test_a_better_roster_takes_the_place_of_the_one_that_is_merged() -> None:

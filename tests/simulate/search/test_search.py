@@ -354,6 +354,63 @@ def gone(at_s: float, victims: set[int], num_peers: int) -> tuple[ScheduledFault
             ),
             id="batches that end at the time limit are of one peer each",
         ),
+        pytest.param(
+            batches(
+                (0.7, 0.7, 5.0), 3.0,
+                ScheduledFault(kind="freeze", peer=2, at_s=10.4, lasts_s=8.3, detail=78),
+                ScheduledFault(kind="freeze at", at_s=14.2, lasts_s=5.0, detail=91),
+                wait_s=8.0, shares=True, seed=61131,
+            ),
+            id="two hang and come back, and a third signs alone",
+        ),
+        pytest.param(
+            batches(
+                (10.0, 5.0, 10.0, 2.0), 3.0,
+                ScheduledFault(kind="freeze", peer=2, at_s=0.4, lasts_s=8.4, detail=125),
+                ScheduledFault(kind="freeze at", lasts_s=12.5, detail=121),
+                wait_s=8.0, seed=61380,
+            ),
+            id="one that is there again and one that does not know it sign at one moment",
+        ),
+        pytest.param(
+            batches(
+                (5.0, 10.0, 2.0, 10.0, 10.0, 2.0, 5.0), 3.0,
+                ScheduledFault(kind="freeze at", at_s=18.0, lasts_s=7.0, detail=91),
+                ScheduledFault(kind="idle", peer=2, at_s=18.1, lasts_s=34.6, detail=104),
+                wait_s=8.0, shares=True, seed=33131,
+            ),
+            id="those that lack the bytes of one that hung do not ask it",
+        ),
+        pytest.param(
+            FaultSchedule(
+                world="batches",
+                speeds=(5.0, 0.7, 2.0, 2.0, 5.0, 0.7),
+                faults=(ScheduledFault(kind="freeze at", peer=3, at_s=17.0, lasts_s=9.0, detail=144),),
+            ),
+            id="one goes on with a roster that its signer has given up",
+        ),
+        pytest.param(
+            FaultSchedule(
+                world="batches",
+                speeds=(10.0, 10.0, 10.0),
+                options=(("batch_s", 6.0),),
+                faults=(
+                    ScheduledFault(kind="freeze at", peer=2, lasts_s=6.0, detail=86),
+                    ScheduledFault(kind="freeze", peer=1, at_s=5.0, lasts_s=12.5),
+                    ScheduledFault(kind="lie: own chain", at_s=17.0, lasts_s=1.0),
+                ),
+            ),
+            id="beside one that has hung until this moment nobody stands",
+        ),
+        pytest.param(
+            batches(
+                (5.0, 0.7, 2.0), 3.0,
+                ScheduledFault(kind="join", at_s=10.9, lasts_s=12.0, detail=122),
+                ScheduledFault(kind="cut", peer=1, at_s=16.4, lasts_s=12.2, detail=109),
+                seed=46695,
+            ),
+            id="one that was cut off calls nobody, and computes alone",
+        ),
     ],
 )  # fmt: skip
 def test_large_batches_fell_apart(schedule: FaultSchedule) -> None:
