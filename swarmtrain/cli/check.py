@@ -166,6 +166,9 @@ def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | N
     has_samples = any(source.has_samples for source in run.data.mixture)
     tokenizer = "its own tokenizer" if model.tokenizer == "model" else model.tokenizer
     least, why = ("at least ", "; only tokens that are learnt count") if has_samples else ("", "")
+    rounds = counted(cost.num_rounds, "round")
+    if cost.fewest_rounds < cost.num_rounds:
+        rounds = f"{cost.fewest_rounds:,} to {rounds} (fewest if volunteers end each batch two steps late)"
     rows = {
         "model": base_in_words(model),
         "parameters": f"{count(num_parameters(model))} ({counted(model.num_layers, 'layer')}, width "
@@ -179,7 +182,7 @@ def report(run: RunFile, cost: Estimate, look: FirstLook, on: ExpectedDevice | N
         "round": _batch_in_words(run.batch_target, run.tokens_per_step)
         if run.merge.kind.common_step
         else f"{counted(run.merge.inner_steps, 'inner step')}, {count(cost.tokens_per_round)} tokens with {peers}",
-        "whole run": f"{count(run.run.total_tokens)} tokens: {least}{counted(cost.num_rounds, 'round')}, "
+        "whole run": f"{count(run.run.total_tokens)} tokens: {least}{rounds}, "
         f"{counted(cost.inner_steps_per_peer, 'inner step')} of each of {peers}{why}",
         "sent": ("up to " if len(run.merge.gradient_formats) > 1 else "")
         + f"{size(cost.bytes_sent_per_round)} per round and peer with {peers}"

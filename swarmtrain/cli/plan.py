@@ -208,6 +208,8 @@ def _link_in_words(parts: dict[str, float], share: float | None, whole: float, r
 
     rate = sum(parts.values())
     of = "" if share is None else f", {share:.1%} of the link"
+    if share is not None and share > 1.0005:
+        of = f", but the link carries {_mbit(rate / share)}: it cannot be, change what is named below"
     told = [f"{name} {part / rate:.0%}" for name, part in parts.items() if part >= 0.005 * rate > 0]
     by = f"; {', '.join(told)}" if told else ""
     day = f"{size(86_400 * rate)} a day, " if run_s >= 86_400 else ""

@@ -56,6 +56,8 @@ async def run_until(work: Coroutine[Any, Any, None], left_s: Callable[[], float]
     """Run `work` while `left_s()`, the seconds that are left, is above 0. Return whether it ended; if not, it is
     cancelled."""
     task = asyncio.create_task(work)
+    # Retrieve its failure, or the loop reports it: also when this is cancelled while the work is being ended.
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     try:
         while not task.done() and (left := left_s()) > 0:
             await asyncio.wait([task], timeout=max(_LEAST_LOOK_S, min(left, _MOST_LOOK_S)))
@@ -64,8 +66,6 @@ async def run_until(work: Coroutine[Any, Any, None], left_s: Callable[[], float]
         return task.done()
     finally:
         await end_tasks([task])
-        if not task.cancelled():
-            task.exception()  # retrieve it, or the loop reports it
 
 
 class Awaited(Generic[_T]):

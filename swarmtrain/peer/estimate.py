@@ -18,6 +18,7 @@ from swarmtrain.model.parameter_count import FROZEN_BYTES_PER_PARAMETER, num_fro
 from swarmtrain.peer.checkpoints.files import KEPT
 from swarmtrain.peer.merging.costs import BYTES_PER_PARAMETER, copies, costs_of, publication_sizes, pulled_bytes
 from swarmtrain.protocol.devices import largest_part
+from swarmtrain.protocol.rounds.batch_end import planned_sequences
 from swarmtrain.run import RunFile
 
 __all__ = [
@@ -70,6 +71,10 @@ negligible.
 _UNEVEN = 1.25
 """Factor from a peer's mean to its busiest round: others' rounds do not end in step with its own."""
 
+_LATE_STEPS = 2
+"""Steps that a volunteer has too many in a large batch: one while it asks the others how far they are, and the one that
+it is in when the batch is there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -80,6 +85,7 @@ class Estimate:
     tokens_per_step: int  # of one peer
     tokens_per_round: int  # of all peers
     num_rounds: int
+    fewest_rounds: int  # where volunteers end large batches late
     inner_steps_per_peer: int
     bytes_sent_per_round: int
     bytes_received_per_round: int
@@ -138,6 +144,7 @@ def estimate(
         tokens_per_step=run.tokens_per_step,
         tokens_per_round=round(run.tokens_per_step * round_steps * num_peers),
         num_rounds=math.ceil(steps / round_steps),
+        fewest_rounds=_fewest_rounds(run, num_peers) if run.merge.kind.common_step else math.ceil(steps / round_steps),
         inner_steps_per_peer=steps,
         bytes_sent_per_round=sent,
         bytes_received_per_round=sent,
@@ -151,6 +158,25 @@ def estimate(
         memory_parameters_bytes=parameters_bytes,
         memory_activations_bytes=activations_bytes,
     )
+
+
+def _fewest_rounds(run: RunFile, num_peers: int) -> int:
+    """Return the steps of a run of large batches if each of `num_peers` equal volunteers has `_LATE_STEPS` steps of its
+    own too many in every batch."""
+    target, context, batch = run.batch_target, run.model.context_tokens, run.inner.batch_sequences
+    if num_peers < 2:
+        return target.num_steps
+
+    def at(run_tokens: int) -> int:
+        wanted = target.at(run_tokens)
+        return wanted + _LATE_STEPS * num_peers * context * planned_sequences(1, num_peers - 1, batch, wanted / context)
+
+    if not target.grows:
+        return math.ceil(run.run.total_tokens / at(0))
+    tokens, rounds = 0, 0
+    while tokens < run.run.total_tokens:
+        tokens, rounds = tokens + at(tokens), rounds + 1
+    return rounds
 
 
 def positions_bytes(run: RunFile) -> int:

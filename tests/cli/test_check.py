@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 from pathlib import Path
 
@@ -66,6 +67,25 @@ def test_batches_that_grow_are_told_by_their_first_and_their_largest() -> None:
     assert _batch_in_words(target, 2048) == words
     run = parse_run("[run]\n" + text + 'target_tokens = "auto"\n', "r")
     assert "one step together for every 20.5 k tokens, later for up to 602 k (batch)" in summary_of(run)
+
+
+def test_large_batches_that_end_late_are_fewer_than_their_sizes_say() -> None:
+    """Each of three equal volunteers may have two steps more in each batch. A step has 2048 tokens, and fewer if its
+    part of the batch would else be less than four steps."""
+    text = 'total_tokens = 3_072_000\n[merge]\nmethod = "batch"\n'
+    large = cost_of(text + "inner_steps = 60\n")
+    assert (large.num_rounds, large.fewest_rounds) == (25, -(-3_072_000 // (60 * 2048 + 2 * 3 * 2048)))
+    tiny = cost_of(text + "inner_steps = 3\n")
+    assert (tiny.num_rounds, tiny.fewest_rounds) == (500, -(-3_072_000 // (3 * 2048 + 2 * 3 * 512)))
+    grows = cost_of(text + 'inner_steps = 1\ntarget_tokens = "auto"\n')
+    tokens, batches = 0, 0
+    while tokens < 3_072_000:
+        wanted = max(2048, min(math.ceil(0.02 * tokens), 3_072_000 - tokens))
+        tokens += wanted + 2 * 3 * 128 * max(1, min(16, wanted // 128 // 12))
+        batches += 1
+    assert grows.fewest_rounds == batches < 0.9 * grows.num_rounds
+    assert cost_of(text + "inner_steps = 3\n", 1).fewest_rounds == 500, "who is alone ends when it has the batch"
+    assert cost_of().fewest_rounds == cost_of().num_rounds
 
 
 def test_of_few_large_batches_the_key_is_named_that_makes_them_smaller() -> None:

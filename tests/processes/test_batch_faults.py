@@ -119,4 +119,5 @@ def test_a_third_is_killed_with_the_signer_and_links_halve(swarm: Swarm, links: 
     print(f"killed {moment} of step {hit}; (tokens, volunteers, seconds) of each: {shown}")
     print(f"took {took_s[hit]:.1f} s; later steps {statistics.median(after):.1f} s; at most {MAX_WAIT_S:g} s later")
     assert took_s[hit] <= statistics.median(after) + MAX_WAIT_S
+    assert {child.id for child in left} <= set(rosters[hit]), "whoever is left is in the step that the others died in"
     assert all({child.id for child in left} == set(rosters[number]) for number in range(hit + 1, hit + WHOLE_STEPS))

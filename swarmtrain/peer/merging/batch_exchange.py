@@ -205,7 +205,8 @@ class BatchExchange(RosterExchange):
         self._stepped_s = now
         if over:
             self._asking = None
-            _log.info("round %d: %d tokens here, %.0f elsewhere", self._end.round, tokens, there.others_tokens)
+            said = self._end.round, tokens, there.others_tokens, self._end.target_tokens
+            _log.info("round %d: %d tokens here, %.0f elsewhere, of %d", *said)
         return over
 
     def _share(self, own_tokens: int) -> BatchShare:

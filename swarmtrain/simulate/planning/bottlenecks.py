@@ -402,7 +402,11 @@ def _freshness(run: RunFile, found: Plan) -> Bottleneck | None:
         return None
     if not run.merge.kind.asynchronous:
         what, why = "short rosters", "of the volunteers' rounds are lost: what they publish does not arrive in time"
-        change = f"{_by_gossip(run)} or {_to(run, 'merge.silence_s', _round_up(4 * run.merge.silence_s))}"
+        key, waited_s = "merge.silence_s", 4 * run.merge.silence_s
+        rate = found.link_up_bytes_per_s or math.inf
+        if run.merge.kind.common_step and found.payload_up_bytes / rate > run.merge.max_wait_s:
+            key, waited_s = "merge.max_wait_s", _MARGIN * found.payload_up_bytes / rate
+        change = f"{_by_gossip(run)} or {_to(run, key, min(_MOST_WAIT_S, _round_up(waited_s)))}"
     else:
         what, why = "freshness", "of the rounds merge nothing new: they are too short to pull what is published"
         rate = min((one for one in (found.link_up_bytes_per_s, found.link_down_bytes_per_s) if one), default=math.inf)

@@ -8,7 +8,7 @@ check`. `simulate/planning/bottlenecks.py` says what limits the run first.
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
@@ -119,7 +119,7 @@ def plan(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: in
 
     Raises UserError for what cannot be planned.
     """
-    found = lived(run, machines, links, seed)
+    found = _carried(run, lived(run, machines, links, seed), machines, links)
     scale = machines.num / len(found.round_s) / run.pipeline.stages * (1 - machines.away_share)
     tokens_per_s = scale * sum(tokens / one for tokens, one in zip(found.tokens, found.round_s, strict=True))
     round_s, apart = statistics.median(found.round_s), run.merge.kind.asynchronous
@@ -152,6 +152,28 @@ def plan(run: RunFile, machines: PlaybackMachines, links: LinksSection, seed: in
         link_down_bytes_per_s=links.down_mbit * BYTES_PER_S_OF_MBIT,
         memory_bytes=cost.memory_bytes,
         disk_bytes=disk_bytes(parameters),
+    )
+
+
+def _carried(run: RunFile, found: PlaybackResult, machines: PlaybackMachines, links: LinksSection) -> PlaybackResult:
+    """Make rounds that wait for the wire so long that links carry their bytes beside all other traffic.
+
+    The playback knows of a link only what passes in rounds. Where other traffic alone fills a link, no length helps.
+    """
+    if run.merge.kind.asynchronous:
+        return found
+    traffic, times = traffic_of(run, found, machines, links.up_mbit * BYTES_PER_S_OF_MBIT), 1.0
+    for mbit, whole, merging in (
+        (links.up_mbit, traffic.up, traffic.merging_up),
+        (links.down_mbit, traffic.down, traffic.merging_down),
+    ):
+        left = mbit * BYTES_PER_S_OF_MBIT - (whole - merging)
+        times = max(times, merging / left if mbit and left > 0 else 1.0)
+    longer_s = [(times - 1) * one for one in found.round_s]
+    return replace(
+        found,
+        round_s=tuple(one + more for one, more in zip(found.round_s, longer_s, strict=True)),
+        stall_s=tuple(one + more for one, more in zip(found.stall_s, longer_s, strict=True)),
     )
 
 

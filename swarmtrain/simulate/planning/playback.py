@@ -8,6 +8,7 @@ play a run by another simulator, replace the function `lived`.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 from collections import defaultdict
@@ -25,6 +26,7 @@ from swarmtrain.protocol.gossip.fragments import COPY_S, published, publishes_ev
 from swarmtrain.protocol.gossip.pulls import PublicationBytes
 from swarmtrain.rehearsal import LinksSection, RehearsalChurn, RehearsalFile, SeedSection, fault_events
 from swarmtrain.run import RunFile
+from swarmtrain.run_batch import BatchTarget
 from swarmtrain.simulate.links import latency_s, link_of, rates
 from swarmtrain.simulate.pipeline.world import (
     PipelineMachine,
@@ -36,7 +38,7 @@ from swarmtrain.simulate.pipeline.world import (
     stage_parameters,
 )
 from swarmtrain.simulate.systems.gossip import GossipSwarm, RoundRecord, SimulatedGossipSettings
-from swarmtrain.simulate.systems.messages import Settings, SimulatedLink
+from swarmtrain.simulate.systems.messages import Settings
 from swarmtrain.simulate.systems.world import SynchronousWorld
 from swarmtrain.words import counted
 
@@ -257,6 +259,7 @@ def by_rosters(run: RunFile, machines: PlaybackMachines, links: LinksSection, se
     else:
         by = f"synchronous rounds of {_some(some, machines)} in virtual time"
         round_s, share = _on_rosters(run, some, links, others, seed)
+        round_s = max(round_s, sent / min(rates(links)))  # whoever goes on alone is quicker, and no help to the others
     round_s += _merge_s(run)
     return PlaybackResult(
         by=by,
@@ -280,32 +283,42 @@ def _on_rosters(
 ) -> tuple[float, float]:
     """Play some volunteers among `others` more. Return (seconds of a round, share of all volunteers on a roster)."""
     merge, steps, parameters = run.merge, _steps(run, some.step_s, others + 1), stage_parameters(run)
+    in_shares = others + 1 > merge.share_above
     settings = Settings(
         inner_steps=merge.inner_steps,
         tokens_per_step=run.tokens_per_step,
         round_limit_s=merge.round_limit_s,
         silence_s=merge.silence_s,
-        share_above=merge.share_above if others + 1 > merge.share_above else some.num,
+        target=_target(run, some, others) if merge.kind.common_step else None,
+        max_wait_s=merge.max_wait_s if merge.kind.common_step else math.inf,
+        share_above=merge.share_above if in_shares else some.num,
         presence_ttl_s=run.network.presence_ttl_s,
         call_limit_s=run.network.call_limit_s,
         stall_limit_s=run.network.stall_limit_s,
         publication_bytes=_on_roster_bytes(run),
         state_bytes=merge.kind.state_bytes(parameters),
+        transfers_share_links=True,
+        by_bandwidth=False,  # the links are alike, and so are the shares
     )
-    # Whole pseudo-gradients all pass at once, and the simulated links are not shared.
-    at_once = max(1, others) if others + 1 <= merge.share_above else 1
-    link = SimulatedLink(
-        latency_s=latency_s(links, settings.publication_bytes, random.Random(seed)),
-        bytes_per_s=min(rates(links)) / at_once,
-    )
+    link = link_of(links, settings.publication_bytes, random.Random(seed))
+    if not in_shares and some.num > 1:  # each sends its publication to all others, of whom some are played
+        slower = (some.num - 1) / others
+        link = replace(link, bytes_per_s=slower * link.bytes_per_s, down_bytes_per_s=slower * link.down_per_s)
     world = SynchronousWorld(settings, link=link, seed=seed)
-    for number, (one, step_s) in enumerate(zip(steps, some.step_s, strict=True)):
-        world.join(f"v{number}", steps_per_s=merge.inner_steps / (one * step_s))
+    paced = [1.0 if merge.kind.common_step else merge.inner_steps / one for one in steps]
+    speeds = [times / step_s for times, step_s in zip(paced, some.step_s, strict=True)]
+    world.join_together({f"v{number}": speed for number, speed in enumerate(speeds)})
     longest_s = max(one * step_s for one, step_s in zip(steps, some.step_s, strict=True))
     end_s = 4 * _ROUNDS * (longest_s + settings.publication_bytes * 2 / link.bytes_per_s + merge.silence_s)
     _befall(world, some, 0.0, end_s, seed)
-    world.run_rounds(_WARM_ROUNDS + _ROUNDS, end_s)
+    world.run_rounds(_WARM_ROUNDS + _ROUNDS, end_s, most_ahead=4 * _ROUNDS)
     return _applied(world, end_s)
+
+
+def _target(run: RunFile, some: PlaybackMachines, others: int) -> BatchTarget:
+    """Return the part of a large batch of mean size that the volunteers played have among `others` more."""
+    tokens = run.batch_target.mean_tokens * some.num / (others + 1)
+    return BatchTarget(max(run.tokens_per_step, round(tokens)), run.run.total_tokens)
 
 
 def _applied(world: SynchronousWorld, end_s: float) -> tuple[float, float]:

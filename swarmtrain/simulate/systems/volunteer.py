@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -291,6 +291,13 @@ class SimulatedVolunteer:
         self.presence.read()
         others = [info.peer for info in self.membership.volunteers()][:_SAMPLE]
         self.tell(ev.Join(_JOINS, tuple(others)))
+
+    def begin_with(self, others: Iterable[PeerInfo]) -> None:
+        """Begin the run's first round together with `others`, which this peer has waited for."""
+        now = self.world.clock.now
+        for info in others:
+            self.membership.saw_presence(info, now + self.settings.presence_ttl_s, now)
+        self.tell(ev.Join(_JOINS, ()))
 
     def _joined(self, begins: ev.JoinsWith, number: int | None) -> None:
         if number is not None:

@@ -7,8 +7,8 @@ links of `simulate/systems/network.py`, which says what is modelled. Tests decla
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from swarmtrain.protocol.membership.membership import PeerInfo
@@ -101,6 +101,18 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
         assert name not in self.peers, f"{name} has been here already: a process that returns is a new peer"
         return self._begin(self._make(name, steps_per_s, link or self._link))
 
+    def join_together(self, steps_per_s: Mapping[str, float]) -> list[SimulatedVolunteer]:
+        """Add volunteers of these names and speeds that begin the run at one moment and know each other, as those do
+        that a bootstrap lets wait for each other."""
+        peers = [self._make(name, speed, self._link) for name, speed in steps_per_s.items()]
+        infos = [replace(peer.info(), training=True) for peer in peers]
+        for peer in peers:
+            self.peers[peer.name] = peer
+            self.record("joined", peer)
+        for peer in peers:
+            peer.begin_with(info for info in infos if info.peer != peer.name)
+        return peers
+
     def come_back(self, name: str, checkpoint: int = -1) -> SimulatedVolunteer:
         """Restart a dead peer from one of the checkpoints of its last rounds: -1 is the newest."""
         old = self.peers[name]
@@ -181,9 +193,13 @@ class SynchronousWorld(SimulatedNetwork[SimulatedVolunteer]):
             )
         )
 
-    def run_rounds(self, round: int, limit_s: float) -> bool:
-        """Run until every running peer has reached `round`; return False if `limit_s` comes first."""
+    def run_rounds(self, round: int, limit_s: float, most_ahead: int | None = None) -> bool:
+        """Run until every running peer has reached `round`; return False if `limit_s` comes first, or if one is
+        `most_ahead` rounds beyond another: it goes on alone."""
         while any(peer.round < round for peer in self.running()):
+            rounds = [peer.round for peer in self.running()]
+            if most_ahead is not None and max(rounds) - min(rounds) > most_ahead:
+                return False
             for _ in range(1 + len(self.peers)):
                 next_s = self.clock.next_s()
                 if next_s is None or next_s > limit_s:

@@ -4,6 +4,7 @@ never delivers is given up."""
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from swarmtrain.network.snapshots.store import (
     build_snapshot,
     empty_held,
 )
+from swarmtrain.network.tasks import run_until
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 AUTHOR = new_identity(b"a" * 32)
@@ -326,6 +328,35 @@ def test_one_that_is_busy_is_not_given_up_for_the_time_in_which_nobody_asked_it(
         return await waiting.pull([AUTHOR.peer_id], waits_for)
 
     assert 40 < virtual_swarm(run) < 45
+
+
+def test_a_failure_while_a_pull_is_given_up_is_reported_nowhere() -> None:
+    """Whoever gives up cancels until all has ended, and the pull may fail only then."""
+    reported: list[Any] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+
+        async def work() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0.01)
+                raise UnreachableError("it is gone")
+
+        given_up = asyncio.create_task(run_until(work(), lambda: 60.0))
+        await asyncio.sleep(0.1)
+        for _ in range(2):
+            given_up.cancel()
+            await asyncio.sleep(0.001)
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        del given_up
+        await asyncio.sleep(1.0)
+        gc.collect()
+
+    virtual_swarm(run)
+    assert not reported
 
 
 def test_states_are_pulled_in_one_piece() -> None:

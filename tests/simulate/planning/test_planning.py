@@ -26,6 +26,7 @@ from swarmtrain.simulate.planning.traffic import archived_every_s, dht_bytes_per
 
 pytestmark = pytest.mark.slow
 
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SLOW = LinksSection(up_mbit=20, down_mbit=100, rtt_ms=40)
 MODEL = "[model]\ncontext_tokens = 64\nnum_layers = 2\n"
 PARAMETERS = 455_296
@@ -109,7 +110,7 @@ def test_a_slower_link_makes_nothing_quicker(merge: str) -> None:
 
 
 def test_where_pseudo_gradients_do_not_arrive_rosters_are_short() -> None:
-    run, links = a_run('inner_steps = 10\nmethod = "diloco"'), LinksSection(up_mbit=1, down_mbit=1)
+    run, links = a_run('inner_steps = 10\nmethod = "diloco"\nsilence_s = 1'), LinksSection(up_mbit=1, down_mbit=1)
     found = {one.what: one for one in bottlenecks(run, planned(run, 4, links, 0.05))}
     assert found["short rosters"].utilization > 1 and found["uplink"].utilization > 1
 
@@ -124,6 +125,43 @@ def test_synchronous_rounds_wait_for_the_slowest_and_for_the_wire() -> None:
     assert 0.4 < unequal.stall_share < 0.6
     assert paced.stall_share < 0.35 < unequal.stall_share
     assert thin.round_s - alike.round_s >= 0.98 * thin.payload_up_bytes / 1e6, "of three at a megabyte a second"
+
+
+@pytest.mark.parametrize(
+    ("number", "up_mbit", "down_mbit", "rtt_ms"), [(8, 20, 100, 0), (8, 20, 100, 40), (5, 20, 100, 0), (8, 100, 20, 0)]
+)
+def test_a_large_batch_of_quick_volunteers_lasts_as_long_as_its_bytes_take(
+    number: int, up_mbit: float, down_mbit: float, rtt_ms: float
+) -> None:
+    """Two inner steps each, then averaging: nobody is left out, and no link carries more than it can."""
+    run = parse_run((EXAMPLES / "batch.toml").read_text(), "r")
+    links = LinksSection(up_mbit=up_mbit, down_mbit=down_mbit, rtt_ms=rtt_ms)
+    found = plan(run, machines(number, 0.0146, ALIKE), links)
+    body = 4 * 455_296
+    bytes_each = 2 * (number - 1) / number * body if number > run.merge.share_above else (number - 1) * body
+    assert found.payload_up_bytes == pytest.approx(bytes_each, rel=0.01)
+    wire_s = bytes_each / (min(up_mbit, down_mbit) * 125_000)
+    assert wire_s < found.round_s < 1.35 * wire_s + 10 * rtt_ms / 1000
+    assert found.fresh_share == 1.0 and found.partners_per_round == number - 1
+    assert found.up_share is not None and found.up_share <= 1.0001
+    assert found.down_share is not None and found.down_share <= 1.0001
+    assert "short rosters" not in {one.what for one in bottlenecks(run, found) if one.utilization >= FELT}
+
+
+@pytest.mark.parametrize("merge", ["", 'method = "diloco"', 'method = "batch"', 'method = "server"'])
+@pytest.mark.parametrize("mbit", [0.05, 0.5, 3])
+def test_no_more_than_a_whole_link_is_told_as_its_share(merge: str, mbit: float) -> None:
+    run, links = a_run(f"inner_steps = 4\n{merge}"), LinksSection(up_mbit=mbit, down_mbit=mbit)
+    found = planned(run, 6, links, 0.01)
+    for share, line in zip(
+        (found.up_share, found.down_share),
+        (line for line in report(run, found, links) if line.split()[0] in ("sent", "received")),
+        strict=True,
+    ):
+        assert share is not None
+        told = re.search(r"([0-9.]+)% of the link", line)
+        fits = told is not None and float(told[1]) <= 100
+        assert fits if share <= 1.0005 else f"but the link carries {mbit:.2g}" in line
 
 
 def test_pipelines_send_activations_too() -> None:
@@ -272,7 +310,8 @@ BATCH = 'method = "batch"\n'
         ("stall", a_text('method = "diloco"\ninner_steps = 20'), 6, LinksSection(), 1.0, (1.0, 3.0)),
         ("stall", a_text(f"{DILOCO}inner_steps = 20\npacing = true\nshare_above = 8"), 6, FREE, 1.0, (1.0, 30.0)),
         ("freshness", a_text("inner_steps = 2"), 6, thin(1), 0.05, ALIKE),
-        ("short rosters", a_text(f"{DILOCO}inner_steps = 10"), 4, LinksSection(up_mbit=1, down_mbit=1), 0.05, ALIKE),
+        ("short rosters", a_text(f"{DILOCO}silence_s = 1"), 4, LinksSection(up_mbit=1, down_mbit=1), 0.05, ALIKE),
+        ("short rosters", a_text(f"{BATCH}max_wait_s = 3"), 4, LinksSection(up_mbit=1, down_mbit=1), 0.05, ALIKE),
         ("stragglers", a_text("inner_steps = 4"), 6, SLOW, 1.0, (1, 1, 1, 1, 1, 30)),
         ("stragglers", a_text("inner_steps = 100"), 6, SLOW, 1.0, (1, 1, 1, 1, 1, 60)),
         ("stragglers", a_text("inner_steps = 100\npacing = false"), 6, SLOW, 1.0, (1, 1, 1, 1, 1, 10)),
