@@ -20,7 +20,7 @@ from test_model_files import write_tuning_run
 from swarmtrain.events import RoundEvent
 from swarmtrain.run_batch import BatchTarget
 
-pytestmark = [pytest.mark.processes, pytest.mark.long, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [pytest.mark.processes, pytest.mark.evidence, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
 TIMES = 8
 """Times that the largest batch is larger than the first, at least."""
@@ -94,7 +94,6 @@ def test_three_volunteers_want_the_same_batch_while_it_grows(swarm: Swarm) -> No
     grow(swarm, path, with_growing_batches(path), (3, 8, 5))
 
 
-@pytest.mark.evidence
 def test_an_adapter_is_trained_in_batches_that_grow(swarm: Swarm) -> None:
     path = write_tuning_run(swarm.folder)
     lora = {"method": "lora", "rank": 4, "targets": ["all-linear"]}
