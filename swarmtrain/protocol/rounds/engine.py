@@ -90,6 +90,9 @@ class RoundRules:
 
 
 _Commands: TypeAlias = list[Command[Envelope]]
+_Progress: TypeAlias = (
+    ev.PublicationFetched | ev.PublicationNotFetched | ev.PublicationFound | ev.RosterMerged | ev.RosterNotMerged
+)
 
 
 class RoundEngine(Generic[Envelope, Link]):
@@ -153,21 +156,20 @@ class RoundEngine(Generic[Envelope, Link]):
                 return self._answered(event.number, event.reply, now)
             case ev.QuestionReceived():
                 return self._asked(event, now)
-            case ev.PublicationFetched() | ev.PublicationNotFetched() if self._ending is not None:
-                before = set(self._ending.unobtainable)
-                self._ending.was_fetched(event)
-                self._not_delivered(self._ending.unobtainable - before)
-                self._look_s = now
             case ev.ReplyRefused():
                 return self._got_nothing(event.number, now, is_malformed=True)
             case ev.QuestionFailed():
                 return self._got_nothing(event.number, now, is_malformed=False)
             case ev.RosterSigned():
                 return self._signed(event.roster, now)
-            case ev.PublicationFound() | ev.RosterMerged() | ev.RosterNotMerged() if self._ending is not None:
-                before = set(self._ending.unobtainable)
-                self._ending.merge_went_on(event)
-                self._not_delivered(self._ending.unobtainable - before)
+            case (
+                ev.PublicationFetched()
+                | ev.PublicationNotFetched()
+                | ev.PublicationFound()
+                | ev.RosterMerged()
+                | ev.RosterNotMerged()
+            ) if self._ending is not None:
+                self._went_on(self._ending, event)
                 self._look_s = now
             case ev.RoundBegun():
                 self.is_late_joiner = event.is_late_joiner
@@ -362,7 +364,8 @@ class RoundEngine(Generic[Envelope, Link]):
     def _look(self, known: KnownRound[Envelope, Link], now: float) -> _Commands[Envelope]:
         """Ask the questions that are due, decide about the round, and return the commands of the decision."""
         self._look_s = now + self.rules.look_s
-        known.try_again(self.hearsay, self.membership.heard_at_s(), now)
+        if known.unobtainable:
+            known.try_again(self.hearsay, self.membership.heard_at_s(), now)
         view = self._view(known)
         commands = self._keep_asking(known, view, now)
         if known.state_fetch is not None:
@@ -457,9 +460,16 @@ class RoundEngine(Generic[Envelope, Link]):
         expected_s = self.claims.merging_s(peers, shares, rules.body_bytes)
         return merge_limit_s(expected_s, rules.silence_s, rules.round_limit_s)
 
-    def _not_delivered(self, authors: Iterable[str]) -> None:
-        """Note whose publications could not be had; those that are gone did not fail by their links."""
-        self.claims.not_delivered(peer for peer in authors if self.membership.state(peer) is PeerState.LIVE)
+    def _went_on(self, known: KnownRound[Envelope, Link], event: _Progress) -> None:
+        """Note what came of a download or a merge, and whose publications could not be had; those that are gone did not
+        fail by their links."""
+        before = set(known.unobtainable)
+        if isinstance(event, ev.PublicationFetched | ev.PublicationNotFetched):
+            known.was_fetched(event)
+        else:
+            known.merge_went_on(event)
+        failed = known.unobtainable - before
+        self.claims.not_delivered(peer for peer in failed if self.membership.state(peer) is PeerState.LIVE)
 
     def _caught_up(self, commands: _Commands[Envelope], now: float) -> _Commands[Envelope]:
         """Pass on the commands of a search. If catching up has ended, adopt the state, or decide anew if there
