@@ -138,13 +138,14 @@ def estimate(
     parameters_bytes += (num_ranks - 1) * RANK_BYTES_PER_PARAMETER * num_parameters
     program_bytes = own_program_bytes(run) + (num_ranks - 1) * RANK_BYTES
     program_bytes += (num_ranks - 1) * _library_bytes(run) + num_ranks * RECOMPUTING_BYTES * recomputes
+    num_rounds = math.ceil(steps / round_steps)
     return Estimate(
         num_peers=num_peers,
         num_parameters=num_parameters,
         tokens_per_step=run.tokens_per_step,
         tokens_per_round=round(run.tokens_per_step * round_steps * num_peers),
-        num_rounds=math.ceil(steps / round_steps),
-        fewest_rounds=_fewest_rounds(run, num_peers) if run.merge.kind.common_step else math.ceil(steps / round_steps),
+        num_rounds=num_rounds,
+        fewest_rounds=_fewest_rounds(run, num_peers) if run.merge.kind.common_step else num_rounds,
         inner_steps_per_peer=steps,
         bytes_sent_per_round=sent,
         bytes_received_per_round=sent,

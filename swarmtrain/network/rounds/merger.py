@@ -110,6 +110,10 @@ class AuthorPatience:
     waits_for: WaitsFor
     limit: MergeLimit
 
+    def left_s(self) -> float:
+        """Return the seconds that the authors have left."""
+        return self.limit.due_s - swarm_time()
+
 
 class UnobtainableError(Exception):
     """No peer could deliver the publications of `peers`."""
@@ -244,9 +248,7 @@ class Merger:
         limit, sources = patience.limit, self._sources(roster, entry.peer)
         limit.asked()
         try:
-            await self.downloads.pull(
-                held, _chunks(pieces), sources, patience.waits_for, lambda: limit.due_s - swarm_time()
-            )
+            await self.downloads.pull(held, _chunks(pieces), sources, patience.waits_for, patience.left_s)
             return True
         except UnreachableError as error:
             _log.info("round %d: the publication of %s: %s", roster.round, self._name(entry.peer), error)
