@@ -27,7 +27,6 @@ from swarmtrain.error_codes import CODES
 from swarmtrain.events import EVENT_CLASSES
 from swarmtrain.problems import allowed_values, table_fields
 from swarmtrain.run import RunFile
-from swarmtrain.run_aliases import ALIASES, Alias
 
 DOCS = Path(__file__).resolve().parent
 
@@ -48,26 +47,6 @@ The smallest run file is two lines:
 [run]
 total_tokens = 3_000_000
 ```
-"""
-
-ALIASES_HEAD = """
-## Words of the field
-
-Other projects' words are read too where they mean the same: nanoGPT's, transformers', litgpt's, torchtitan's,
-OpenDiLoCo's. Each is said back on standard error, such as `[model] hidden_size = 256 is read as width = 256`. Give a
-key by one word only. The published run has the keys of the tables above: two files that mean the same are published
-as the same bytes, and a published file with other words is refused. Scenarios' `[set]` and `[grid]`, and `--set` and
-`--sweep`, take the words that stand for a key as they are.
-
-| section | word | read as |
-|---|---|---|
-"""
-
-REFUSED_HEAD = """
-These are refused, with what to write instead:
-
-| section | word | instead | why |
-|---|---|---|---|
 """
 
 EVENTS_HEAD = """# Events
@@ -133,19 +112,6 @@ def heading(section: str) -> str:
     return f"[[{section}]]" if "." in section else f"[{section}]"
 
 
-def aliases() -> str:
-    def row(alias: Alias, *cells: str) -> str:
-        return f"| `{heading(alias.section)}` | {codes(alias.words)} | {' | '.join(map(cell, cells))}. |\n"
-
-    read = (alias for alias in ALIASES if not alias.refused)
-    refused = (alias for alias in ALIASES if alias.refused)
-    parts = [ALIASES_HEAD]
-    parts += [row(alias, codes(alias.keys) + (f"; {alias.says}" if alias.says else "")) for alias in read]
-    parts.append(REFUSED_HEAD)
-    parts += [row(alias, codes(alias.keys) or "nothing", alias.says) for alias in refused]
-    return "".join(parts)
-
-
 def section_page(name: str, section: type[BaseModel], titles: dict[str, str]) -> str:
     """The table of a section's keys, the lists of values, and the tables of its lists of tables.
 
@@ -175,7 +141,6 @@ def section_page(name: str, section: type[BaseModel], titles: dict[str, str]) ->
 def run_file() -> str:
     parts, titles = [RUN_FILE_HEAD], dict[str, str]()
     parts += [section_page(name, section_of(field), titles) for name, field in RunFile.model_fields.items()]
-    parts.append(aliases())
     return "".join(parts)
 
 

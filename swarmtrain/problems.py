@@ -6,7 +6,6 @@ sections. Values are shortened and escaped, since the table may come from anothe
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import math
@@ -25,7 +24,6 @@ from swarmtrain.errors import Problem, UserError
 from swarmtrain.words import counted, one_line
 
 __all__ = [
-    "Rewritten",
     "Section",
     "allowed_values",
     "one_line",
@@ -104,50 +102,23 @@ def read_toml(text: str, origin: str, error_type: type[UserError]) -> dict[str, 
         raise error_type(f"{origin}: {where}not TOML: {one_line(what)}", code="not-toml") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class Rewritten:
-    """Changes to a table between reading and validating it."""
-
-    words: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    """Map (section, key) to the word that the person wrote for the key; a table of a list is "data.sources.1"."""
-    problems: tuple[tuple[tuple[str, ...], Problem], ...] = ()
-    """Place in the file and sentence, for each word that was left out of the table."""
-    meant: frozenset[str] = frozenset()
-    """Keys that the omitted words would have set: they are not reported as missing."""
-
-
-def problems_in_words(
-    error: ValidationError | None, model: type[BaseModel], text: str = "", rewritten: Rewritten | None = None
-) -> list[Problem]:
+def problems_in_words(error: ValidationError, model: type[BaseModel], text: str = "") -> list[Problem]:
     """List the first few problems of `error`, raised by validating `model`, as "key: what is wrong; allowed: ...".
 
-    With the file's `text`, problems are in the file's order and begin with their line, where it is known. Keys that
-    were `rewritten` are named by the person's words, and its own problems are added.
+    With the file's `text`, problems are in the file's order and begin with their line, where it is known.
     """
-    rewritten = rewritten or Rewritten()
     lines = _lines_of_keys(text)
-    for (section, ours), theirs in rewritten.words.items():
-        table = tuple(section.split("."))
-        if (*table, theirs) in lines:
-            lines[*table, ours] = lines[*table, theirs]
     found: list[tuple[float, int, str, Problem]] = []
-    for place, refused in rewritten.problems:
-        line = _line_of(list(place), lines)
-        found.append((line or math.inf, 0, f"line {line}: " if line is not None else "", refused))
-    for detail in () if error is None else error.errors():
+    for detail in error.errors():
         at = _place(detail, model)
         sentence = _sentence(detail, at, model)
         names = sentence.partition(": ")[0].split(".") if detail["type"] == "value_error" else at.names
         line = None if detail["type"] == "missing" and not at.table else _line_of(names, lines)
-        if word := rewritten.words.get((".".join(names[:-1]), names[-1])):
-            key, _, problem = sentence.partition(": ")
-            sentence = f"{key} (written {word}): {problem}"
         where = f"line {line}: " if line is not None else ""
         # An unknown key is most often the cause of whatever else is wrong, such as a missing one.
         found.append((line or math.inf, detail["type"] != "extra_forbidden", where, Problem(sentence, _code(detail))))
     found.sort(key=lambda one: one[:2])
     meant = {each.rpartition("did you mean ")[2].rstrip("?") for *_, each in found if "did you mean " in each}
-    meant |= rewritten.meant
     told = [
         Problem(where + each, each.code) for _, _, where, each in found if each.partition(": missing;")[0] not in meant
     ]
@@ -366,6 +337,8 @@ def _unknown(names: list[str], model: type[BaseModel]) -> str:
     homes = homes or [name for name, fields in sections.items() if last in fields and [name] != where]
     if homes:
         return "belongs in " + " or ".join(f"[{name}]" for name in homes)
+    if where and (usual := _OTHER_PROJECTS.get(last, "")).partition(".")[0] in sections:
+        return f"unknown key; did you mean {usual}?"
     near = [
         (ratio + (where == [name]) * 0.15, f"{name}.{key}")
         for name, fields in sections.items()
@@ -379,6 +352,49 @@ def _unknown(names: list[str], model: type[BaseModel]) -> str:
     if section := difflib.get_close_matches(last, sections, n=1):
         return f"unknown section; did you mean {section[0]}?"
     return f"unknown section; allowed: {', '.join(sections)}"
+
+
+_OTHER_PROJECTS = {
+    word: key
+    for key, words in {
+        "run.seed": "random_seed manual_seed",
+        "run.total_tokens": "max_tokens num_tokens train_tokens max_steps max_iters total_steps train_steps num_steps "
+        "training_steps num_train_epochs num_epochs epochs",
+        "model.width": "hidden_size n_embd d_model dim embed_dim",
+        "model.num_layers": "num_hidden_layers n_layer n_layers",
+        "model.num_heads": "num_attention_heads n_head n_heads",
+        "model.vocabulary_size": "vocab_size",
+        "model.context_tokens": "max_seq_len block_size max_position_embeddings seq_len n_ctx n_positions "
+        "context_length max_seq_length max_sequence_length sequence_length sequence_len seq_length",
+        "model.feed_forward_ratio": "intermediate_size n_inner d_ff ffn_hidden_size",
+        "data.dataset": "dataset_name",
+        "data.subset": "dataset_config_name dataset_config",
+        "data.split": "dataset_split train_split",
+        "data.field": "dataset_text_field text_column text_column_name text_field",
+        "data.paths": "data_files",
+        "inner.batch_sequences": "batch_size global_batch_size total_batch_size train_batch_size",
+        "inner.microbatch_sequences": "micro_batch_size micro_bs device_batch_size per_device_train_batch_size "
+        "local_batch_size gradient_accumulation_steps grad_accum_steps gradient_accumulation accumulate_grad_batches",
+        "inner.learning_rate": "lr max_lr peak_lr inner_lr inner_learning_rate",
+        "inner.beta1": "adam_beta1 betas adam_betas",
+        "inner.beta2": "adam_beta2",
+        "inner.gradient_clip": "max_grad_norm grad_clip max_norm clip_grad gradient_clipping gradient_clip_val",
+        "inner.warmup_fraction": "warmup_ratio warmup_steps warmup_iters lr_warmup_steps num_warmup_steps",
+        "inner.floor_fraction": "min_lr min_lr_ratio min_lr_rate min_lr_factor cosine_min_lr_ratio final_lr_frac",
+        "adapter.rank": "r lora_r lora_rank",
+        "adapter.alpha": "lora_alpha",
+        "adapter.dropout": "lora_dropout",
+        "adapter.targets": "target_modules lora_target_modules",
+        "merge.inner_steps": "h H local_steps num_inner_steps sync_every sync_steps",
+        "merge.outer_learning_rate": "outer_lr",
+        "merge.fragments": "num_fragments",
+        "pipeline.stages": "num_stages pipeline_parallel_degree pp_size",
+        "evaluation.every_rounds": "eval_steps eval_interval eval_every",
+        "evaluation.batch_sequences": "eval_batch_size per_device_eval_batch_size",
+    }.items()
+    for word in words.split()
+}
+"""Map words of nanoGPT, transformers, litgpt, torchtitan and OpenDiLoCo to the key whose meaning is nearest."""
 
 
 def shown(value: object) -> str:

@@ -16,8 +16,6 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -29,9 +27,8 @@ from swarmtrain.compatibility import KEYS_SINCE, UPDATE, Needs, needs_untrusted,
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.packages import NAME
-from swarmtrain.problems import Rewritten, Section, one_line, problems_in_words, read_toml, section_fields, with_values
+from swarmtrain.problems import Section, one_line, problems_in_words, read_toml, with_values
 from swarmtrain.run_adapter import FILLED_ADAPTER_KEYS, AdapterSection
-from swarmtrain.run_aliases import Translation, translate
 from swarmtrain.run_batch import TARGETS, BatchTarget, TargetTokens
 from swarmtrain.run_data import DataSection, DataSource, SourceKeys
 from swarmtrain.run_model import BOOTSTRAP_MODEL_KEYS, PUBLISHED_BASE, ModelSection
@@ -62,7 +59,6 @@ __all__ = [
     "parse_run",
     "published_bytes",
     "run_sha256",
-    "translated",
     "with_model",
 ]
 
@@ -672,11 +668,8 @@ class RunFile(Section):
             raise ValueError(f"published.stage_costs: does not fit pipeline.stages = {stages}")
 
 
-def load_run(path: str | Path, tell: Callable[[str], None] = lambda line: None) -> RunFile:
-    """Read a run file that a person wrote. Raises `RunFileError`, one line that names the file and the key.
-
-    `tell` is called with a line for each alias (`run_aliases.py`) that was read as a key.
-    """
+def load_run(path: str | Path) -> RunFile:
+    """Read a run file that a person wrote. Raises `RunFileError`, one line that names the file and the key."""
     path = Path(path)
     origin = one_line(str(path))
     try:
@@ -699,16 +692,14 @@ def load_run(path: str | Path, tell: Callable[[str], None] = lambda line: None) 
             f"{origin}: {len(data)} bytes; allowed for a run file: at most {MAX_RUN_FILE_BYTES}", code="file-too-long"
         )
     try:
-        return parse_run(data.decode("utf-8-sig"), origin, tell=tell)
+        return parse_run(data.decode("utf-8-sig"), origin)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise RunFileError(f"{origin}: line {line}: not UTF-8; save the file as UTF-8 text", code="not-utf8") from None
 
 
-def parse_run(
-    text: str, origin: str, *, has_lines: bool = True, tell: Callable[[str], None] = lambda line: None
-) -> RunFile:
-    """Parse a run file as a person writes it. Raises `RunFileError`; `tell` is as for `load_run`.
+def parse_run(text: str, origin: str, *, has_lines: bool = True) -> RunFile:
+    """Parse a run file as a person writes it. Raises `RunFileError`.
 
     Errors name `origin`, and the line if `text` `has_lines` that the person can look at.
     """
@@ -726,11 +717,7 @@ def parse_run(
                     f"{origin}: {section}.{key}: only `swarmtrain bootstrap` writes this key; leave it out",
                     code="published-section",
                 )
-    found = translated(table)
-    run = _validated(found.table, origin, text if has_lines else "", found.rewritten)
-    for line in found.said:
-        tell(line)
-    return run
+    return _validated(table, origin, text if has_lines else "")
 
 
 def with_model(run: RunFile, values: dict[str, Any], adapter: dict[str, Any] | None = None) -> RunFile:
@@ -738,21 +725,6 @@ def with_model(run: RunFile, values: dict[str, Any], adapter: dict[str, Any] | N
     table = run.model_dump(mode="json", exclude_none=True)
     changed = {"model": {**table["model"], **values}, "adapter": {**table["adapter"], **(adapter or {})}}
     return _validated({**table, **changed}, "model.base")
-
-
-def translated(table: dict[str, Any]) -> Translation:
-    """Replace aliases by their keys in the tables of a person's run file."""
-    return translate(table, _defaults())
-
-
-@cache
-def _defaults() -> dict[str, dict[str, Any]]:
-    """Map section to key to default; None if a key has no default."""
-    return {
-        name: {key: None if field.is_required() else field.default for key, field in fields.items()}
-        for name, section in RunFile.model_fields.items()
-        if name != "published" and (fields := section_fields(section.annotation))
-    }
 
 
 def published_bytes(run: RunFile) -> bytes:
@@ -866,16 +838,11 @@ def _ask_for_package(table: dict[str, Any]) -> None:
         method_named(name)
 
 
-def _validated(table: dict[str, Any], origin: str, text: str = "", rewritten: Rewritten | None = None) -> RunFile:
-    problem = None
+def _validated(table: dict[str, Any], origin: str, text: str = "") -> RunFile:
     try:
-        run = RunFile.model_validate(table)
+        return RunFile.model_validate(table)
     except ValidationError as error:
-        problem = error
-    if problem is not None or (rewritten is not None and rewritten.problems):
-        problems = problems_in_words(problem, RunFile, text, rewritten)
-        raise RunFileError(*(each.found_in(origin) for each in problems))
-    return run
+        raise RunFileError(*(each.found_in(origin) for each in problems_in_words(error, RunFile, text))) from None
 
 
 def _needs_told(published: dict[str, Any]) -> Needs:

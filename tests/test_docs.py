@@ -67,7 +67,7 @@ def test_relative_links_lead_somewhere(page: str) -> None:
 
 
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("0*.md"))
-STATUS = re.compile(r"Status: (?:holds|replaced(?: in part)? by (?P<by>.+))")
+STATUS = re.compile(r"Status: (?:holds|withdrawn|replaced(?: in part)? by (?P<by>.+))")
 ONE_OF_THEM = re.compile(r"\[(\d{4})\]\((\d{4}-[a-z0-9-]+\.md)\)")
 
 

@@ -34,7 +34,7 @@ samples-left-out tokenizer-misfit tokenizer-not-loaded
 field-not-text file-exists file-not-written file-too-long file-unreadable folder-altered folder-in-use
 bad-model-file disk-full files-not-delivered hub-failed hub-file-damaged hub-not-limited model-files-differ
 folder-not-empty folder-not-writable folder-of-another-run going-on-alone gone gpu-share-on-processor
-heat-not-measured invite-garbled invite-local-only invite-not-written invite-too-long kept-option key-given-twice
+heat-not-measured invite-garbled invite-local-only invite-not-written invite-too-long kept-option
 key-not-changeable keys-disagree last-state-lost last-volunteer limits-fixed loss-not-measured merge-package-broken
 merge-package-missing merge-package-version metrics-address missing-key model-family model-not-delivered
 model-not-saved network-broke nice-not-lowered no-bootstrap no-checkpoint no-control no-curves no-final-model no-log
@@ -46,7 +46,7 @@ no-service-manager no-such-service not-for-a-service service-ended service-refus
 bad-repository hub-login hub-upload tasks-not-scored unknown-task
 adapter-differs adapter-on-one-device adapter-targets base-bits rank-count rank-not-possible
 not-finite not-healthy not-held not-json-lines not-parquet not-safetensors not-toml not-utf8 nothing-announced
-nothing-to-resume only-held-out-text options-conflict other-projects-word other-user out-of-memory out-of-range
+nothing-to-resume only-held-out-text options-conflict other-user out-of-memory out-of-range
 package-missing path-is-folder path-outside peer-failed peer-needs-newer peer-not-running peer-of-another-version
 peer-refused peer-silent peer-starting port-forbidden port-taken precision-demanded published-section question-refused
 rank-lost rehearsal rounds-not-archived run-had-ended run-needs-newer run-not-delivered seed-used-twice server-silent
@@ -140,8 +140,8 @@ def test_explain_says_what_the_page_says() -> None:
     assert said.exit_code == 0
     assert codes_in(said.output) == ["port-taken"] * len(CODES["port-taken"].says)
     assert "--listen :31338" in " ".join(said.output.split())
-    links = CliRunner().invoke(cli, ["explain", "other-projects-word"]).output
-    assert "](" not in links and "words of the field" in " ".join(links.split())
+    links = CliRunner().invoke(cli, ["explain", "unknown-key"]).output
+    assert "](" not in links and "The run file lists all" in " ".join(links.split())
     listed = CliRunner().invoke(cli, ["explain"]).output.splitlines()
     assert [line.split()[0] for line in listed] == list(CODES)
 

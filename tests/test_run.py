@@ -102,6 +102,8 @@ def test_lists_fill_tuples_and_integers_fill_numbers() -> None:
         (MINIMAL + "inner_steps = 4\n", "run.inner_steps: belongs in [merge]"),
         ("inner_steps = 4\n" + MINIMAL, "inner_steps: belongs in [merge]"),
         (MINIMAL + "[merge]\nbatch_sequences = 4\n", "merge.batch_sequences: belongs in [inner] or [evaluation]"),
+        (MINIMAL + "[model]\nhidden_size = 64\n", "model.hidden_size: unknown key; did you mean model.width?"),
+        (MINIMAL + "[inner]\nmax_steps = 9\n", "inner.max_steps: unknown key; did you mean run.total_tokens?"),
         (MINIMAL + "[merge]\nlayers_num = 4\n", "merge.layers_num: unknown key; did you mean model.num_layers?"),
         (MINIMAL + "[evaluation]\nzzz = 4\n", "evaluation.zzz: unknown key; allowed: every_rounds, batch_sequences"),
         (MINIMAL + "model.width = 8\n", "run.model: is a section of its own; write [model]"),

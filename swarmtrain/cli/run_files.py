@@ -40,17 +40,16 @@ class GivenRun:
         return str(self.path.absolute()) if Path(self.argument) == self.path else self.argument
 
     def load(self) -> RunFile:
-        """Load the run, and print on standard error which aliases were read as which keys.
+        """Load the run.
 
         Raises RunFileError, which lists the examples if there is no such file.
         """
-        from swarmtrain.cli.background import say
         from swarmtrain.model.base import with_base_path
         from swarmtrain.run import load_run
         from swarmtrain.words import one_line
 
         if self.path.exists() or not (names := list(examples())):
-            return with_base_path(load_run(self.path, say), self.base)
+            return with_base_path(load_run(self.path), self.base)
         near = difflib.get_close_matches(Path(self.argument).stem, names, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise RunFileError(

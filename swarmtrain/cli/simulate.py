@@ -65,8 +65,8 @@ def command(
     from swarmtrain.simulate.scenario import load_scenario
 
     grid = dict(map(_swept, sweeps))
-    loaded = load_scenario(scenario, _say).with_changes(
-        seeds=seeds, methods=methods, grid=grid, changes=dict(_changed(change) for change in changes), tell=_say
+    loaded = load_scenario(scenario).with_changes(
+        seeds=seeds, methods=methods, grid=grid, changes=dict(_changed(change) for change in changes)
     )
     files: dict[str, str] = {}
     if plot is not None:

@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,11 +19,10 @@ from pydantic import Field, ValidationError, field_validator
 
 from swarmtrain.errors import UserError
 from swarmtrain.model.base import resolved_run
-from swarmtrain.problems import Section, one_line, problems_in_words, read_small_file, shown
+from swarmtrain.problems import Section, one_line, problems_in_words, read_small_file
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import EXAMPLE as _RUN_EXAMPLE
-from swarmtrain.run import RunFile, parse_run, translated
-from swarmtrain.run_aliases import Conversion, our_key
+from swarmtrain.run import RunFile, parse_run
 from swarmtrain.simulate.traces import TraceSpan, load_trace
 
 __all__ = [
@@ -319,8 +318,6 @@ class Scenario:
     base: Path
     folder: Path
     grid: Mapping[str, tuple[Any, ...]]
-    conversions: tuple[Conversion, ...] = ()
-    """Words of the run file whose values were converted, and are not replaced by a change."""
     figures: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     """Values `speed`, `up_mbit` and `down_mbit` of a trace, by volunteer."""
 
@@ -337,17 +334,13 @@ class Scenario:
         methods: tuple[str, ...] = (),
         grid: Mapping[str, Sequence[Any]] | None = None,
         changes: Mapping[str, Any] | None = None,
-        tell: Callable[[str], None] = lambda line: None,
     ) -> Scenario:
         """Return the scenario with the changes that a person asks for on the command line.
 
-        A `grid` replaces the file's, and all of it is compared. Keys in `changes` are removed from the grid. `tell`
-        receives the lines about words of the field, as in `load_run`. Raises UserError if a run file cannot have the
-        changes.
+        A `grid` replaces the file's, and all of it is compared. Keys in `changes` are removed from the grid. Raises
+        UserError if a run file cannot have the changes.
         """
-        words = [each.word for each in self.conversions]
-        grid = None if grid is None else _with_our_keys(grid, tell, words)
-        own, changes = _apart(_with_our_keys(changes or {}, tell, words))
+        own, changes = _apart(changes or {})
         for key in {**own, **(grid or self.grid)}:
             if key.startswith("scenario.") and key not in _CHANGEABLE:
                 raise UserError(
@@ -365,33 +358,13 @@ class Scenario:
             scenario=here.scenario.model_copy(update=told),
             table=_changed(self.table, changes.items()),
             grid={key: tuple(_hashable(key, value) for value in values) for key, values in left.items()},
-            conversions=tuple(each for each in self.conversions if not each.found or each.found.keys() - changes),
         )
-        new._check_conversions(changes)
         if twice := sorted(set(new.scenario.seeds) & set(new.scenario.tuning_seeds)):
             raise UserError(
                 f"scenario.tuning_seeds: seed {twice[0]} is in scenario.seeds too; give other tuning seeds",
                 code="seed-used-twice",
             )
         return new
-
-    def _check_conversions(self, changes: Collection[str]) -> None:
-        """Raise UserError if a change or the grid varies a key with which a word of the run file was converted: the
-        word's value would be that of another run."""
-        varied = {*changes, *self.grid}
-        if self.peers.round_steps or "peers.round_steps" in varied:
-            varied.add("merge.inner_steps")
-        for each in self.conversions:
-            if each.found and each.found.keys() <= varied:
-                continue
-            for key in each.used:
-                if key in varied:
-                    instead = " and ".join(f"{ours} = {shown(value)}" for ours, value in each.found.items())
-                    raise UserError(
-                        f"{key}: cannot be changed here, since {each.word} of the run file was converted with it; "
-                        + (f"write {instead} there instead" if instead else f"leave out {each.word} there"),
-                        code="key-not-changeable",
-                    )
 
     def points(self) -> Iterator[GridPoint]:
         """Yield all points of the grid; without a grid, one that changes nothing."""
@@ -434,8 +407,8 @@ def conditions_of(point: GridPoint) -> GridPoint:
     return tuple(_apart(dict(point))[0].items())
 
 
-def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -> Scenario:
-    """Read a scenario file. `tell` receives the lines about words of the field, as in `load_run`.
+def load_scenario(path: Path) -> Scenario:
+    """Read a scenario file.
 
     Raises UserError, one line that names the file and the key.
     """
@@ -445,8 +418,7 @@ def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -
     rows = {name: table.pop(name, []) for name in ("hangs", "away")}
     sections = _sections_of(table, origin)
     run_path = path.parent / sections.scenario.run
-    run_table, conversions = _run_table(run_path, tell)
-    grid = _with_our_keys(grid, tell, [each.word for each in conversions])
+    run_table = read_small_file(run_path, "a run file", _RUN_EXAMPLE)
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{origin}: grid.{key}: allowed: a list of values, such as [0.5, 0.8]", code="wrong-type")
@@ -466,39 +438,8 @@ def load_scenario(path: Path, tell: Callable[[str], None] = lambda line: None) -
         base=run_path.parent,
         folder=path.parent,
         grid={key: tuple(values) for key, values in grid.items()},
-        conversions=conversions,
     )
-    return _checked(_traced(found, origin), origin).with_changes(changes=changes, tell=tell)
-
-
-def _run_table(path: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any], tuple[Conversion, ...]]:
-    """Read the run file's tables, with our keys, and what was converted. Raises UserError for words of the field that
-    stand for none."""
-    found = translated(read_small_file(path, "a run file", _RUN_EXAMPLE))
-    if found.rewritten.problems:
-        raise UserError(*(each.found_in(one_line(str(path))) for _, each in found.rewritten.problems))
-    for line in found.said:
-        tell(line)
-    return found.table, found.conversions
-
-
-def _with_our_keys(pairs: Mapping[str, Any], tell: Callable[[str], None], beside: Collection[str]) -> dict[str, Any]:
-    """Return the values by `SECTION.KEY`, with our keys for words of the field. `beside` has those of the run file.
-
-    Raises UserError if a key is given by two words.
-    """
-    found: dict[str, Any] = {}
-    for key, value in pairs.items():
-        ours = key if key.partition(".")[0] in _OWN else our_key(key, beside)
-        if ours in found or (ours != key and ours in pairs):
-            raise UserError(
-                f"{one_line(key)}: another name for {ours}, which is given too; leave one of them out",
-                code="key-given-twice",
-            )
-        if ours != key:
-            tell(f"{one_line(key)} is read as {ours}")
-        found[ours] = value
-    return found
+    return _checked(_traced(found, origin), origin).with_changes(changes=changes)
 
 
 def _sections_of(table: Mapping[str, Any], origin: str) -> _Sections:

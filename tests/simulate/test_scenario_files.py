@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 from codes import raises_code
 from learnt import tiny, write_scenario
 
@@ -35,78 +33,6 @@ def test_what_a_scenario_changes_is_changed(tmp_path: Path) -> None:
     more = scenario.with_changes(seeds=(1, 2), methods=("diloco",), changes={"merge.inner_steps": 3}, grid={})
     assert (more.scenario.seeds, more.scenario.methods) == ((1, 2), ("diloco",))
     assert more.run(1).merge.inner_steps == 3 and more.run(1).run.total_tokens == 5000
-
-
-def test_words_of_the_field_are_read_in_a_scenario_and_its_run_file(tmp_path: Path) -> None:
-    told: list[str] = []
-    path = write_scenario(tmp_path, set={"merge.outer_lr": 0.5}, grid={"model.n_embd": [16, 32]})
-    run_path = path.parent / load_scenario(path).scenario.run
-    run_path.write_text(run_path.read_text() + "\n[evaluation]\neval_batch_size = 3\n")
-    scenario = load_scenario(path, told.append).with_changes(changes={"merge.H": 7}, tell=told.append)
-    assert told == [
-        "[evaluation] eval_batch_size = 3 is read as batch_sequences = 3",
-        "model.n_embd is read as model.width",
-        "merge.outer_lr is read as merge.outer_learning_rate",
-        "merge.H is read as merge.inner_steps",
-    ]
-    run = scenario.run(0, *scenario.points())
-    assert (run.merge.outer_learning_rate, run.merge.inner_steps, run.model.width) == (0.5, 7, 32)
-    assert run.evaluation.batch_sequences == 3
-    with raises_code("key-given-twice", UserError, "merge.H", "merge.inner_steps"):
-        scenario.with_changes(changes={"merge.H": 7, "merge.inner_steps": 7})
-    with raises_code("other-projects-word", UserError, "inner.min_lr", "inner.floor_fraction"):
-        scenario.with_changes(grid={"inner.min_lr": [1e-4]})
-    run_path.write_text(run_path.read_text() + "[network]\nmax_steps = 3\n")
-    with raises_code("other-projects-word", UserError, "network.max_steps", "total_tokens"):
-        load_scenario(path)
-
-
-@pytest.mark.parametrize(
-    ("words", "key", "write"),
-    [
-        ({"inner": {"lr": 1e-3, "min_lr": 1e-4}}, "inner.learning_rate", "inner.floor_fraction = 0.1"),
-        ({"inner": {"min_lr": 1e-4}}, "inner.lr", "inner.floor_fraction"),
-        ({"model": {"width": 16, "d_ff": 48}}, "model.width", "model.feed_forward_ratio = 3"),
-        ({"evaluation": {"eval_steps": 8}, "merge": {"H": 4}}, "merge.inner_steps", "evaluation.every_rounds = 2"),
-        ({"evaluation": {"eval_steps": 8}, "merge": {"H": 4}}, "peers.round_steps", "evaluation.every_rounds = 2"),
-        (
-            {"inner": {"batch_sequences": 8, "grad_accum_steps": 2}},
-            "inner.batch_sequences",
-            "inner.microbatch_sequences = 4",
-        ),
-        (
-            {"inner": {"batch_sequences": 8, "microbatch_sequences": 4, "grad_accum_steps": 2}},
-            "inner.microbatch_sequences",
-            "leave out inner.grad_accum_steps",
-        ),
-    ],
-)
-def test_a_key_with_which_a_word_was_converted_does_not_vary(
-    tmp_path: Path, words: dict[str, dict[str, Any]], key: str, write: str
-) -> None:
-    """Else `min_lr`, a share of the file's learning rate, would grow with the one that is swept."""
-
-    def written(**sections: Any) -> Path:
-        path = write_scenario(tmp_path, **sections)
-        table = tomllib.loads((tmp_path / "run.toml").read_text())
-        for section, keys in words.items():
-            table[section] = keys
-        (tmp_path / "run.toml").write_text(tomli_w.dumps(table))
-        return path
-
-    value = 16
-    for sections in ({"set": {key: value}}, {"grid": {key: [value, 2 * value]}}):
-        with raises_code("key-not-changeable", UserError, write):
-            load_scenario(written(**sections))
-    scenario = load_scenario(written())
-    for changed in ({"changes": {key: value}}, {"grid": {key: [value]}}):
-        with raises_code("key-not-changeable", UserError, write):
-            scenario.with_changes(**changed)
-    assert scenario.with_changes(changes={"merge.outer_momentum": 0.5}).conversions == scenario.conversions
-    found = {ours: value for each in scenario.conversions for ours, value in each.found.items()}
-    if found:
-        both = scenario.with_changes(changes={**found, key: value})
-        assert not both.conversions, "what is set replaces the word"
 
 
 def test_a_grid_can_be_of_the_scenario_itself(tmp_path: Path) -> None:
