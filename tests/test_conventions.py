@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import ast
 import functools
-import statistics
 from pathlib import Path
 
 from own_sources import modules, nodes, sources
 
-MAX_MODULE_LINES = 900  # far above the median: what is one thing may be long, and nothing is split to fit a number
-MAX_MEDIAN_LINES = 200
-MAX_BODY_LINES = 50
-MAX_ARGUMENTS = 6
 # The places that may wait by the real clock, each with its reason.
 MAY_SLEEP: dict[str, str] = {}
 
@@ -31,30 +26,6 @@ def functions() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
 def calls() -> list[tuple[str, str, ast.Call]]:
     """Every call as (module, dotted name as written, node)."""
     return [(name, ast.unparse(node.func), node) for name, node in nodes() if isinstance(node, ast.Call)]
-
-
-def test_modules_are_short() -> None:
-    lengths = {name: len(text.splitlines()) for name, text in sources().items()}
-    longest = sorted(lengths.items(), key=lambda item: -item[1])[:5]
-    median = statistics.median(length for length in lengths.values() if length > 5)
-    print(f"{len(lengths)} modules, median {median:.0f} lines, longest {longest}")
-    assert longest[0][1] <= MAX_MODULE_LINES, f"split {longest[0][0]}"
-    assert median <= MAX_MEDIAN_LINES
-
-
-def test_functions_are_short() -> None:
-    bodies = {where: (node.end_lineno or node.lineno) - node.body[0].lineno + 1 for where, node in functions()}
-    long = [f"{where}: {lines} lines" for where, lines in bodies.items() if lines > MAX_BODY_LINES]
-    assert len(long) <= 0.03 * len(bodies), long
-
-
-def test_at_most_six_arguments() -> None:
-    for where, node in functions():
-        if "click" in "".join(ast.unparse(decorator) for decorator in node.decorator_list):
-            continue  # a command has an argument an option
-        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
-        assert len(names) <= MAX_ARGUMENTS, f"{where} has {len(names)} arguments: make a frozen dataclass of them"
 
 
 def test_context_managers_rather_than_finalizers() -> None:
