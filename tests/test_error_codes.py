@@ -42,7 +42,7 @@ no-model no-run-file no-such-code no-such-command no-such-data no-such-field no-
 no-such-peer no-such-split no-such-volunteer no-text nobody-answers nobody-at-address nobody-can-dial nobody-known
 not-a-config not-a-model not-a-number not-a-regular-file not-a-volunteer not-an-identity not-an-invite not-asked-for
 not-decompressed not-a-time
-no-service-manager no-such-service not-for-a-service service-ended service-refused several-services
+not-for-a-service
 bad-repository hub-login hub-upload tasks-not-scored unknown-task
 adapter-differs adapter-on-one-device adapter-targets base-bits rank-count rank-not-possible
 not-finite not-healthy not-held not-json-lines not-parquet not-safetensors not-toml not-utf8 nothing-announced

@@ -166,10 +166,6 @@ def command(
         options = options.with_kept(kept)
         limits, on, data = _with_kept(limits, kept), on.with_kept(kept), kept.get("data", data)
         model_dir, rank = kept.get("model_dir", model_dir), kept.get("rank", rank)
-        from swarmtrain.peer.service.managers import keep_service_limits
-
-        if problem := keep_service_limits(directory, started.options):
-            say(problem)
     import platformdirs
 
     from swarmtrain.cli.background import outputs_to_log

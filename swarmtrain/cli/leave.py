@@ -30,7 +30,6 @@ def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
     """
     from swarmtrain.cli.peers import NoAnswerError, find_running, tell, wire
     from swarmtrain.peer.lifecycle.folder_lock import holder_pid
-    from swarmtrain.peer.service.managers import service_of
 
     peer, warnings = find_running(which), _Warnings()
     process = holder_pid(peer.folder) if peer.folder is not None else 0
@@ -42,10 +41,6 @@ def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
         said = _interrupt(peer)
     said, code = (said, 0) if no_wait else _wait_for_end(peer, process, warnings)
     click.echo(said)
-    if peer.folder is not None and (service := service_of(peer.folder)) is not None:
-        click.echo(
-            f"{service.name} starts it again after the next reboot; `swarmtrain service uninstall {service.name}` ends that"
-        )
     ctx.exit(code)
 
 

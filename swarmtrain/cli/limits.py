@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -76,7 +74,6 @@ def command(
     """
     from swarmtrain.cli.facts import limits_in_words
     from swarmtrain.cli.peers import ask, find_running, tell, title, wire
-    from swarmtrain.peer.service.managers import keep_service_limits
 
     peer = find_running(which)
     asked: dict[str, float | str | None] = {"threads": threads, "memory_bytes": memory, "nice": nice}
@@ -89,15 +86,6 @@ def command(
             setattr(limits, name, value)
     if limits.ByteSize():
         click.echo(tell(peer, "Limit", limits))
-        if peer.folder is not None and (problem := keep_service_limits(peer.folder, _remembered(peer.folder))):
-            click.echo(f"warning: {problem}", err=True)
         return
     status = ask(peer, "Status", wire.StatusRequest())
     click.echo(f"{title(status, peer.folder)} may use {limits_in_words(status.limits)}")
-
-
-def _remembered(folder: Path) -> Mapping[str, tuple[str, ...]]:
-    """Return the options that the peer's folder remembers by now."""
-    from swarmtrain.peer.lifecycle.start_options import StartedFile
-
-    return StartedFile(folder).read().options

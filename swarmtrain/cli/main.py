@@ -165,7 +165,7 @@ def main() -> None:
 
 
 def _is_under_launchd() -> bool:
-    from swarmtrain.peer.service.launchd_agent import UNDER_LAUNCHD
+    from swarmtrain.cli.service import UNDER_LAUNCHD
 
     return bool(os.environ.get(UNDER_LAUNCHD))
 

@@ -95,10 +95,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--gpu-share", "--gpu-when-idle", "--on-battery", "--max-temperature", "--hours", "--up", "--down"),
     ),
     "invite": ("--dir", "--json"),
-    "service": (),
-    "service install": ("[NAME]", "--dir", "--print"),
-    "service status": ("[NAME]", "--dir", "--json"),
-    "service uninstall": ("[NAME]", "--dir"),
+    "service": ("[NAME]", "--dir", "--address"),
     "init": ("[PATH]", "--example"),
     "check": ("RUN.toml", "--peers", "--data", "--json"),
     "plan": (

@@ -15,7 +15,6 @@ status.json    the peer's last status
 checkpoints/   the newest three checkpoints of this peer's state: COUNT-round-ROUND.safetensors and .json
                (of stage N of a pipeline in checkpoints/stage-N/)
 started.json   the options it was started with, and whether it is paused
-service-invite.txt  the invite with which a service of the system starts it, until the folder has the run
 port.txt       the port it listened at, if none was asked for
 peers.json     whom it knew
 counts.json    (bootstrap) who has trained on how many tokens by now; of a stage counts-stage-N.json

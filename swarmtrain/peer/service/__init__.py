@@ -1,1 +1,0 @@
-"""Services of the system: a peer that comes back after a reboot. Begin with `managers.py:service_manager`."""
