@@ -23,7 +23,7 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from swarmtrain import __version__
-from swarmtrain.compatibility import KEYS_SINCE, UPDATE, Needs, needs_untrusted, needs_with, too_old_for
+from swarmtrain.compatibility import PROTOCOL, UPDATE, protocol_mismatch
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.packages import NAME
@@ -54,7 +54,6 @@ __all__ = [
     "RunSection",
     "SourceKeys",
     "load_run",
-    "needs_of",
     "parse_published_untrusted",
     "parse_run",
     "published_bytes",
@@ -390,8 +389,7 @@ class PublishedSection(Section):
     tokenizer_bytes: int = Field(0, ge=0, le=MAX_TOKENIZER_BYTES, description="Its size in bytes.")
     boundaries: tuple[int, ...] | None = Field(None, strict=False, description="With pipeline.stages: where the model is cut, the number of blocks before each cut.")  # fmt: skip
     stage_costs: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(None, strict=False, description="With pipeline.stages: the part of the model's computing that each stage is, as measured by the bootstrap.")  # fmt: skip
-    protocol: int | None = Field(None, ge=2, le=65_535, json_schema_extra={"allowed": "an integer from 2 to 65535"}, description="The protocol that a peer must speak at least to take part; absent for 1.")  # fmt: skip
-    needs: str | None = Field(None, pattern=r"^[0-9A-Za-z.+-]{1,32}$", description="The version of swarmtrain that spoke that protocol first.")  # fmt: skip
+    protocol: int = Field(PROTOCOL, ge=1, le=65_535, description="The protocol that a peer must speak to take part.")
     dataset_revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$", description='With data.source = "datasets" of the hub: the commit of the data set; absent otherwise.')  # fmt: skip
     dataset_revisions: tuple[Annotated[str, Field(pattern=r"^([0-9a-f]{40})?$")], ...] | None = Field(None, strict=False, description="With data.sources: the commit of each source's data set of the hub, empty for other sources; absent without a data set of the hub.")  # fmt: skip
     held_out_source_bytes: tuple[Annotated[int, Field(gt=0)], ...] | None = Field(None, strict=False, description="With data.sources: the bytes of the held-out text that are of each source, one after the other.")  # fmt: skip
@@ -413,12 +411,6 @@ class RunFile(Section):
     evaluation: EvaluationSection = EvaluationSection()
     network: NetworkSection = NetworkSection()
     published: PublishedSection | None = None
-
-    @property
-    def needs(self) -> Needs:
-        """Protocol that a peer must speak to take part, once the run is published."""
-        published = self.published
-        return Needs() if published is None else needs_untrusted(published.protocol or 1, published.needs or "")
 
     @property
     def dataset_revisions(self) -> tuple[str, ...]:
@@ -742,44 +734,16 @@ def published_bytes(run: RunFile) -> bytes:
     return data
 
 
-def needs_of(run: RunFile) -> Needs:
-    """Return the protocol that a peer must speak to take part in `run`, published by this version."""
-    written = [
-        (f"{name}.{key}", value) for name, section in _written_table(run).items() for key, value in section.items()
-    ]
-    kinds = ((name, run.model.tokenizer_kind if name == "model.tokenizer" else value) for name, value in written)
-    return needs_with({key: 0 for name, value in kinds for key in (name, f"{name}={value}")})
-
-
-_SECTIONS_SINCE = {"adapter"}
-"""Sections that came after protocol 1: they are left out where all their keys are."""
-
-
 def _written_table(run: RunFile) -> dict[str, Any]:
-    """Return the tables to publish: every default, but of newer keys (`KEYS_SINCE`) only values that differ from it.
-
-    Older peers refuse keys that they do not know.
-    """
+    """Return the tables to publish: every default, but of keys without a meaning in this run."""
     table = _of_its_method(run.model_dump(mode="json", exclude_none=True))
-    for key in KEYS_SINCE:
-        section, _, name = key.partition(".")
-        without = {name_: value for name_, value in table.get(section, {}).items() if name_ != name}
-        if name in table.get(section, {}) and _means_the_same(without, getattr(run, section)):
-            table[section] = without
     if run.data.sources:  # which the keys of one source have no meaning beside
         table["data"] = {key: value for key, value in table["data"].items() if key not in SourceKeys.model_fields}
-    return {name: keys for name, keys in table.items() if keys or name not in _SECTIONS_SINCE}
-
-
-def _means_the_same(table: dict[str, Any], section: Section) -> bool:
-    try:
-        return type(section).model_validate(table) == section
-    except ValidationError:  # a key that is needed is left out
-        return False
+    return table
 
 
 def _of_its_method(table: dict[str, Any]) -> dict[str, Any]:
-    """Drop keys of `[merge]` that its method does not have: older publishers wrote their defaults, which change."""
+    """Drop keys of `[merge]` that its method does not have."""
     merge = table.get("merge")
     if not isinstance(merge, dict):
         return table
@@ -817,11 +781,12 @@ def parse_published_untrusted(data: bytes, expected_sha256: str) -> RunFile:
         raise BadBytesError("the published run: not UTF-8", code="bad-format") from None
     except RunFileError as error:
         raise BadBytesError(*error.problems) from None
-    if refusal := too_old_for(_needs_told(table["published"])):
+    told = table["published"]
+    if refusal := protocol_mismatch("this run", told.get("protocol"), told.get("swarmtrain")):
         raise NewerRunError(refusal)
     _ask_for_package(table)
     try:
-        return _validated(_of_its_method(table), "the published run")
+        return _validated(table, "the published run")
     except RunFileError as error:
         publisher = table["published"].get("swarmtrain")
         if isinstance(publisher, str) and _version(publisher) > _version(__version__):
@@ -843,13 +808,6 @@ def _validated(table: dict[str, Any], origin: str, text: str = "") -> RunFile:
         return RunFile.model_validate(table)
     except ValidationError as error:
         raise RunFileError(*(each.found_in(origin) for each in problems_in_words(error, RunFile, text))) from None
-
-
-def _needs_told(published: dict[str, Any]) -> Needs:
-    """Read which protocol a published run says it needs, whatever else is in it."""
-    protocol, version = published.get("protocol"), published.get("needs")
-    known = isinstance(protocol, int) and not isinstance(protocol, bool)
-    return needs_untrusted(protocol if known else 1, version if isinstance(version, str) else "")  # type: ignore[arg-type]
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -15,16 +15,13 @@ from hypothesis import strategies as st
 from swarmtrain import __version__
 from swarmtrain.algorithm.pacing import most_inner_steps
 from swarmtrain.cli.main import run as run_command
-from swarmtrain.compatibility import KEYS_SINCE
 from swarmtrain.errors import BadBytesError, RunFileError, with_code
-from swarmtrain.problems import section_fields
 from swarmtrain.run import (
     MAX_RUN_FILE_BYTES,
     MergeSection,
     PublishedSection,
     RunFile,
     load_run,
-    needs_of,
     parse_published_untrusted,
     parse_run,
     published_bytes,
@@ -285,25 +282,9 @@ def test_published_bytes_hold_every_default_and_nothing_absent() -> None:
     data = published_bytes(published())
     text = data.decode()
     for name, field in RunFile.model_fields.items():
-        is_newer = all(f"{name}.{key}" in KEYS_SINCE for key in section_fields(field.annotation))
-        assert (f"[{name}]" in text) is not is_newer, field
+        assert f"[{name}]" in text, field
     assert "inner_steps = 25" in text
     assert "tokenizer_sha256" not in text
-
-
-@pytest.mark.parametrize("method", ["gossip", "diloco"])
-def test_what_an_older_publisher_wrote_of_other_methods_does_not_matter(method: str) -> None:
-    """It wrote every key, with its own defaults; they have changed since."""
-    run = published()
-    table = run.model_dump(mode="json", exclude_none=True)
-    merge = parse_run(MINIMAL + f"[merge]\nmethod = '{method}'\n", "run.toml").merge.model_dump(mode="json")
-    table["merge"] = {**merge, "gradient_format": "int2", "publications_per_round": 8}
-    data = tomli_w.dumps(table).encode()
-    read = parse_published_untrusted(data, run_sha256(data)).merge
-    assert read.gradient_formats == ("int2",)
-    assert read.publications_per_round == (8 if method == "gossip" else 32)
-    again = published_bytes(parse_published_untrusted(data, run_sha256(data)))
-    assert (b"publications_per_round" in again) == (b"gradient_format" in again) == (method == "gossip")
 
 
 def test_publishing_twice_gives_the_same_bytes_and_round_trips() -> None:
@@ -492,7 +473,7 @@ paths = ["talks/*.jsonl.gz"]
 """
 
 
-def test_several_sources_have_weights_and_a_run_without_them_is_published_as_before() -> None:
+def test_several_sources_have_weights() -> None:
     data = parse_run(MINIMAL + SOURCES, "r").data
     assert [source.name for source in data.mixture] == ["code", "web", "talks"]
     assert [round(share, 4) for share in data.shares] == [0.7493, 0.2498, 0.001]
@@ -502,9 +483,7 @@ def test_several_sources_have_weights_and_a_run_without_them_is_published_as_bef
     one = parse_run(MINIMAL + '[data]\nsource = "text"\npaths = ["a"]\n', "r").data
     assert one.shares == (1.0,) and one.held_out_limits == (65_536,)
     assert (one.mixture[0].name, one.mixture[0].source, one.mixture[0].paths) == ("", "text", ("a",))
-    assert b"sources" not in published_bytes(published()) and b"held_out_source_bytes" not in published_bytes(
-        published()
-    )
+    assert b"held_out_source_bytes" not in published_bytes(published())
 
 
 def of_sources(**fields: object) -> RunFile:
@@ -520,7 +499,6 @@ def test_what_is_published_of_several_sources_says_which_part_and_which_commit_i
     assert b'source = "python-stdlib"' not in data.partition(b"[[data.sources]]")[0], "it has no meaning there"
     assert parse_published_untrusted(data, run_sha256(data)) == run
     assert run.dataset_revisions == ("", "a" * 40, "") and published().dataset_revisions == ("",)
-    assert needs_of(run).protocol == 2, "peers of before know no such key"
 
 
 @pytest.mark.parametrize(
@@ -723,7 +701,6 @@ def test_a_large_batch_is_given_in_tokens_or_in_inner_steps() -> None:
     assert (given.batch_target.at(10**5), given.merge.inner_steps) == (2500, 10)
     data = published_bytes(given.model_copy(update={"published": published().published}))
     assert parse_published_untrusted(data, run_sha256(data)).merge == given.merge
-    assert needs_of(given).protocol == 2
     with pytest.raises(ValueError, match=r"inner_steps: 25 with merge.target_tokens = 2500, .* allowed: 10"):
         batch_run(target_tokens=2500, inner_steps=25)
     with pytest.raises(ValueError, match="are 3906250 inner steps; allowed"):
@@ -738,7 +715,6 @@ def test_a_large_batch_may_grow_with_the_run() -> None:
     data = published_bytes(grows.model_copy(update={"published": published().published}))
     assert b'target_tokens = "auto"' in data
     assert parse_published_untrusted(data, run_sha256(data)).merge == grows.merge
-    assert needs_of(grows).protocol == 2 and KEYS_SINCE["merge.target_tokens=auto"] == 2
     assert batch_run(target_tokens=2.56e3).batch_target.at(10**5) == 2560
 
 

@@ -270,7 +270,7 @@ def _of_folder(directory: Path) -> Invite:
             f"{directory} has no run to continue; give the invite, or the run's folder with --dir",
             code="nothing-to-resume",
         )
-    return Invite(kept.sha256, folder.kept_peers(), kept.run.needs)
+    return Invite(kept.sha256, folder.kept_peers())
 
 
 def free_directory(options: PeerOptions, run_sha256: str | None) -> Path:

@@ -91,7 +91,7 @@ class SwarmAnswers:
             return pb.HelloReply(run_sha256=run_sha256, hosting=hosting is not None and hosting.ask(caller))
         asked = [each for each in (serving.leavers, self.fellows()) if each is not None and request.asks_to_leave]
         return pb.HelloReply(
-            **version_fields(self.published.run.needs),
+            **version_fields(),
             run_sha256=run_sha256,
             time=swarm_time(),
             # Empty before `announce`, which finds out where this peer listens.

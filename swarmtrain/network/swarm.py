@@ -386,7 +386,7 @@ class Swarm:
         own = self.presence.me.addresses or self.presence.listens_at
         peers = [InvitedPeer(self.identity.peer_id, own[:_MAX_ADDRESSES])]
         peers += [InvitedPeer(info.peer, info.addresses[:2]) for info in others[: _MAX_INVITED - 1]]
-        return Invite(self.published.sha256, tuple(peers), self.published.run.needs)
+        return Invite(self.published.sha256, tuple(peers))
 
     async def watch_daemon(self, died: Callable[[Problem], None]) -> None:
         """Call `died` with a sentence if the network daemon ends before this peer leaves."""

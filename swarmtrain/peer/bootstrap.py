@@ -84,7 +84,7 @@ from swarmtrain.protocol.archive.load import (
     not_the_slowest,
 )
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import PublishedSection, RunFile, needs_of, published_bytes, run_sha256
+from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 
 __all__ = ["publish_run", "run_bootstrap"]
@@ -132,9 +132,6 @@ def publish_run(
         )
         named = run.model.model_copy(update={"base": published_base(run.model.base)})
         run = run.model_copy(update={"model": named})
-    needs = needs_of(run.model_copy(update={"published": section}))
-    if needs.protocol > 1:
-        section = section.model_copy(update={"protocol": needs.protocol, "needs": needs.version})
     complete = run.model_copy(update={"published": section})
     data = published_bytes(complete)
     pinned = b"" if model is None else model.pinned.to_bytes()

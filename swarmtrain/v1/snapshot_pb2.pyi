@@ -273,7 +273,7 @@ class HelloRequest(_message.Message):
     def __init__(self, run_sha256: _Optional[bytes] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., leaving: bool = ..., wants_host: bool = ..., asks_to_leave: bool = ..., file_source: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others", "hosting", "stay", "away", "file_sources", "protocol", "needs_protocol", "needs_version")
+    __slots__ = ("swarmtrain_version", "run_sha256", "time", "presence", "others", "hosting", "stay", "away", "file_sources", "protocol")
     SWARMTRAIN_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_SHA256_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
@@ -284,8 +284,6 @@ class HelloReply(_message.Message):
     AWAY_FIELD_NUMBER: _ClassVar[int]
     FILE_SOURCES_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
-    NEEDS_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
-    NEEDS_VERSION_FIELD_NUMBER: _ClassVar[int]
     swarmtrain_version: str
     run_sha256: bytes
     time: float
@@ -296,9 +294,7 @@ class HelloReply(_message.Message):
     away: bool
     file_sources: _containers.RepeatedCompositeFieldContainer[Signed]
     protocol: int
-    needs_protocol: int
-    needs_version: str
-    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., hosting: bool = ..., stay: bool = ..., away: bool = ..., file_sources: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., protocol: _Optional[int] = ..., needs_protocol: _Optional[int] = ..., needs_version: _Optional[str] = ...) -> None: ...
+    def __init__(self, swarmtrain_version: _Optional[str] = ..., run_sha256: _Optional[bytes] = ..., time: _Optional[float] = ..., presence: _Optional[_Union[Signed, _Mapping]] = ..., others: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., hosting: bool = ..., stay: bool = ..., away: bool = ..., file_sources: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class BlobRequest(_message.Message):
     __slots__ = ("sha256", "max_bytes")

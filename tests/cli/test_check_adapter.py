@@ -14,7 +14,7 @@ from swarmtrain.peer.devices.machine import least_bytes
 from swarmtrain.peer.estimate import estimate
 from swarmtrain.peer.lifecycle.preparation import summary_of
 from swarmtrain.protocol.membership.membership import PeerInfo
-from swarmtrain.run import RunFile, needs_of, parse_run, published_bytes
+from swarmtrain.run import RunFile, parse_run
 from swarmtrain.run_adapter import AdapterSection
 
 MODEL = {
@@ -58,14 +58,12 @@ def test_a_person_is_told_of_it_before_and_while_it_trains() -> None:
     assert adapter_in_words(AdapterSection(), whole) == ""
 
 
-def test_its_groups_are_the_fragments_and_older_peers_are_told_to_update() -> None:
+def test_its_groups_are_the_fragments() -> None:
     for rank, group_rank, num_groups in ((16, 0, 4), (6, 0, 3), (5, 0, 1), (16, 1, 16), (8, 8, 1)):
         run = run_with(True).model_dump() | {"merge": {}, "adapter": ADAPTER | {"rank": rank, "group_rank": group_rank}}
         read = RunFile.model_validate(run)
         assert read.adapter.num_groups == read.merge.fragments == read.merge.num_fragments == num_groups
         assert read.adapter.rank_of_group * num_groups == rank
-    assert needs_of(run_with(True)).protocol == 2 and b"[adapter]" in published_bytes(run_with(True))
-    assert b"[adapter]" not in published_bytes(run_with(False))
 
 
 @pytest.mark.parametrize(

@@ -415,7 +415,6 @@ def test_the_bootstrap_fixes_the_commit(home: Home, hub: SmallHub, streaming: bo
     sha = hub.push("anna/stories", rows("first"))
     run = published(a_run(dataset="anna/stories", streaming=streaming), home.data)
     assert run.published is not None and run.published.dataset_revision == sha
-    assert run.needs.protocol == 2, "peers of before know no such key"
     hub.push("anna/stories", rows("second"))
     assert b"first" in home.prepare(run, None)
     (home.data / "anna" / "stories").mkdir(parents=True)  # the hub's it was, and is
@@ -429,11 +428,7 @@ def test_a_folders_run_has_no_commit_and_other_sources_cannot_have_one(home: Hom
     (home.data / "anna" / "stories").mkdir(parents=True)
     (home.data / "anna" / "stories" / "train.jsonl").write_bytes(rows("mine")["train.jsonl"])
     run = published(a_run(dataset="anna/stories"), home.data)
-    assert (
-        run.needs.protocol == 1
-        and run.dataset_revisions == ("",)
-        and "dataset_revision" not in published_bytes(run).decode()
-    )
+    assert run.dataset_revisions == ("",) and "dataset_revision" not in published_bytes(run).decode()
     text = published_bytes(run).decode().replace("[published]", f'[published]\ndataset_revision = "{"a" * 40}"')
     text = text.replace('source = "datasets"', 'source = "python-stdlib"').replace('dataset = "anna/stories"', "")
     with raises_code("keys-disagree", BadBytesError, "data.source"):

@@ -13,6 +13,7 @@ from codes import raises_code
 from learnt import write_scenario
 from small_models import run_of, saved
 
+from swarmtrain.compatibility import PROTOCOL
 from swarmtrain.errors import BadBytesError, RunFileError
 from swarmtrain.model.base import (
     base_files,
@@ -32,7 +33,7 @@ from swarmtrain.peer.lifecycle.preparation import summary_of
 from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.model_files.base_files import pin_base
 from swarmtrain.peer.model_files.fetcher import FilesPlace
-from swarmtrain.run import ModelSection, RunFile, parse_published_untrusted, parse_run, published_bytes, run_sha256
+from swarmtrain.run import ModelSection, RunFile, parse_published_untrusted, run_sha256
 from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.setting import setting_of
@@ -107,7 +108,7 @@ def test_a_published_run_says_what_the_model_is_and_not_where_it_was(tmp_path: P
     published = _published(run, tmp_path)
     assert b"secret" not in published.data
     read = parse_published_untrusted(published.data, published.sha256)
-    assert read.model.base == "small" and read.model.num_parameters > 0 and read.needs.protocol == 2
+    assert read.model.base == "small" and read.model.num_parameters > 0
     assert is_published_from(read, run) and not is_published_from(read, run_of("other", data=_text(tmp_path)))
     assert "(small, from its weights)" in summary_of(read)
     needed, built_in = (
@@ -142,6 +143,7 @@ def _published_with(**keys: Any) -> bytes:
     published = {
         "created": "2030-01-02T00:00:00Z",
         "swarmtrain": "0.2.0",
+        "protocol": PROTOCOL,
         "held_out_sha256": "ab" * 32,
         "held_out_bytes": 2048,
         "model_files_sha256": "cd" * 32,
@@ -167,13 +169,6 @@ def test_nobody_writes_what_is_read_from_the_configuration() -> None:
     for key in ("num_parameters = 5", "tied_embeddings = true"):
         with raises_code("published-section", RunFileError, key.split()[0]):
             run_of("small", key)
-
-
-def test_a_built_in_model_is_published_as_before() -> None:
-    run = parse_run("[run]\ntotal_tokens = 100_000\n", "r")
-    text = published_bytes(run).decode()
-    assert not any(key in text for key in ("base", "from_scratch", "num_parameters", "tied_embeddings"))
-    assert RunFile.model_validate(run.model_dump()) == run
 
 
 # ---------------------------------------------------------------- a run of it

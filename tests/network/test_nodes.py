@@ -254,7 +254,7 @@ def test_another_service_takes_the_place_of_the_one_before(here: Here) -> None:
 def test_of_three_that_begin_at_once_one_gets_a_file_from_another_that_has_it(here: Here, tmp_path: Path) -> None:
     """None of them is in a swarm yet, and each of two knows the third one alone."""
     limits = NetworkSection()
-    run: Any = SimpleNamespace(network=limits, needs=SimpleNamespace(protocol=1, version=""))
+    run: Any = SimpleNamespace(network=limits)
     sha256 = hashlib.sha256(b"a fourth run").hexdigest()
     published: Any = SimpleNamespace(sha256=sha256, run=run, blobs=dict)
     (tmp_path / "config.json").write_bytes(BLOB)

@@ -1,11 +1,9 @@
 """Format and parse an invite: one word that names a run and where to dial its peers.
 
-`st1` + base58 of: a version byte, the run's 32-byte hash, then for each peer its public key and addresses, then 4 bytes
-of SHA-256 over all that, so that a truncated or mistyped word is noticed before anything is dialled. An address is a
-byte for its kind and its binary form (IPv4 or IPv6 with a TCP port), or text for anything else.
-
-A run that needs a later protocol than 1 has `st2`: before the run's hash come two bytes for that protocol, and the
-first swarmtrain version that spoke it, as a length byte and text. Bytes after the peers are for later versions.
+`st1` + base58 of: a byte for the protocol that the run's peers speak, the run's 32-byte hash, then for each peer its
+public key and addresses, then 4 bytes of SHA-256 over all that, so that a truncated or mistyped word is noticed before
+anything is dialled. An address is a byte for its kind and its binary form (IPv4 or IPv6 with a TCP port), or text for
+anything else.
 """
 
 from __future__ import annotations
@@ -15,15 +13,15 @@ import hashlib
 import ipaddress
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from swarmtrain.compatibility import UPDATE, Needs, needs_untrusted, too_old_for
+from swarmtrain.compatibility import PROTOCOL, UPDATE, protocol_mismatch
 from swarmtrain.errors import BadBytesError, InviteError
 from swarmtrain.network.identity import base58_decode, base58_encode, peer_bytes, peer_id_from_bytes_untrusted
 
 __all__ = ["Invite", "InvitedPeer", "format_invite", "invite_in", "parse_invite", "where_it_serves"]
 
-_PREFIX, _PREFIX_OF_LATER = "st1", "st2"
+_PREFIX = "st1"
 _NEXT_STEP = "ask for the whole line again and copy it in one piece"
 _PLAIN = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]+)/tcp/([0-9]{1,5})")
 _READABLE = re.compile(r"/[!-~]+")
@@ -52,11 +50,10 @@ class InvitedPeer:
 
 @dataclass(frozen=True)
 class Invite:
-    """Content of an invite: the run (SHA-256, hex), the peers that serve it, and the protocol that it needs."""
+    """Content of an invite: the run (SHA-256, hex), and the peers that serve it."""
 
     run_sha256: str
     peers: tuple[InvitedPeer, ...]
-    needs: Needs = field(default_factory=Needs)
 
 
 def _pack_address(address: str) -> bytes:
@@ -101,11 +98,8 @@ def format_invite(invite: Invite) -> str:
         addresses = _packed(peer.addresses)
         # Only the public key: the rest of a PeerID is the same for all peers.
         body += peer_bytes(peer.peer)[-32:] + bytes([len(addresses)]) + b"".join(addresses)
-    prefix = _PREFIX
-    if invite.needs.protocol > 1:  # old peers cannot join such a run; their parser reports `st2` as another version
-        prefix, version = _PREFIX_OF_LATER, invite.needs.version.encode()
-        body = invite.needs.protocol.to_bytes(2, "big") + bytes([len(version)]) + version + body
-    word = prefix + base58_encode(bytes([int(prefix[-1])]) + body + hashlib.sha256(body).digest()[:4])
+    body = bytes([PROTOCOL]) + body
+    word = _PREFIX + base58_encode(body + hashlib.sha256(body).digest()[:4])
     if len(word) > _MAX_WORD:
         raise InviteError(
             f"an invite of {len(word)} characters is too long; name fewer peers or addresses", code="invite-too-long"
@@ -151,20 +145,17 @@ def where_it_serves(invite: Invite) -> str:
 
 def parse_invite(text: str) -> Invite:
     """Parse an invite however it was pasted. Raises InviteError, which says what is wrong and what to do."""
-    prefix, body = _whole_body(invite_in(text))
+    protocol, body = _whole_body(invite_in(text))
+    if refusal := protocol_mismatch("this invite", protocol, ""):
+        raise InviteError(refusal)
     try:
-        if prefix == _PREFIX:
-            return _parse_body(body)
-        needs, rest = _parse_needs(body)
-        if refusal := too_old_for(needs):
-            raise InviteError(refusal)
-        return _parse_body(rest, needs)
+        return _parse_body(body)
     except (BadBytesError, IndexError, KeyError, ValueError) as error:
         raise InviteError(f"the invite cannot be read ({error}); {_NEXT_STEP}", code="invite-garbled") from None
 
 
-def _whole_body(words: str) -> tuple[str, bytes]:
-    """Return prefix and content of the invite at the start of `words`.
+def _whole_body(words: str) -> tuple[int, bytes]:
+    """Return protocol and content of the invite at the start of `words`.
 
     Takes the longest run of words whose checksum is right together. Raises the InviteError of all of them if there is
     none.
@@ -176,14 +167,14 @@ def _whole_body(words: str) -> tuple[str, bytes]:
     return _checked("".join(parts))
 
 
-def _checked(word: str) -> tuple[str, bytes]:
-    """Return prefix and content of one word. Raises InviteError if it is no invite, or its checksum is wrong."""
+def _checked(word: str) -> tuple[int, bytes]:
+    """Return protocol and content of one word. Raises InviteError if it is no invite, or its checksum is wrong."""
     prefix = word[:3]
-    if re.match(r"^st[0-9]", word) and prefix not in (_PREFIX, _PREFIX_OF_LATER):
+    if re.match(r"^st[0-9]", word) and prefix != _PREFIX:
         raise InviteError(
-            f"this invite has another version ({prefix}, not {_PREFIX_OF_LATER}): {UPDATE}", code="run-needs-newer"
+            f"this invite has another version ({prefix}, not {_PREFIX}): {UPDATE}", code="run-needs-newer"
         )
-    if prefix not in (_PREFIX, _PREFIX_OF_LATER):
+    if prefix != _PREFIX:
         raise InviteError(f"not an invite: an invite begins with {_PREFIX}; {_NEXT_STEP}", code="not-an-invite")
     if len(word) > _MAX_WORD:
         raise InviteError(f"the invite is too long ({len(word)} characters); {_NEXT_STEP}", code="invite-too-long")
@@ -191,18 +182,12 @@ def _checked(word: str) -> tuple[str, bytes]:
         data = base58_decode(word[len(prefix) :])
     except ValueError:
         raise InviteError(f"the invite has a wrong character; {_NEXT_STEP}", code="invite-garbled") from None
-    body, checksum = data[1:-4], data[-4:]
-    if len(data) < 38 or data[:1] != bytes([int(prefix[-1])]) or hashlib.sha256(body).digest()[:4] != checksum:
+    if len(data) < 38 or hashlib.sha256(data[:-4]).digest()[:4] != data[-4:]:
         raise InviteError(f"the invite is garbled or cut off; {_NEXT_STEP}", code="invite-garbled")
-    return prefix, body
+    return data[0], data[1:-4]
 
 
-def _parse_needs(body: bytes) -> tuple[Needs, bytes]:
-    protocol, version, rest = int.from_bytes(body[:2], "big"), body[3 : 3 + body[2]], body[3 + body[2] :]
-    return needs_untrusted(protocol, version.decode()), rest
-
-
-def _parse_body(body: bytes, needs: Needs | None = None) -> Invite:
+def _parse_body(body: bytes) -> Invite:
     run_sha256, num_peers, rest = body[:32].hex(), body[32], body[33:]
     peers = []
     for _ in range(num_peers):
@@ -213,6 +198,6 @@ def _parse_body(body: bytes, needs: Needs | None = None) -> Invite:
             address, rest = _unpack_address(rest)
             addresses.append(address)
         peers.append(InvitedPeer(peer, tuple(addresses)))
-    if rest and needs is None:
+    if rest:
         raise ValueError(f"{len(rest)} bytes too many")
-    return Invite(run_sha256, tuple(peers), needs or Needs())
+    return Invite(run_sha256, tuple(peers))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarmtrain import __version__
-from swarmtrain.compatibility import PROTOCOL, Needs, needs_untrusted, too_old_for, too_old_to_train_with
+from swarmtrain.compatibility import PROTOCOL, protocol_mismatch
 from swarmtrain.errors import (
     BadBytesError,
     ClockError,
@@ -197,16 +197,14 @@ def _time_in_words(unix_s: float) -> str:
         return "an impossible date"
 
 
-def version_fields(needs: Needs) -> dict[str, Any]:
-    """Return the fields of a greeting's reply that give this version, and the protocol that the run `needs`."""
-    told = {"needs_protocol": needs.protocol, "needs_version": needs.version}
-    return {"swarmtrain_version": __version__, "protocol": PROTOCOL, **told}
+def version_fields() -> dict[str, Any]:
+    """Return the fields of a greeting's reply that give this version."""
+    return {"swarmtrain_version": __version__, "protocol": PROTOCOL}
 
 
 def refusal_untrusted(who: str, reply: pb.HelloReply) -> Problem | None:
     """Explain why this version and the peer `who` cannot train together, by its greeting's reply; None if they can."""
-    needs = needs_untrusted(reply.needs_protocol, reply.needs_version)
-    return too_old_for(needs) or too_old_to_train_with(who, reply.protocol, reply.swarmtrain_version)
+    return protocol_mismatch(who, reply.protocol, reply.swarmtrain_version)
 
 
 def _where(peers: Sequence[InvitedPeer]) -> str:

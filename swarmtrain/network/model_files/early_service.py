@@ -58,7 +58,7 @@ class _EarlyAnswers:
             raise self._not_here()
         self.sources.take_untrusted(request.file_source, caller)
         return pb.HelloReply(
-            **version_fields(self.published.run.needs),
+            **version_fields(),
             run_sha256=bytes.fromhex(self.published.sha256),
             time=swarm_time(),
             away=True,

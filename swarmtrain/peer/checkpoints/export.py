@@ -266,7 +266,7 @@ def _invite_of(folder: PeerFolder, published: PublishedRun) -> Invite:
     """Return an invite to the peer's run: the running peer's own, else one of the peers that it knew."""
     if (line := running_invite(folder.path)) is not None:
         return parse_invite(line)
-    return Invite(published.sha256, folder.kept_peers(), published.run.needs)
+    return Invite(published.sha256, folder.kept_peers())
 
 
 def _built(

@@ -103,7 +103,7 @@ def test_one_that_serves_says_so_and_learns_of_others_that_do() -> None:
 
 
 def test_before_it_enters_it_answers_those_alone_that_fetch_files_too() -> None:
-    run: Any = SimpleNamespace(needs=SimpleNamespace(protocol=1, version=""))
+    run: Any = SimpleNamespace()
     answers = _EarlyAnswers(SimpleNamespace(sha256=RUN, run=run))  # type: ignore[arg-type]
     (anna, hers), (ben, his) = presence(), presence()
     for caller, signed in ((anna, hers), (ben, his)):

@@ -11,6 +11,7 @@ import pytest
 from codes import raises_code
 from virtual_loop import virtually
 
+from swarmtrain.compatibility import PROTOCOL
 from swarmtrain.errors import BadBytesError, ClockError
 from swarmtrain.network import daemon
 from swarmtrain.network.discovery import run_lookup
@@ -42,7 +43,7 @@ def find(monkeypatch: pytest.MonkeyPatch, answers: Mapping[str, tuple[float, flo
                 after_s, ahead_s = answers[peer]
                 asked_s = now()
                 await asyncio.sleep(after_s)
-                return pb.HelloReply(time=NOON + (asked_s + now()) / 2 + ahead_s)
+                return pb.HelloReply(protocol=PROTOCOL, time=NOON + (asked_s + now()) / 2 + ahead_s)
 
         async def connect(*_: Any) -> None:
             pass

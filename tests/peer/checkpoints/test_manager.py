@@ -348,7 +348,7 @@ def test_who_holds_stages_takes_the_model_from_the_swarm(
     cut = dataclasses.replace(published, run=published.run.model_copy(update={"pipeline": sections}))
     monkeypatch.setattr(PeerFolder, "kept_run", lambda folder: cut)
     monkeypatch.setattr(export, "model_of_swarm", of_swarm)
-    own = Invite(published.sha256, (invited(ME, 7),), published.run.needs)
+    own = Invite(published.sha256, (invited(ME, 7),))
     folder, place = tmp_path / "peer", onlooker_place(tmp_path, None, StopFlag())
     with peer_folder(folder) as held:
         held.keep_peers([invited(BEN, 8)])
