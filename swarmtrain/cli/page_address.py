@@ -170,7 +170,7 @@ def keep_page(folder: Path, port: int, key: str) -> None:
 
 
 def bound(address: PageAddress, kept_port: int) -> tuple[socket.socket, PageAddress]:
-    """Return a socket that listens at `address`, and the address with its port. Raises a usage error if it is taken.
+    """Return a socket that listens at `address`, and the address with its port. Raises RunTimeError if it is taken.
 
     If no port was named, `kept_port` is taken if it can be had, else the default one or one of the next.
     """
@@ -183,8 +183,10 @@ def bound(address: PageAddress, kept_port: int) -> tuple[socket.socket, PageAddr
                 return _listening(address.host, port), PageAddress(host=address.host, port=port)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
-                    raise _unusable(address, error.strerror or str(error), "bad-address") from None
-    raise _unusable(address, "the port is taken" if address.port else "all its usual ports are taken", "port-taken")
+                    raise _unusable(address, error.strerror or str(error)) from None
+    from swarmtrain.network.reachability.listen import port_taken
+
+    raise port_taken(f"{address.host}:{address.port or f'{usual[0]} to {usual[-1]}'}", "--web")
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -210,6 +212,6 @@ def _own_address(family: socket.AddressFamily) -> str:
     return socket.gethostname()
 
 
-def _unusable(address: PageAddress, why: str, code: str) -> OptionsError:
+def _unusable(address: PageAddress, why: str) -> OptionsError:
     where = f"{address.host}:{address.port}" if address.port else address.host
-    return OptionsError(f"cannot serve the page at {where}: {why}; choose another with --web", code=code)
+    return OptionsError(f"cannot serve the page at {where}: {why}; choose another with --web", code="bad-address")

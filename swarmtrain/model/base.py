@@ -23,8 +23,8 @@ __all__ = [
     "base_files",
     "base_in_words",
     "base_of",
+    "changed_keys",
     "downloaded",
-    "is_published_from",
     "published_base",
     "resolved_run",
     "with_base_path",
@@ -158,9 +158,9 @@ def base_in_words(section: ModelSection) -> str:
     return f"{one_line(name)}, {'from scratch' if section.from_scratch else 'from its weights'}"
 
 
-def is_published_from(published: RunFile, run: RunFile) -> bool:
-    """Return whether `run`, as a person wrote it, is the one that was published; its base and its tokenizer need not be
-    read again."""
+def changed_keys(published: RunFile, run: RunFile) -> dict[str, tuple[object, object]]:
+    """Return the keys ("section.key") in which `run`, as a person wrote it, differs from the published one, each with
+    its value there and its value here. Its base and its tokenizer need not be read again."""
     ours, theirs = run.model, published.model
     filled: dict[str, object] = {}
     if not ours.is_built_in and theirs.source == ours.source and _is_same_base(theirs.base, ours.base):
@@ -170,7 +170,12 @@ def is_published_from(published: RunFile, run: RunFile) -> bool:
     if ours.tokenizer_kind == theirs.tokenizer_kind and _is_same_tokenizer(ours, theirs):
         filled["tokenizer"] = theirs.tokenizer
     run = run.model_copy(update={"model": ours.model_copy(update=filled)})
-    return published.model_copy(update={"published": None}) == run
+    return {
+        f"{section}.{key}": (value, now)
+        for section in RunFile.model_fields.keys() - {"published"}
+        for key, value in getattr(published, section)
+        if (now := getattr(getattr(run, section), key)) != value
+    }
 
 
 def _is_same_tokenizer(written: ModelSection, published: ModelSection) -> bool:

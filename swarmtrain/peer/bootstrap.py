@@ -28,7 +28,7 @@ from swarmtrain.data.prepare import publishable_data
 from swarmtrain.errors import ClockError, RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, WarningEvent
 from swarmtrain.methods import load_object
-from swarmtrain.model.base import is_published_from, published_base, resolved_run
+from swarmtrain.model.base import changed_keys, published_base, resolved_run
 from swarmtrain.model.huggingface_config import is_tied
 from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.model.run_model import build_run_model
@@ -59,6 +59,7 @@ from swarmtrain.peer.lifecycle.node import (
     Interrupted,
     PeerSettings,
     StopFlag,
+    check_addresses,
     clock_warnings,
     leave_swarm,
     named_weights,
@@ -76,6 +77,7 @@ from swarmtrain.peer.model_files.base_files import BaseFiles, pin_base, place_of
 from swarmtrain.peer.model_files.fetcher import FilesPlace, files_place
 from swarmtrain.peer.pipeline.bootstrap import PipelineBootstrap
 from swarmtrain.peer.pipeline.stage_sizes import cut_and_measure
+from swarmtrain.problems import shown
 from swarmtrain.protocol.archive.departure import DepartureQueue
 from swarmtrain.protocol.archive.load import (
     archive_every_s,
@@ -86,6 +88,7 @@ from swarmtrain.protocol.archive.load import (
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.words import counted
 
 __all__ = ["publish_run", "run_bootstrap"]
 
@@ -145,6 +148,8 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
     that run continues with the same identity and invite.
     """
     use_threads(1)  # it computes only at the end; the cores are for those who train
+    check_addresses(settings)
+    _refuse_another(run, PeerFolder(settings.directory))
     with (
         peer_folder(settings.directory) as folder,
         peer_log(folder.path, settings.log_descriptors),
@@ -177,8 +182,23 @@ def run_bootstrap(run: RunFile, base: Path, settings: PeerSettings, emit: Emit, 
                 bootstrap.manager.close()
 
 
+def _refuse_another(run: RunFile, folder: PeerFolder) -> None:
+    """Raise UserError if the folder holds another run; nothing is written."""
+    kept = folder.kept_run()
+    if kept is None or not (changes := changed_keys(kept.run, run)):
+        return
+    key, (before, now) = next(iter(sorted(changes.items(), key=lambda change: change[0] != "run.name")))
+    more = f" (and {counted(len(changes) - 1, 'more key')})" if len(changes) > 1 else ""
+    raise UserError(
+        f"{folder.path} holds another run ({kept.run.run.name}): there {key} is {shown(before)}, and here "
+        f"{shown(now)}{more}; a run's keys cannot be changed once it is published: give what it was published with, or "
+        "export its model and start a new run from it, in another folder with --dir",
+        code="folder-of-another-run",
+    )
+
+
 def _published(run: RunFile, base: Path, folder: PeerFolder, place: FilesPlace) -> PublishedRun:
-    """Return the run in the folder, or publish a new one there. Raises UserError if the folder holds another run."""
+    """Return the run in the folder, or publish a new one there."""
     kept = folder.kept_run()
     if kept is None:
         me = load_or_create_identity(folder.key_path).peer_id
@@ -191,12 +211,6 @@ def _published(run: RunFile, base: Path, folder: PeerFolder, place: FilesPlace) 
             message = f"the head of this model is its embedding; in stages it {begins}, and the two are trained apart"
             place.emit(WarningEvent(message=message, code="tied-embeddings"))
         return published
-    if not is_published_from(kept.run, run):
-        raise UserError(
-            f"{folder.path} holds another run ({kept.run.run.name}), or the run file or --wait-for was changed since; "
-            "give what it was published with, or another folder with --dir",
-            code="folder-of-another-run",
-        )
     return kept
 
 

@@ -25,6 +25,7 @@ from swarmtrain.peer.lifecycle.node import (
     PeerSettings,
     StopFlag,
     as_peer,
+    check_addresses,
     leave_swarm,
     process_age_s,
     start_node,
@@ -50,6 +51,7 @@ def run_volunteer(invite: Invite, settings: PeerSettings, emit: Emit, stop: Stop
     Raises UserError and RunTimeError with one line for a person; UserError at once if the device asked for is not here.
     """
     check_device(settings.device)
+    check_addresses(settings)
     with (
         # In the background its log is all that a person has to look at: it stays.
         peer_folder(settings.directory, removes_unused=not settings.log_descriptors) as folder,

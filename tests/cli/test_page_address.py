@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from codes import codes_in
+from codes import raises_code
 
 from swarmtrain.cli.kept_options import KeptOption, restore
 from swarmtrain.cli.page_address import (
@@ -22,6 +22,7 @@ from swarmtrain.cli.page_address import (
     page_lines,
     web_option,
 )
+from swarmtrain.errors import RunTimeError
 from swarmtrain.peer.lifecycle.start_options import StartedFile
 
 
@@ -121,9 +122,8 @@ def test_a_named_port_that_is_taken_is_refused_and_another_is_found_for_no_name(
     with closing(socket.create_server(("127.0.0.1", 0))) as other:
         port = int(other.getsockname()[1])
         monkeypatch.setattr("swarmtrain.cli.page_address.DEFAULT_PORT", port)
-        with pytest.raises(click.UsageError) as caught:
+        with raises_code("port-taken", RunTimeError, "choose another with --web"):
             bound(PageAddress(host="127.0.0.1", port=port), 0)
-        assert codes_in(f"{caught.value.format_message()} [{caught.value.code}]") == ["port-taken"]  # type: ignore[attr-defined]
         sock, address = bound(ANY, port)
         with closing(sock):
             assert address.port > port and sock.getsockname() == ("127.0.0.1", address.port)

@@ -19,7 +19,7 @@ from swarmtrain.model.base import (
     base_files,
     base_in_words,
     base_of,
-    is_published_from,
+    changed_keys,
     published_base,
     resolved_run,
     with_base_path,
@@ -87,10 +87,10 @@ def test_a_run_file_is_compared_without_asking_the_hub_again(written: str, is_sa
     published = run_of("owner/name").model_copy(
         update={"model": section.model_copy(update={**filled, "base": f"owner/name@{COMMIT}"})}
     )
-    assert is_published_from(published, run_of(written)) is is_same
-    assert not is_published_from(published, run_of(written, "from_scratch = true"))
+    assert (not changed_keys(published, run_of(written))) is is_same
+    assert changed_keys(published, run_of(written, "from_scratch = true"))["model.from_scratch"] == (False, True)
     changed = run_of(written, run="seed = 3")
-    assert not is_published_from(published, changed)
+    assert changed_keys(published, changed)["run.seed"] == (0, 3)
 
 
 # ---------------------------------------------------------------- a run that is published
@@ -109,7 +109,7 @@ def test_a_published_run_says_what_the_model_is_and_not_where_it_was(tmp_path: P
     assert b"secret" not in published.data
     read = parse_published_untrusted(published.data, published.sha256)
     assert read.model.base == "small" and read.model.num_parameters > 0
-    assert is_published_from(read, run) and not is_published_from(read, run_of("other", data=_text(tmp_path)))
+    assert not changed_keys(read, run) and changed_keys(read, run_of("other", data=_text(tmp_path)))
     assert "(small, from its weights)" in summary_of(read)
     needed, built_in = (
         estimate(each, read.model.num_parameters, 3)

@@ -6,17 +6,36 @@ import errno
 import ipaddress
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import psutil
 
 from swarmtrain.errors import RunTimeError
 
-__all__ = ["cannot_listen", "is_taken", "own_addresses"]
+__all__ = ["cannot_listen", "check_addresses", "is_taken", "own_addresses", "port_taken"]
 
 _MAX_SHOWN = 4
 _FOREIGN = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
+
+
+def check_addresses(listen: Sequence[str], others: Mapping[str, str]) -> None:
+    """Raise RunTimeError if a peer cannot listen at these multiaddresses, or, by option, at one of these HOST:PORT.
+
+    Asked before anything is written: a peer that cannot start leaves no trace.
+    """
+    if any(map(is_taken, listen)) or (listen and all(map(_errno_of, listen))):
+        raise cannot_listen(listen)
+    for option, address in others.items():
+        host, _, port = address.rpartition(":")
+        host = {"": "127.0.0.1", "localhost": "127.0.0.1"}.get(host, host.strip("[]"))
+        if is_taken(f"/ip{6 if ':' in host else 4}/{host}/tcp/{port}"):
+            raise port_taken(address, option)
+
+
+def port_taken(where: str, option: str) -> RunTimeError:
+    """Return the error of an address at which somebody listens already."""
+    return RunTimeError(f"cannot listen at {where}: the port is taken; choose another with {option}", code="port-taken")
 
 
 def is_taken(address: str) -> bool:
@@ -54,7 +73,7 @@ def cannot_listen(listen: Sequence[str]) -> RunTimeError:
             "of this machine's",
             code="address-not-an-ip",
         )
-    return RunTimeError(f"cannot listen at {where}: the port is taken; choose another with --listen", code="port-taken")
+    return port_taken(where, "--listen")
 
 
 def own_addresses() -> list[str]:

@@ -29,6 +29,7 @@ from swarmtrain.model.run_model import spec_of
 from swarmtrain.network.discovery.invite import Invite, format_invite, where_it_serves
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
+from swarmtrain.network.reachability import listen
 from swarmtrain.network.reachability.monitor import is_loopback_only
 from swarmtrain.network.rounds.runner import NewState
 from swarmtrain.network.snapshots.store import NumServed, TensorSpec, all_chunks
@@ -170,6 +171,11 @@ def wait_for(future: Future[_T], stop: StopFlag, look: Callable[[], None] = lamb
                 future.cancel()
                 raise
     return future.result()
+
+
+def check_addresses(settings: PeerSettings) -> None:
+    """Raise RunTimeError if this peer cannot listen where its settings say, before anything is written."""
+    listen.check_addresses(settings.listen, {"--control": settings.control, "--metrics": settings.metrics})
 
 
 def start_node(network: NetworkThread, settings: PeerSettings, folder: PeerFolder, stop: StopFlag) -> Node:
