@@ -78,12 +78,12 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
         table |= {"not_looked_at": unseen, "device": _as_json(on)}
         click.echo(json.dumps(table))
     else:
-        lines = [with_code(f"  error: {each}", each.code) for each in refused] + [
-            f"  warning: {text}" for text in found
-        ]
-        lines = lines or ["  no warnings"]
-        for line in (*report(run, cost, look, on), *lines, *(f"  not checked: {text}" for text in unseen)):
-            click.echo(line)
+        errors = [with_code(f"  error: {each}", each.code) for each in refused]
+        warnings = [f"  warning: {text}" for text in found] or ["  no warnings"]
+        for line in [f"run {run.run.name}", *errors] if errors else (*report(run, cost, look, on), *warnings):
+            click.echo(line)  # what the run costs is of a run that can be published
+        for text in unseen:
+            click.echo(f"  not checked: {text}")
     if refused:
         click.get_current_context().exit(RunFileError.exit_code)
 

@@ -50,7 +50,7 @@ class GivenRun:
 
         if self.path.exists() or not (names := list(examples())):
             return with_base_path(load_run(self.path), self.base)
-        near = difflib.get_close_matches(Path(self.argument).stem, names, n=1)
+        near = difflib.get_close_matches(Path(self.argument).stem, names, n=1, cutoff=0.8)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise RunFileError(
             f"{one_line(self.argument)}: no such run file; give the path of one, or the name of an example that comes "

@@ -37,8 +37,9 @@ class ExpectedDevice:
             sequences = f"{sequences}, if it works"
         why = f" ({self.why})" if self.why else ""
         return (
-            f"{found_in_words(self.device)}: {sequences}{why}; a graphics card needs at least "
-            f"{size_in_words(self.least_card_bytes)} of memory" + (f"; {self.several}" if self.several else "")
+            f"{found_in_words(self.device)}: {sequences}{why}; on a graphics card it takes at least "
+            f"{size_in_words(self.least_card_bytes)} of memory besides its driver"
+            + (f"; {self.several}" if self.several else "")
         )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from swarmtrain.errors import Problem, RunTimeError
+from swarmtrain.errors import Problem, RunTimeError, UserError
 from swarmtrain.events import DoneEvent, ErrorEvent, Event, FinishingEvent, InviteEvent, WarningEvent, parse_event
 from swarmtrain.network.daemon import owned_process_args
 from swarmtrain.network.links.impairments import Narrowing, Outage
@@ -256,8 +256,9 @@ class LocalSwarm:
     def _problem(self, child: _Child) -> Problem | None:
         """Return the reason why a child ended, if not as it should.
 
-        Raises RunTimeError if the swarm cannot continue: it survives the death of one child, but not of all, nor the
-        bootstrap's before others have joined, and no bootstrap trains if every volunteer has ended with an error.
+        Raises RunTimeError, or UserError if the child ended with code 2, if the swarm cannot continue: it survives the
+        death of one child, but not of all, nor the bootstrap's before others have joined, and no bootstrap trains if
+        every volunteer has ended with an error.
         """
         status = child.process.wait()
         if (status == 0 and child.done is not None) or (status == -signal.SIGKILL and child.ended):
@@ -270,7 +271,7 @@ class LocalSwarm:
         volunteers = [other for other in self.children.values() if other.name != BOOTSTRAP]
         nobody_trains = bool(volunteers) and all(other.error is not None for other in volunteers)
         if not alive or len(self.children) == 1 or nobody_trains:
-            raise RunTimeError(problem)
+            raise (UserError if status == UserError.exit_code else RunTimeError)(problem)
         return problem
 
     # calls of a rehearsal's faults (`faults.Processes`)

@@ -12,7 +12,7 @@ import pytest
 from codes import raises_code
 
 from swarmtrain.cli.local import _again, _Plan, _train
-from swarmtrain.errors import RunTimeError
+from swarmtrain.errors import RunTimeError, SwarmtrainError, UserError
 from swarmtrain.events import DoneEvent, ErrorEvent, Event, InviteEvent, WarningEvent
 from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.local.swarm import LocalSwarm
@@ -92,10 +92,19 @@ def test_a_bootstrap_whose_volunteers_have_all_failed_is_not_waited_for(tmp_path
         swarm.children["anna"].process.kill()
         swarm.children["anna"].process.wait()
         swarm.start("anna", [], ("-c", _FAILING))
-        with raises_code("device-unusable", RunTimeError, "anna: no card"):
+        with raises_code("device-unusable", UserError, "anna: no card"):
             told += swarm.events(60.0)
     finally:
         swarm.stop()
+
+
+@pytest.mark.parametrize(("code", "error"), [(2, UserError), (1, RunTimeError)])
+def test_the_code_of_a_child_is_that_of_the_swarm(tmp_path: Path, code: int, error: type[SwarmtrainError]) -> None:
+    swarm = LocalSwarm(tmp_path)
+    swarm.start("bootstrap", [], ("-c", f"raise SystemExit({code})"))
+    with raises_code("peer-failed", error, f"ended with status {code}"):
+        swarm.wait_for_invite()
+    swarm.stop()
 
 
 _PREPARING = """
@@ -115,7 +124,7 @@ def test_the_invite_is_waited_for_as_long_as_the_bootstrap_works(tmp_path: Path)
     swarm.stop()
     swarm = LocalSwarm(tmp_path)
     swarm.start("bootstrap", [], ("-c", _FAILING))
-    with raises_code("device-unusable", RunTimeError):
+    with raises_code("device-unusable", UserError):
         swarm.wait_for_invite()
     swarm.stop()
 
