@@ -563,16 +563,18 @@ def round_steps(inner_steps: int, others_done: Sequence[int]) -> tuple[int, str]
 def steps_of_round(inner_steps: int, round: int, others: Iterable[tuple[int, int]], *, fresh: bool) -> tuple[int, str]:
     """Return (the inner steps of `round`, the reason): fewer than `inner_steps` for a peer that comes late.
 
-    `others` has the round of each other peer and the steps that it has done there. `fresh`: this is the first round
-    with weights that came from another peer or from the disk.
+    `others` has the round of each other peer and the steps that it claims to have done there. `fresh`: this is the
+    first round with weights that came from another peer or from the disk.
+
+    The furthest fifth of the others (rounded down, at least one) is left out, as in `reference_speed`, unless there are
+    fewer than three: claims cost nothing, and if the highest were believed, one liar could shorten everybody's round.
+    Peers in earlier rounds count, with no steps, so that a liar does not stand alone when a round begins.
     """
-    others = list(others)
-    others_done = [done for its_round, done in others if its_round == round]
-    if not fresh:
-        return round_steps(inner_steps, others_done)
-    if any(its_round > round for its_round, _ in others):
-        others_done.append(inner_steps)  # others have ended this round already
-    return joining_steps(inner_steps, others_done)
+    ahead = inner_steps if fresh else 0  # those ahead have ended this round already
+    claims = sorted(done if its == round else ahead * (its > round) for its, done in others)
+    num_left_out = max(1, len(claims) // 5) if len(claims) >= 3 else 0
+    believed = claims[: len(claims) - num_left_out]
+    return joining_steps(inner_steps, believed) if fresh else round_steps(inner_steps, believed)
 
 
 def sources_of(roster: Roster, author: str) -> list[str]:

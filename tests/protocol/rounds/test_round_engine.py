@@ -755,3 +755,22 @@ def test_who_comes_late_takes_fewer_steps() -> None:
     assert steps_of_round(32, 4, [(5, 1)], fresh=True)[0] == 2, "it is over already"
     assert steps_of_round(32, 4, [(5, 1), (4, 10)], fresh=False)[0] == 32
     assert steps_of_round(32, 4, [(4, 20)], fresh=False)[0] == 10
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize(
+    ("honest", "liars", "steps"),
+    [
+        ([(4, 0)] * 19, [(4, 100)], 100),
+        ([(3, 99)] * 18 + [(4, 0)], [(4, 100)], 100),  # the others have not begun the round
+        ([(4, 5)] * 16, [(4, 100)] * 4, 88),
+        ([(4, 0)] * 19, [(10**6, 0)], 100),
+        ([(4, 60)] * 16, [(4, 100)] * 4, 33),
+        ([(4, 90)] * 5, [(4, 0)], 7),  # nobody is made early
+    ],
+)
+def test_a_fifth_of_the_peers_cannot_make_anybody_late_by_what_they_claim(
+    honest: list[tuple[int, int]], liars: list[tuple[int, int]], steps: int, fresh: bool
+) -> None:
+    expected = 100 if not fresh and steps > 50 else steps
+    assert steps_of_round(100, 4, honest + liars, fresh=fresh)[0] == expected

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from swarms import assert_one_model, assert_tokens_count_once
 
+from swarmtrain.protocol.membership.membership import PeerInfo
+from swarmtrain.simulate.systems.volunteer import SimulatedVolunteer
 from swarmtrain.simulate.systems.world import Settings, SimulatedLink, SynchronousWorld
 
 pytestmark = pytest.mark.slow
@@ -332,3 +336,22 @@ def test_a_large_swarm_whose_signer_dies(num_peers: int) -> None:
     assert len(set(world.digests(2).values())) == 1
     assert longest_wait_s(world) < KILL_COSTS_S
     assert_tokens_count_once(world)
+
+
+class _ClaimsDone(SimulatedVolunteer):
+    """Claims in its presence that it has done all of the round that the others are about to begin."""
+
+    def info(self) -> PeerInfo:
+        return replace(super().info(), round=self.round + 1, inner_steps_done=self.settings.inner_steps)
+
+
+def test_one_that_claims_to_be_done_shortens_nobody_elses_round() -> None:
+    world = SynchronousWorld(Settings(inner_steps=100))
+    world.join_many(19)
+    liar = world.peers["liar"] = _ClaimsDone(world, "liar", 10.0, SimulatedLink())
+    world.record("joined", liar)
+    liar.deliver(liar.begin)
+    assert world.run_rounds(4, 60)
+    history = world.peers["p000"].history
+    steps = [entry.inner_steps for roster in history for entry in roster.entries if entry.peer != "liar"]
+    assert steps == [100] * 19 * len(history)
