@@ -428,7 +428,9 @@ def _needed(table: Mapping[str, Any], published: Mapping[str, Any]) -> str:
         for place, source in enumerate(sources)
     ]
     if model.get("source") == "huggingface":
-        told.append(f"Its model is {one_line(str(model.get('base', '')))} of Hugging Face, or a folder of that name.")
+        base = one_line(str(model.get("base", "")))
+        # A bootstrap pins a model of the hub to a commit, and publishes of a folder its last name only.
+        told.append(f"Its model is {base} of Hugging Face." if "@" in base else f"Its model is in a folder {base}.")
     return " ".join(dict.fromkeys(told))
 
 

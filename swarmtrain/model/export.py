@@ -69,8 +69,39 @@ _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safete
 _GENERATION = "generation_config.json"
 _FIRST_TOKENIZER, _TOKENIZER, _HELD_OUT, _CARD = "tokenizer.bin", "tokenizer.json", "held-out.txt", "README.md"
 _TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
-_NOT_OF_A_TOKENIZER = ("auto_map", "name_or_path", "tokenizer_file")
-"""Keys of a tokenizer's configuration that name code, or files on another machine."""
+_TOKENIZER_KEYS = frozenset(
+    [
+        "add_bos_token",
+        "add_eos_token",
+        "add_prefix_space",
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "backend",
+        "bos_token",
+        "chat_template",
+        "clean_up_tokenization_spaces",
+        "cls_token",
+        "do_lower_case",
+        "eos_token",
+        "errors",
+        "extra_special_tokens",
+        "legacy",
+        "mask_token",
+        "model_input_names",
+        "model_max_length",
+        "model_specific_special_tokens",
+        "pad_token",
+        "padding_side",
+        "sep_token",
+        "split_special_tokens",
+        "strip_accents",
+        "tokenizer_class",
+        "truncation_side",
+        "unk_token",
+        "use_default_system_prompt",
+    ]
+)
+"""Keys of a tokenizer's configuration that are exported. Others may name code, or files on another machine."""
 _OF_TOKENIZER = (*_TOKENIZER_CONFIGS, "chat_template.jinja")
 _TORN_PARAMETERS = 2**26
 """Parameters for which memory is taken although their weights may not be there: 256 MiB. It is said then which are
@@ -213,7 +244,7 @@ def _tokenizer_as_it_came(spec: ModelSpec) -> dict[str, bytes]:
             except (ValueError, RecursionError):
                 continue
             if isinstance(config, dict):
-                found[name] = _json({key: value for key, value in config.items() if key not in _NOT_OF_A_TOKENIZER})
+                found[name] = _json({key: value for key, value in config.items() if key in _TOKENIZER_KEYS})
     return found
 
 

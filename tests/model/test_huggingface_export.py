@@ -168,7 +168,7 @@ def test_a_models_own_tokenizer_is_exported_as_it_came_without_code_and_paths(tm
     saved("llama", tmp_path / "llama", vocab_size=320)
     write_tokenizer(tmp_path / "llama")
     path = tmp_path / "llama" / "tokenizer_config.json"
-    hidden = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "name_or_path": "/home/anna/secret"}
+    hidden = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "name_or_path": "/home/anna/secret", "custom": 1}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left", **hidden}))
     (tmp_path / "llama" / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
     run = resolved_run(run_of("llama", 'tokenizer = "model"'), tmp_path)
