@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 _MAX_FILE_BYTES = 65_536
+_MOST_S = 315_576_000.0
+"""Longest duration, in seconds: ten years. Sums of such are finite, and times stay within the range of calendars."""
 _TOLD = 5
 
 
@@ -53,6 +55,16 @@ class Section(BaseModel):
         assert info.field_name is not None
         if isinstance(value, float) and cls.model_fields[info.field_name].annotation in (int, int | None):
             return int(value) if value.is_integer() and abs(value) < 2**63 else value
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _lasts_no_age(cls, value: object, info: ValidationInfo) -> object:
+        is_duration = re.search("(?<!_per)_s$", str(info.field_name))
+        if is_duration and isinstance(value, float) and value > _MOST_S:
+            raise ValueError(
+                Problem(f"{value:g} is refused; allowed: at most {_MOST_S:.0f} (ten years)", "out-of-range")
+            )
         return value
 
     @field_validator("*")
@@ -87,8 +99,17 @@ def read_small_text(path: Path, kind: str, example: str, most_bytes: int = _MAX_
     return text
 
 
+_DEEP_KEY = re.compile(
+    r"""(?:^|[\[{,])[ \t]*(?:(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*){16}""", re.MULTILINE | re.ASCII
+)
+"""Key with more parts than any file here has. The parser's time grows with their square: seconds for a key of 32 kB."""
+
+
 def read_toml(text: str, origin: str, error_type: type[UserError]) -> dict[str, Any]:
     """Parse TOML. Raises `error_type`, one line that names `origin` and the place in it."""
+    if deep := _DEEP_KEY.search(text):
+        where = f"line {text.count(chr(10), 0, deep.end()) + 1}: "
+        raise error_type(f"{origin}: {where}not TOML that a run file needs: a key of too many parts", code="not-toml")
     try:
         return tomllib.loads(text)
     except RecursionError:

@@ -741,3 +741,23 @@ def test_keys_of_an_outer_step_have_no_meaning_with_a_large_batch(merge: dict[st
         ValueError, match=f'merge.{next(iter(merge))}: has no meaning with merge.method = "batch"; allowed: with '
     ):
         batch_run(**merge)
+
+
+@pytest.mark.parametrize("section", ["merge", "network", "pipeline"])
+def test_no_duration_is_longer_than_ten_years(section: str) -> None:
+    fields = section_fields(RunFile.model_fields[section].annotation)
+    for key in (key for key in fields if key.endswith("_s") and not key.endswith("_per_s")):
+        with raises_code(
+            "out-of-range", RunFileError, f"run.toml: line 4: {section}.{key}: 1e+308 is refused; allowed: "
+        ):
+            parse_run(f"{MINIMAL}[{section}]\n{key} = 1e308\n", "run.toml")
+
+
+@pytest.mark.parametrize("key", ["{}a = 1", "[{}a]", "x = {{{}a = 1}}", "'a' . {}a = 1", '"\\"".{}a = 1'])
+def test_a_key_of_thousands_of_parts_is_refused_before_it_is_parsed(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "\n" + key.format("a." * 16_000)
+    monkeypatch.setattr("swarmtrain.problems.tomllib.loads", lambda text: pytest.fail("it was parsed"))
+    with raises_code("not-toml", RunFileError, "run.toml: line 2: not TOML that a run file needs: a key of too many"):
+        parse_run(text, "run.toml")
+    with raises_code("not-toml", BadBytesError):
+        parse_published_untrusted(text.encode(), run_sha256(text.encode()))

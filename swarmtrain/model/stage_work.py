@@ -34,8 +34,11 @@ from torch import Tensor, nn
 __all__ = ["BadGradientError", "DeviceStageWork", "StageModule", "StageWork", "TailResult"]
 
 _NUM_NORMS = 64  # gradients whose median norm is the usual one
-_MOST_TIMES = 1e4
-"""Most times the usual norm that a microbatch's gradient may have."""
+_NUM_FIRST = 16  # gradients before which the usual norm is only roughly known
+_MOST_TIMES, _MOST_TIMES_FIRST = 3.0, 1e4
+"""Most times the usual norm that a microbatch's gradient may have; a larger one is clipped to that. Clipping each part
+of a sum bounds what one hostile part adds, whatever its direction (centered clipping, arXiv 2012.10333). The median
+follows norms that grow, because a clipped one counts as three times the median."""
 _LEAST_NORM = 1e-6  # a usual norm counts as at least this
 
 
@@ -115,7 +118,7 @@ class StageWork:
     def backward(self, key: Hashable, out_gradient: Tensor, batch: int) -> Tensor | None:
         """Add the weights' gradient of `key` to those of `batch`, and return its input's; None if that is tokens."""
         kept = self._kept[key]
-        kept.out_gradient = out_gradient
+        kept.out_gradient, kept.scale = out_gradient, 1.0
         if kept.out is None:
             self._run(kept)
             self.num_recomputed += 1
@@ -169,17 +172,19 @@ class StageWork:
     def _differentiate(self, kept: _Kept, batch: int) -> Tensor | None:
         """Add the gradient to the batch's sums, and return the input's.
 
-        Raises BadGradientError if it would spoil the sums: a gradient that is not finite, or so large that the others
-        would vanish in its rounding, could not be subtracted again. A refused gradient leaves nothing behind, except
-        for rounding where a part of it had been added before it was found bad.
+        A gradient that is larger than usual is taken out again, computed once more apart, and added clipped. Raises
+        BadGradientError if it is not finite. A refused gradient leaves nothing behind, except for rounding where a part
+        of it had been added before it was found bad.
         """
         weights, sums = self._weights[kept.version], self._sums.setdefault(batch, {})
-        length, before = _Length(statistics.median(self._norms) if self._norms else math.inf), set(sums)
+        times = _MOST_TIMES if len(self._norms) >= _NUM_FIRST else _MOST_TIMES_FIRST
+        most = times * max(statistics.median(self._norms), _LEAST_NORM) if self._norms else math.inf
+        length, before = _Length(most), set(sums)
         try:
             with self._summed(weights, sums, length):
                 _backward(kept, weights)
-        except BadGradientError as error:
-            refused = error.with_traceback(None)  # the traceback holds the graph
+        except BadGradientError:
+            pass  # its traceback holds the graph
         else:
             if length.value > 0:
                 self._norms.append(length.value)
@@ -189,6 +194,21 @@ class StageWork:
             sums.pop(name, None)
         if added := {name: weights[name] for name in length.names & before}:
             self._subtract(kept, added, sums)
+        self._run(kept)
+        whole, apart = _Length(math.inf), dict[str, Tensor]()
+        try:
+            with self._summed(weights, apart, whole):
+                _backward(kept, weights)
+        except BadGradientError as error:
+            refused = error.with_traceback(None)
+        else:
+            factor = min(1.0, most / whole.value)
+            kept.scale *= factor  # of what may be subtracted later
+            for name, each in apart.items():
+                sums[name] = sums[name].add_(each, alpha=factor) if name in sums else each.mul_(factor)
+            self._norms.append(factor * whole.value)
+            gradient, kept.x.grad = kept.x.grad, None
+            return None if gradient is None else gradient.mul_(factor)
         raise refused
 
     def _subtract(self, kept: _Kept, weights: Mapping[str, Tensor], sums: dict[str, Tensor]) -> None:
@@ -278,11 +298,11 @@ def _accept(*gradient: object) -> None:
 class _Length:
     """Norm of a gradient that comes weight by weight, or all at once.
 
-    Raises BadGradientError if it is not finite, or much larger than `usual` (infinite: unknown).
+    Raises BadGradientError if it is not finite, or above `most`.
     """
 
-    def __init__(self, usual: float) -> None:
-        self.usual = usual
+    def __init__(self, most: float) -> None:
+        self.most = most
         self.names: set[str] = set()
         """Names of the weights whose gradients were accepted, one by one."""
         self.value = 0.0
@@ -300,8 +320,8 @@ class _Length:
         self._check()
 
     def _check(self) -> None:
-        if not math.isfinite(self.value) or self.value > _MOST_TIMES * max(self.usual, _LEAST_NORM):
-            raise BadGradientError(f"a gradient of norm {self.value:.3g}, where {self.usual:.3g} is usual")
+        if not math.isfinite(self.value) or self.value > self.most:
+            raise BadGradientError(f"a gradient of norm {self.value:.3g}; allowed: at most {self.most:.3g}")
 
 
 def _backward(kept: _Kept, weights: Mapping[str, Tensor], sign: float = 1.0) -> None:
@@ -313,8 +333,8 @@ def _backward(kept: _Kept, weights: Mapping[str, Tensor], sign: float = 1.0) -> 
     assert out is not None
     if kept.targets is not None:
         out = out * (sign * kept.scale)
-    elif out_gradient is not None and sign != 1.0:
-        out_gradient = sign * out_gradient
+    elif out_gradient is not None and sign * kept.scale != 1.0:
+        out_gradient = sign * kept.scale * out_gradient
     kept.x.grad = None
     inputs = [*weights.values(), *([kept.x] if kept.x.requires_grad else [])]
     torch.autograd.backward(out, out_gradient, inputs=inputs)

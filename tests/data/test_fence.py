@@ -270,6 +270,19 @@ def test_a_description_ends_where_the_library_says(home: Home, hidden: str) -> N
         huggingface._check_card(section, path)
 
 
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("part", ["[{0}, {0}]", "{{<<: [{0}, {0}]}}"])
+def test_a_description_has_no_aliases_that_stand_for_billions(home: Home, name: str, part: str) -> None:
+    from swarmtrain.data import huggingface
+
+    section, path = a_run(dataset="eve/set").data, home.data / name
+    lines = [f"a{n}: &a{n} {part.format(f'*a{n - 1}')}" for n in range(1, 23)]
+    text = "a0: &a0 {x: 1}\n" + "\n".join(lines) + "\nconfigs: *a22\n"
+    path.write_text(f"---\n{text}---\n# A *card*\n" if name == "README.md" else text)
+    with raises_code("dataset-format", RunFileError, "aliases"):
+        huggingface._check_card(section, path)
+
+
 def test_what_was_found_is_looked_at_again_whatever_its_description_says(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
