@@ -70,7 +70,7 @@ _GENERATION = "generation_config.json"
 _FIRST_TOKENIZER, _TOKENIZER, _HELD_OUT, _CARD = "tokenizer.bin", "tokenizer.json", "held-out.txt", "README.md"
 _TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 _TOKENIZER_KEYS = frozenset(
-    [
+    {
         "add_bos_token",
         "add_eos_token",
         "add_prefix_space",
@@ -99,7 +99,7 @@ _TOKENIZER_KEYS = frozenset(
         "truncation_side",
         "unk_token",
         "use_default_system_prompt",
-    ]
+    }
 )
 """Keys of a tokenizer's configuration that are exported. Others may name code, or files on another machine."""
 _OF_TOKENIZER = (*_TOKENIZER_CONFIGS, "chat_template.jinja")
