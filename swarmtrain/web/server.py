@@ -41,6 +41,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swarmtrain.errors import SwarmtrainError
+from swarmtrain.network.reachability.listen import is_own_host
 from swarmtrain.web.feed import Feed
 
 __all__ = ["STATIC", "Order", "PageServer", "State"]
@@ -301,7 +302,7 @@ class _Guard:
     def _refused(self, headers: Headers) -> str:
         """Return why a request is refused; "" if it is not."""
         host = headers.get("host", "")
-        if not self._is_ours(host):
+        if not is_own_host(host, self._names):
             return "refused: this page is not served under that name; open it by the address that was printed"
         origin = headers.get("origin")
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
@@ -309,14 +310,3 @@ class _Guard:
         if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
             return "refused: a foreign page asked for it"
         return ""
-
-    def _is_ours(self, host: str) -> bool:
-        """Return whether `host` is a name of this server. Any address is: only names can be made to lead here."""
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if name.lower().rstrip(".") in self._names:
-            return True
-        try:
-            ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
-        except ValueError:
-            return False
-        return True

@@ -6,13 +6,13 @@ import errno
 import ipaddress
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import psutil
 
 from swarmtrain.errors import RunTimeError
 
-__all__ = ["cannot_listen", "check_addresses", "is_taken", "own_addresses", "port_taken"]
+__all__ = ["cannot_listen", "check_addresses", "is_own_host", "is_taken", "own_addresses", "port_taken"]
 
 _MAX_SHOWN = 4
 _FOREIGN = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
@@ -74,6 +74,19 @@ def cannot_listen(listen: Sequence[str]) -> RunTimeError:
             code="address-not-an-ip",
         )
     return port_taken(where, "--listen")
+
+
+def is_own_host(host: str, names: Collection[str]) -> bool:
+    """Return whether the `Host` of an HTTP request is one of `names`, in lower case, or any address: only a name can be
+    made to lead here (DNS rebinding)."""
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    if name.lower().rstrip(".") in names:
+        return True
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 def own_addresses() -> list[str]:

@@ -26,6 +26,7 @@ from prometheus_client.registry import Collector
 
 from swarmtrain.errors import UserError
 from swarmtrain.events import CaughtUpEvent, Event, PeerLostEvent, RefusedEvent, RoundEvent, WarningEvent
+from swarmtrain.network.reachability.listen import is_own_host
 from swarmtrain.peer.control.board import StatusBoard
 from swarmtrain.peer.control.usage import Usage
 from swarmtrain.peer.estimate import Estimate
@@ -338,6 +339,10 @@ class MetricsServer:
             self._server.server_close()
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        names = ("localhost", self._address.rpartition(":")[0].lower(), socket.gethostname().lower())
+        if not is_own_host(environ.get("HTTP_HOST", ""), names):
+            start_response("403 Forbidden", [("Content-Type", "text/plain")])
+            return [b"refused: metrics are not served under that name; ask by the address that was given\n"]
         try:
             answer: Iterable[bytes] = self._app(environ, start_response)
             return answer

@@ -307,6 +307,16 @@ def test_the_server_lives_as_long_as_the_peer(tmp_path: Path, caplog: pytest.Log
     assert not [family.name for family in REGISTRY.collect() if family.name.startswith("swarmtrain")]
 
 
+def test_a_foreign_name_that_leads_here_is_refused(tmp_path: Path) -> None:
+    """DNS rebinding: a page in this machine's browser asks under its own name."""
+    with serving_metrics("127.0.0.1:0", StatusBoard("volunteer", 0.0), lambda: True) as where:
+        for host, code in (("evil.example", 403), (f"evil.example:{where.rpartition(':')[2]}", 403), (where, 200)):
+            call = http.client.HTTPConnection(where, timeout=10)
+            call.request("GET", "/metrics", headers={"Host": host})
+            assert call.getresponse().status == code
+            call.close()
+
+
 def test_an_address_of_another_machine_is_one_line() -> None:
     with (
         raises_code("metrics-address", UserError, "203.0.113.7:9100", "another with --metrics"),
