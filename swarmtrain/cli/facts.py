@@ -22,7 +22,6 @@ from swarmtrain.words import (
     count_in_words,
     counted,
     device_in_words,
-    loss_in_words,
     one_line,
     percent_in_words,
     shares_in_words,
@@ -132,6 +131,9 @@ def _was(status: Any) -> str:
 def _start_again(view: View) -> str:
     status = view.status
     started = StartedFile(view.folder).read() if view.folder is not None else Started()
+    if started.command[:1] == ("join",) and view.folder is not None and not (view.folder / "run.toml").exists():
+        where = shlex.quote(one_line(str(view.folder)))
+        return f"ask for a new invite, and start it with `swarmtrain join INVITE --dir {where}`"
     if started.command:
         return f"start it again with `{one_line(started.line(view.folder))}`"
     what = "bootstrap RUN.toml" if status.role == "bootstrap" else "join"
@@ -202,17 +204,16 @@ def progress_in_words(view: View) -> str:
 
 
 def losses_in_words(status: Any, cells: float = math.inf) -> str:
-    """Format the losses in at most `cells`, without those by source and without bits if these do not fit."""
+    """Format the losses in at most `cells`, without those by source if these do not fit."""
     training = [point.loss for point in status.losses if math.isfinite(point.loss) and point.loss]
     whose = " (median of the volunteers)" if status.role == "bootstrap" else ""
     parts = [f"{training[-1]:.3f} nats/token{whose}"] if training else []
     if finite(status.held_out_loss):
         in_nats = ", ".join([*parts, f"held-out {status.held_out_loss:.3f} nats/byte"])
-        in_both = ", ".join([*parts, f"held-out {loss_in_words(status.held_out_loss)}"])
         of_sources = [each for each in status.source_losses if finite(each.held_out_loss)]
         names, losses = [one_line(each.name) for each in of_sources], [each.held_out_loss for each in of_sources]
-        with_sources = ": ".join(part for part in (in_both, source_losses_in_words(names, losses)) if part)
-        return next((text for text in (with_sources, in_both) if cell_len(text) <= cells), in_nats)
+        with_sources = ": ".join(part for part in (in_nats, source_losses_in_words(names, losses)) if part)
+        return with_sources if cell_len(with_sources) <= cells else in_nats
     return parts[0] if parts else "none yet"
 
 

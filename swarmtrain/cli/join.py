@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from swarmtrain.cli.background import say
+from swarmtrain.cli.background import is_the_background, say
 from swarmtrain.cli.common import (
     LINK_OPTIONS,
     PeerOptions,
@@ -35,6 +35,7 @@ from swarmtrain.cli.page_address import CommandWithPage
 if TYPE_CHECKING:
     from swarmtrain.network.discovery.invite import Invite
     from swarmtrain.network.snapshots.store import NumServed
+    from swarmtrain.peer.lifecycle.node import Emit
     from swarmtrain.peer.lifecycle.stop import StopFlag
     from swarmtrain.protocol.limits import Limits
 
@@ -206,11 +207,19 @@ def command(
         with PageProcess(options.web, directory) as page, open_sink(options, make_display, directory) as emit:
             show_status = page.started_by(emit.look_at)
             by_that = dataclasses.replace(settings, accept_clock=accept_clock, show_status=show_status)
-            done = run_volunteer(parsed, by_that, emit, options.stop)
+            shown = emit if options.json or is_the_background() else _without_invite(emit)
+            done = run_volunteer(parsed, by_that, shown, options.stop)
             emit(done)
         say_the_end(done, directory, options, user_directory("volunteer", options.name))
 
     by_whose_clock(options, live)
+
+
+def _without_invite(emit: Emit) -> Emit:
+    """Return an `emit` for a person who joins: `swarmtrain invite` prints the invite to who wants to hand it on."""
+    from swarmtrain.events import InviteEvent
+
+    return lambda event: None if isinstance(event, InviteEvent) else emit(event)
 
 
 def _with_kept(limits: Limits, kept: Mapping[str, Any]) -> Limits:

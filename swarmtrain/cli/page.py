@@ -40,7 +40,6 @@ from swarmtrain.protocol.limits import exact_size, temperature_of_limit
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.web.downsample import largest_triangles
 from swarmtrain.words import (
-    bits_per_byte,
     count_in_words,
     counted,
     one_line,
@@ -295,7 +294,7 @@ def _learns(curves: _Curves) -> tuple[str, str]:
     is_old = bool(held_out and training) and 2 * curves.held_out[-1][0] < curves.training[-1][0]
     if (newest := curves.newest_held_out) and not is_old:
         first = held_out[0] if held_out else newest
-        more = f"held-out loss, {bits_per_byte(newest):.3f} bits/byte{_change(first, newest)}"
+        more = f"held-out loss{_change(first, newest)}"
         return f"{_yes_or_no(first, newest)}{newest:.3f} nats/byte", more
     if training:
         first, newest = training[0], training[-1]

@@ -72,8 +72,8 @@ class DocumentEncoder:
         if format == "chat":
             if not isinstance(tokenizer, TokenizerFile) or not tokenizer.bundle.chat_template:
                 raise RunFileError(
-                    'data.format = "chat" needs a tokenizer with a chat template, and this one has none; set '
-                    'model.tokenizer to that of a chat model, or use data.format = "prompt-completion"',
+                    'data.format = "chat" needs a tokenizer with a chat template, and this one has none; write '
+                    'data.format = "prompt-completion", or name with model.tokenizer one that has a template',
                     code="no-chat-template",
                 )
             bundle = tokenizer.bundle

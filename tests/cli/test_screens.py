@@ -57,7 +57,7 @@ def test_losses_by_source_are_shown_where_they_fit(width: int, shown: bool) -> N
     seen = view()
     for name, loss in (("code", 2.5), ("prose", 1.25), ("broken", float("nan"))):
         seen.status.source_losses.add(name=name, held_out_loss=loss)
-    in_words = "(3.030 bits/byte): code 2.500, prose 1.250 nats/byte"
+    in_words = "nats/byte: code 2.500, prose 1.250 nats/byte"
     assert (in_words in "\n".join(on_screen(draw_watch(seen, width, 40), width, 40))) == shown
     assert "code 2.500, prose 1.250" in " ".join(line.plain.strip() for line in draw_status(seen, width, 5))
 
@@ -70,7 +70,7 @@ def test_watch_shows_all_that_a_person_wants_to_know(width: int, height: int) ->
     assert shown[0].endswith(" training")
     assert len(shown[0]) == width
     assert shown[1] == "training round 12: 14 of 25 steps"
-    assert "loss  2.250 nats/token, held-out 2.100 nats/byte (3.030 bits/byte)" in text
+    assert "loss  2.250 nats/token, held-out 2.100 nats/byte" in text
     assert "    5.00│" in text
     assert sum("│" in line for line in shown) >= 5
     assert re.search(r"█+░+  40% of 3 M tokens, about 2 min 26 s left$", text, re.MULTILINE)
@@ -113,13 +113,13 @@ def test_how_to_read_a_loss_is_said_where_it_fits(width: int, shown: str) -> Non
     def status() -> str:
         return " ".join(" ".join(line.plain for line in draw_status(seen, 120, 9)).split())
 
-    assert "bits/byte); lower is better, a blind guess: 5.545/token" in status()
+    assert "nats/byte; lower is better, a blind guess: 5.545/token" in status()
     seen.status.vocabulary_size = 0
-    assert "bits/byte); lower is better" in status() and "guess" not in status()
+    assert "nats/byte; lower is better" in status() and "guess" not in status()
     seen.status.vocabulary_size = 4096
     for point in seen.status.losses:  # as of a bootstrap whose volunteers have left
         point.loss = 0.0
-    assert "bits/byte); lower is better" in status() and "guess" not in status()
+    assert "nats/byte; lower is better" in status() and "guess" not in status()
 
 
 def test_watch_grows_with_the_terminal() -> None:
@@ -418,7 +418,7 @@ def test_a_plain_line() -> None:
     line = plain_line(view())
     assert line[8:] == (
         " anna training: training round 12: 14 of 25 steps; round 12; loss 2.250 nats/token, held-out 2.100 "
-        "nats/byte (3.030 bits/byte); "
+        "nats/byte; "
         "40% of 3 M tokens; about 2 min 26 s left; own 400 k tokens, 33% of all"
     )
     assert cell_len(line) == len(line)
