@@ -16,6 +16,7 @@ from swarmtrain import __version__
 from swarmtrain.algorithm.pacing import most_inner_steps
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import BadBytesError, RunFileError, with_code
+from swarmtrain.problems import section_fields
 from swarmtrain.run import (
     MAX_RUN_FILE_BYTES,
     MergeSection,
