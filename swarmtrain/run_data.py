@@ -135,7 +135,7 @@ class DataSection(SourceKeys):
     place = "data."
 
     shards: int = Field(64, ge=0, le=1024, description='With merge.method = "gossip": number of shards of the data, fewer if a round of merge.inner_steps would read one more than once; a peer takes each round from the shard that has been seen least, of each source. 0: from everywhere. Streamed data have none.')  # fmt: skip
-    held_out_bytes: int = Field(65_536, ge=1024, le=4_194_304, description="Size of the held-out text, in bytes; the bootstrap cuts it once, and it travels with the run. Of several sources each gives a part in proportion to its weight, but at least 4,096 bytes.")  # fmt: skip
+    held_out_bytes: int = Field(65_536, ge=1024, le=4_194_304, description="Size of the held-out text, in bytes, but at most an eighth of the data; the bootstrap cuts it once, and it travels with the run. Of several sources each gives a part in proportion to its weight, but at least 4,096 bytes.")  # fmt: skip
     packing: Literal["stream", "documents"] = Field(
         "stream",
         description=with_values(

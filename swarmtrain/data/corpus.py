@@ -38,7 +38,8 @@ __all__ = [
 
 HELD_OUT_PIECES = 8  # the held-out text comes from about so many places, or more
 MIN_PIECE_BYTES = 512  # a shorter piece would not be recognised in its document
-HELD_OUT_ONE_IN = 10  # the held-out text is at most one part in so many of the corpus
+HELD_OUT_ONE_IN = 8  # the held-out text is at most one part in so many of the corpus
+LEAST_HELD_OUT = 1024
 _ALIGNED_BYTES = 8
 _CACHE_FORM = 2  # increases whenever the same files give another corpus
 
@@ -79,21 +80,22 @@ class Corpus:
 def cut_held_out(
     documents: Iterable[Document], held_out_bytes: int, seed: int, *, are_samples: bool = False
 ) -> HeldOut:
-    """Cut the held-out text: at most `held_out_bytes`, from pieces that `seed` picks all over the corpus.
+    """Cut the held-out text: at most `held_out_bytes`, and an eighth of the corpus, from pieces that `seed` picks all
+    over it.
 
-    A piece is a document, or an eighth of `held_out_bytes` of a longer one, and ends with a line where there are lines.
-    Samples stay whole. Raises RunFileError if the corpus is smaller than ten times the held-out text, or no sample is
-    as small as that.
+    A piece is a document, or an eighth of the held-out text of a longer one, and ends with a line where there are
+    lines. Samples stay whole. Raises RunFileError if that is less than 1,024 bytes, or no sample is as small as that.
     """
+    documents = list(documents)
+    num_bytes = sum(len(document.text) for document in documents)
+    if problem := too_little_text(num_bytes):
+        raise RunFileError(problem)
+    held_out_bytes = min(held_out_bytes, num_bytes // HELD_OUT_ONE_IN)
     pieces: list[tuple[str, bytes]] = []
-    num_bytes = 0
     piece_bytes = max(MIN_PIECE_BYTES, held_out_bytes // HELD_OUT_PIECES)
     for document in documents:
-        num_bytes += len(document.text)
         texts = [document.text] if are_samples else _pieces(document.text, piece_bytes)
         pieces += [(document.name, piece) for piece in texts]
-    if problem := too_little_text(num_bytes, held_out_bytes):
-        raise RunFileError(problem)
     order = np.argsort(np.random.Philox(key=seed).random_raw(len(pieces)), kind="stable")
     chosen: dict[str, None] = {}
     text = bytearray()
@@ -112,8 +114,8 @@ def cut_held_out(
         chosen[name] = None
     if not text:
         raise RunFileError(
-            f"data.held_out_bytes = {held_out_bytes} is less than any sample has; raise it to a few times that of a "
-            "sample",
+            f"{held_out_bytes} bytes of held-out text, which data.held_out_bytes and an eighth of the data allow, are "
+            "less than any sample has: raise data.held_out_bytes, or give more samples",
             code="too-little-text",
         )
     return HeldOut(bytes(text), tuple(chosen))
@@ -137,14 +139,13 @@ def held_out_of_sources(run: RunFile, text: bytes) -> dict[str, bytes]:
     }
 
 
-def too_little_text(num_bytes: int, held_out_bytes: int) -> Problem | None:
-    """Explain why a corpus of `num_bytes` is too small for that held-out text; None if it is large enough."""
-    if num_bytes >= HELD_OUT_ONE_IN * held_out_bytes:
+def too_little_text(num_bytes: int) -> Problem | None:
+    """Explain why a corpus of `num_bytes` is too small for a held-out text; None if it is large enough."""
+    least = HELD_OUT_ONE_IN * LEAST_HELD_OUT
+    if num_bytes >= least:
         return None
-    largest = num_bytes // HELD_OUT_ONE_IN
-    advice = f"lower data.held_out_bytes to {largest} or less" if largest >= 1024 else "give it more text"
     return Problem(
-        f"{held_out_bytes} bytes of held-out text are more than a tenth of the corpus ({num_bytes} bytes): {advice}",
+        f"the corpus has {num_bytes} bytes, of which an eighth is held out; give it more text, {least} bytes at least",
         "too-little-text",
     )
 

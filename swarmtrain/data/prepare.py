@@ -312,7 +312,7 @@ def _look_at_files(source: DataSource, base: Path, held_out_bytes: int, seed: in
     """Read the first documents of files, and try to cut from them what the bootstrap will publish."""
     found = survey(source, base, _sample_bytes(held_out_bytes))
     if found.problems:
-        small = None if found.most_bytes is None else too_little_text(found.most_bytes, held_out_bytes)
+        small = None if found.most_bytes is None else too_little_text(found.most_bytes)
         problems = (*found.problems, small) if small else found.problems
         return _SourceLook(found.num_bytes, problems, ("the files after these",) if found.is_cut else ())
     texts = [document.text for document in found.documents]

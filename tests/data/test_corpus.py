@@ -46,11 +46,11 @@ def test_held_out_of_one_line_without_end_keeps_characters_whole() -> None:
     held_out.text.decode()
 
 
-def test_a_small_corpus_says_how_far_to_lower_the_held_out_text() -> None:
-    with raises_code("too-little-text", RunFileError, "data.held_out_bytes", "2000"):
-        cut_held_out([Document("a", b"x" * 20_000)], 4096, 0)
+def test_of_a_small_corpus_an_eighth_is_held_out() -> None:
+    held_out = cut_held_out([Document("a", b"word " * 4_000)], 65_536, 0)
+    assert 2000 < len(held_out.text) <= 2500
     with raises_code("too-little-text", RunFileError, "more text"):
-        cut_held_out([Document("a", b"x" * 2000)], 4096, 0)
+        cut_held_out([Document("a", b"x" * 8191)], 1024, 0)
 
 
 def test_the_corpus_holds_everything_else(tmp_path: Path) -> None:

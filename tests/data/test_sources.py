@@ -160,8 +160,10 @@ def test_the_held_out_text_is_cut_from_each_source_by_weight_and_from_none_is_it
         {"name": "b", "source": "text", "paths": ["b.txt", "many/0*.txt"], "weight": 0.01},
         {"name": "c", "source": "jsonl", "paths": ["c.jsonl"], "weight": 3},
     ]
+    (base / "tiny.txt").write_text(shared[:5000])
+    sources[1]["paths"] = ["tiny.txt"]
     run = run_of(*sources, data={"held_out_bytes": 12_288 + 4096})
-    with raises_code("too-little-text", RunFileError, "source b: 4096 bytes of held-out text"):
+    with raises_code("too-little-text", RunFileError, "source b: the corpus has 5000 bytes"):
         publishable_data(run, base)
     sources[1]["paths"] = ["b.txt", "many/*.txt"]
     run, held_out, _ = published_run(run_of(*sources, data={"held_out_bytes": 12_288 + 4096}), base)
