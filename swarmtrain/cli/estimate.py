@@ -67,6 +67,8 @@ def _schedule_doubts(run: RunFile, cost: Estimate) -> list[str]:
 def _data_doubts(run: RunFile, corpus_bytes: Sequence[int | None]) -> list[str]:
     found = []
     held_out, context = run.data.held_out_bytes, run.model.context_tokens
+    if all(corpus_bytes):
+        held_out = min(held_out, sum(size or 0 for size in corpus_bytes) // 8)  # as `cut_held_out` does
     number = run.model.vocabulary_size
     if run.model.tokenizer == "bytes" and number > 256 and not run.model.from_scratch:
         found.append(
@@ -75,8 +77,8 @@ def _data_doubts(run: RunFile, corpus_bytes: Sequence[int | None]) -> list[str]:
         )
     if held_out < max(32_768, 16 * context):
         found.append(
-            f"data.held_out_bytes = {held_out} is small: the held-out loss will be noisy; {max(32_768, 16 * context)} "
-            "or more is better"
+            f"{held_out} bytes of held-out text are few: the held-out loss will be noisy; {max(32_768, 16 * context)} "
+            "or more are better, so raise data.held_out_bytes, or give eight times as much text"
         )
     for source, share, size in zip(run.data.mixture, run.data.shares, corpus_bytes, strict=True):
         tokens = run.run.total_tokens * share

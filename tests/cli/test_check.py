@@ -203,7 +203,7 @@ def test_bytes_for_a_model_that_has_learnt_other_tokens_are_a_doubt(
         (GOOD + "min_peers = 9", "round 0 begins with merge.min_peers = 9 peers; 4 assumed"),
         (GOOD + "[inner]\nbatch_sequences = 15", "inner.batch_sequences = 15 is odd"),
         (GOOD + "[pipeline]\nstages = 5", "a batch is 16 microbatches, and drivers have a quarter of that under way"),
-        (GOOD + "[data]\nheld_out_bytes = 4096", "data.held_out_bytes = 4096 is small"),
+        (GOOD + "[data]\nheld_out_bytes = 4096", "4096 bytes of held-out text are few"),
     ],
 )
 def test_schedule_and_held_out_doubts(text: str, expected: str) -> None:
