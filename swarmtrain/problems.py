@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 _MAX_FILE_BYTES = 65_536
-_MOST_S = 315_576_000.0
-"""Longest duration, in seconds: ten years. Sums of such are finite, and times stay within the range of calendars."""
+_MOST_S = 1e9
+"""Longest duration, in seconds: thirty years. Sums of such are finite, and times stay within the range of calendars."""
 _TOLD = 5
 
 
@@ -63,7 +63,7 @@ class Section(BaseModel):
         is_duration = re.search("(?<!_per)_s$", str(info.field_name))
         if is_duration and isinstance(value, float) and value > _MOST_S:
             raise ValueError(
-                Problem(f"{value:g} is refused; allowed: at most {_MOST_S:.0f} (ten years)", "out-of-range")
+                Problem(f"{value:g} is refused; allowed: at most {_MOST_S:.0f} (thirty years)", "out-of-range")
             )
         return value
 

@@ -745,7 +745,7 @@ def test_keys_of_an_outer_step_have_no_meaning_with_a_large_batch(merge: dict[st
 
 
 @pytest.mark.parametrize("section", ["merge", "network", "pipeline"])
-def test_no_duration_is_longer_than_ten_years(section: str) -> None:
+def test_no_duration_is_longer_than_thirty_years(section: str) -> None:
     fields = section_fields(RunFile.model_fields[section].annotation)
     for key in (key for key in fields if key.endswith("_s") and not key.endswith("_per_s")):
         with raises_code(

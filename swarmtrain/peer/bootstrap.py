@@ -188,6 +188,7 @@ def _refuse_another(run: RunFile, folder: PeerFolder) -> None:
     if kept is None or not (changes := changed_keys(kept.run, run)):
         return
     key, (before, now) = next(iter(sorted(changes.items(), key=lambda change: change[0] != "run.name")))
+    key = "merge.min_peers (--wait-for)" if key == "merge.min_peers" else key
     more = f" (and {counted(len(changes) - 1, 'more key')})" if len(changes) > 1 else ""
     raise UserError(
         f"{folder.path} holds another run ({kept.run.run.name}): there {key} is {shown(before)}, and here "

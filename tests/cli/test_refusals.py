@@ -62,7 +62,7 @@ def test_a_finished_runs_folder_is_the_same_after_twenty_refused_commands(
     refused: list[tuple[list[str], int, str]] = [
         (["bootstrap", "name.toml"], 2, "run.name is"),
         (["bootstrap", "seed.toml"], 2, "there run.seed is 0, and here 3"),
-        ([*again, "--wait-for", "9"], 2, "there merge.min_peers is"),
+        ([*again, "--wait-for", "9"], 2, "there merge.min_peers (--wait-for) is"),
         ([*again, "--listen", taken], 1, "the port is taken; choose another with --listen"),
         ([*again, "--control", taken], 1, "the port is taken; choose another with --control"),
         ([*again, "--metrics", taken], 1, "the port is taken; choose another with --metrics"),

@@ -17,6 +17,7 @@ import recording
 from lines import Line, Recording, news_name
 
 from swarmtrain import errors
+from swarmtrain.compatibility import PROTOCOL
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import tensor_specs
 from swarmtrain.peer.merging.gossip_exchange import codecs_of, gossip_settings
@@ -59,7 +60,7 @@ from swarmtrain.protocol.gossip.started_pulls import GossipPulls
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.run import parse_published_untrusted, run_sha256
 
-__all__ = ["Difference", "drive"]
+__all__ = ["Difference", "drive", "run_bytes"]
 
 _COMPARED = (
     "asks", "began", "busy", "called", "answered", "failed", "choice", "decodes", "downloads", "ended", "host_failed",
@@ -162,6 +163,11 @@ class _Deferred(GossipEngine[Any, Any, Any]):
             super()._end_prepared(pull, now)
 
 
+def run_bytes(recorded: str) -> bytes:
+    """Return a recorded run file as it would be published now: when it was, no run stated its protocol."""
+    return recorded.replace("[published]\n", f"[published]\nprotocol = {PROTOCOL}\n").encode()
+
+
 class _Driver:
     def __init__(self, recorded: Recording, peer: int) -> None:
         header = recorded.header
@@ -170,7 +176,7 @@ class _Driver:
             (block, list(lines)) for block, lines in itertools.groupby(recorded.of(peer), lambda line: line["block"])
         ]
         self.others, self.written = _Others(), list[Line]()
-        published = header.how["run_toml"].encode()
+        published = run_bytes(header.how["run_toml"])
         sha256 = run_sha256(published)
         run = parse_published_untrusted(published, sha256)
         specs = tensor_specs(build_model(run.model, 0).named_parameters())

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from drive import drive
+from drive import drive, run_bytes
 from lines import INNER, Line, Recording, all_files, load, typed
 from make import text_sha256
 from replay import ReplayedPeer, replay_lines, text_from
@@ -100,7 +100,7 @@ def test_the_simulators_peer_does_what_real_ones_did(path: Path, tmp_path: Path)
     write_run(tmp_path, how["text"]["number"])
     assert text_sha256(tmp_path) == how["text"]["sha256"], "`swarm.write_run` makes another text than it did"
     held_out = base64.b64decode(how["held_out"])
-    text = text_from(how["run_toml"].encode(), held_out, tmp_path, [peer["id"] for peer in header.peers])
+    text = text_from(run_bytes(how["run_toml"]), held_out, tmp_path, [peer["id"] for peer in header.peers])
     world = replay_lines(text, recorded.lines, is_to_the_bit=header.is_to_the_bit)
     print(f"{precision(recorded)}; the same decisions: {dict(world.decisions)}")
     for told, peer in zip(header.peers, world.peers, strict=True):

@@ -15,6 +15,7 @@ from codes import codes_in, raises_code
 from learnt import tiny
 
 from swarmtrain.cli.main import run as run_command
+from swarmtrain.compatibility import PROTOCOL
 from swarmtrain.errors import BadBytesError, RunFileError, UserError
 from swarmtrain.methods import METHODS, SERVER, MergeMethod, load_object, method_named, methods_of_keys
 from swarmtrain.model.gpt import build_model
@@ -232,6 +233,6 @@ def test_other_names_are_none(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("swarmtrain.methods.find_external", nothing)
     with raises_code("bad-value", RunFileError, "merge.method", "PACKAGE:METHOD"):
         run_by(name)
-    data = f'[merge]\nmethod = "{name}"\n[published]\n'.encode()
+    data = f'[merge]\nmethod = "{name}"\n[published]\nprotocol = {PROTOCOL}\n'.encode()
     with pytest.raises(BadBytesError, match=r"merge\.method"):
         parse_published_untrusted(data, run_sha256(data))
