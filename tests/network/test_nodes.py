@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import pytest
 from codes import raises_code
 
+from swarmtrain.compatibility import PROTOCOL
 from swarmtrain.errors import BadBytesError, ClockError, PeerError, RunTimeError, UnreachableError
 from swarmtrain.network import daemon
 from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
@@ -85,7 +86,7 @@ class Peer:
         return self.node.identity.peer_id
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
-        return pb.HelloReply(swarmtrain_version=caller, time=swarm_time() + self.clock_ahead_s)
+        return pb.HelloReply(protocol=PROTOCOL, swarmtrain_version=caller, time=swarm_time() + self.clock_ahead_s)
 
     async def state(self, request: pb.StateRequest) -> pb.StateReply:
         return pb.StateReply(manifest=pb.Signed(payload=bytes(self.reply_bytes)))

@@ -14,6 +14,7 @@ from codes import codes_in
 from preloaded import Preloaded
 from swarm import Child, Finished, Swarm, write_run
 
+from swarmtrain.compatibility import PROTOCOL
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import ErrorEvent, JoinedEvent, RoundEvent, WarningEvent
 from swarmtrain.network.daemon import swarm_time
@@ -60,12 +61,13 @@ def assert_one_line(finished: Finished, exit_code: int, code: str, *words: str) 
         ({"merge": {"inner_steps": "ten"}}, ["wrong-type", "merge.inner_steps", '"ten"', "an integer from 1"]),
         ({"data": {"paths": ["nothing/*.txt"]}}, ["no-such-data", "data.paths", "nothing/*.txt"]),
         ({"data": {"paths": ["empty.txt"]}}, ["no-text", "empty.txt"]),
-        ({"data": {"held_out_bytes": 1_000_000}}, ["too-little-text", "data.held_out_bytes", "lower"]),
+        ({"data": {"paths": ["short.txt"]}}, ["too-little-text", "the corpus has 4000 bytes", "8192"]),
     ],
 )
 def test_run_files(live: tuple[Swarm, Child], sections: dict[str, dict[str, object]], words: list[str]) -> None:
     swarm, _ = live
     (swarm.folder / "empty.txt").touch()
+    (swarm.folder / "short.txt").write_text("word " * 800)
     bad = {"run": {"name": "bad"}, **sections}
     run_file = write_run(swarm.folder, **bad)
     finished = swarm.run("bootstrap", str(run_file), "--dir", str(swarm.folder / "bad"), *HERE)
@@ -135,7 +137,7 @@ class Liar:
     """Answers as a peer of the run would."""
 
     def hello(self, request: pb.HelloRequest, caller: str) -> pb.HelloReply:
-        return pb.HelloReply(run_sha256=request.run_sha256, time=swarm_time())
+        return pb.HelloReply(protocol=PROTOCOL, run_sha256=request.run_sha256, time=swarm_time())
 
 
 async def lie(folder: Path, run_sha256: str) -> Node:
