@@ -59,7 +59,7 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _lasts_no_age(cls, value: object, info: ValidationInfo) -> object:
+    def _bounded_duration(cls, value: object, info: ValidationInfo) -> object:
         is_duration = re.search("(?<!_per)_s$", str(info.field_name))
         if is_duration and isinstance(value, float) and value > _MOST_S:
             raise ValueError(
