@@ -335,7 +335,7 @@ class MergeSection(Section):
 class EvaluationSection(Section):
     """Measurement of the held-out loss while training."""
 
-    every_rounds: int = Field(0, ge=0, description="Measure the held-out loss after every so many rounds; 0 for only at the end.")  # fmt: skip
+    every_rounds: int = Field(0, ge=0, description="Each volunteer measures the held-out loss after every so many rounds; 0 for only at the end, and one volunteer now and then while no bootstrap does.")  # fmt: skip
     batch_sequences: int = Field(16, ge=1, le=1_048_576, description="Sequences evaluated at once.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 import tomli_w
 from preloaded import Preloaded
-from swarm import Swarm
+from swarm import PATIENCE_S, Swarm
 from test_model_files import write_tuning_run
 
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.events import DoneEvent, EvalEvent
+from swarmtrain.peer.control.history import read_history
 
 pytestmark = pytest.mark.processes
 
@@ -70,6 +72,26 @@ def test_two_volunteers_train_a_llama_to_the_end_and_transformers_loads_it(swarm
     config = json.loads((model / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 2)
     assert str(swarm.folder) not in (model / "run.toml").read_text()
+
+
+@pytest.mark.long
+def test_a_run_whose_bootstrap_has_left_has_held_out_values_to_its_end(swarm: Swarm) -> None:
+    total = 2000 * 4 * 32
+    sections = {"run": {"name": "tuning", "total_tokens": total}, "network": {"archive_every_s": 1.0}}
+    bootstrap = swarm.bootstrap(_short_run(swarm.folder, **sections))
+    volunteers = swarm.join_all(["anna", "ben"], bootstrap.invite.invite)
+    for peer in volunteers:
+        peer.wait_round(1)
+    bootstrap.interrupt()
+    assert bootstrap.wait() == 0, bootstrap.story()
+    for peer in volunteers:
+        assert peer.wait(2 * PATIENCE_S) == 0, peer.story()
+    first, other = sorted(volunteers, key=lambda peer: peer.id)
+    history = read_history(first.folder)
+    assert history is not None
+    measured = [0, *(point.run_tokens for point in history.points if point.held_out_loss), total]
+    assert max(after - before for before, after in itertools.pairwise(measured)) < total / 3, measured
+    assert len(first.all(EvalEvent)) > len(other.all(EvalEvent)), "one of them measures"
 
 
 @pytest.mark.evidence

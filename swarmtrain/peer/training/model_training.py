@@ -61,6 +61,7 @@ from swarmtrain.peer.training.round_report import round_event, tell_loss
 from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.peer.training.speed import most_steps_per_s, too_slow_in_words
 from swarmtrain.protocol.adapter_groups import trained_groups
+from swarmtrain.protocol.archive.load import is_measurement_due
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.run import RunFile
 from swarmtrain.words import counted
@@ -205,6 +206,8 @@ class ModelTraining:
         self.resumed_round: int | None = None
         """Round that the loaded checkpoint belongs to; None for a new peer."""
         self.has_joined = False
+        self._measured = (0, time.monotonic(), 0.0)
+        """Run's tokens at the last held-out measurement, when it ended, and how long it took."""
         self._had_ended = False
         """True if the run already had all its tokens when this peer last ran."""
         self._took_state = False
@@ -364,19 +367,30 @@ class ModelTraining:
         self.manager.keep_round(session)
 
     def _report(self, report: RoundReport) -> None:
-        """Emit the round's event, and measure the held-out loss every `evaluation.every_rounds` rounds."""
+        """Emit the round's event, and measure the held-out loss every `evaluation.every_rounds` rounds, or while no
+        bootstrap does."""
         context, contribution = self.context, report.contribution
         if self.compiled is not None:
             self.compiled.round_ended()
         context.emit(round_event(report, self.exchange))
         tell_loss(context.network, self.swarm, report.loss)
         every = context.run.evaluation.every_rounds
-        if every and report.progress.round % every == 0:
+        if report.progress.round % every == 0 if every else self._measures_for_all(report.progress.run_tokens):
             contribution.take_back()
             theta, tokenizer, control = report.state.theta, self.data.tokenizer, context.control
+            began_s = time.monotonic()
             with control.board.busy(f"measuring the held-out loss after round {contribution.round}"):
                 loss = held_out_loss(self.loop.whole_model(), theta, context.published, tokenizer, control.check)
             context.emit(eval_event(contribution.round, loss))
+            self._measured = (report.progress.run_tokens, now_s := time.monotonic(), now_s - began_s)
+
+    def _measures_for_all(self, run_tokens: int) -> bool:
+        """Return whether this peer measures now, in place of a bootstrap."""
+        run, (tokens, at_s, took_s) = self.context.run, self._measured
+        gained, every_s = (run_tokens - tokens) / run.run.total_tokens, run.network.archive_every_s
+        size, since_s = num_trained_parameters(run), time.monotonic() - at_s
+        is_due = is_measurement_due(gained, since_s, took_s, every_s, size)
+        return is_due and self.swarm.membership.is_first_without_bootstrap()
 
     # ------------------------------------------------------------- a pause
 

@@ -11,7 +11,14 @@ from collections.abc import Iterable
 
 from swarmtrain.protocol.membership.membership import PeerInfo
 
-__all__ = ["archive_bytes", "archive_every_s", "archived_sources", "is_early_archive_due", "not_the_slowest"]
+__all__ = [
+    "archive_bytes",
+    "archive_every_s",
+    "archived_sources",
+    "is_early_archive_due",
+    "is_measurement_due",
+    "not_the_slowest",
+]
 
 _MOST_SOURCES = 16
 """Volunteers whose weights are averaged, at most."""
@@ -72,3 +79,10 @@ def is_early_archive_due(gained: float, since_s: float, took_s: float, every_s: 
     if num_parameters > _SMALL_PARAMETERS or gained * _CURVE_ARCHIVES < 1:
         return False
     return since_s >= max(_EARLIEST * every_s, took_s / _EARLY_SHARE)
+
+
+def is_measurement_due(gained: float, since_s: float, took_s: float, every_s: float, num_parameters: int) -> bool:
+    """Return whether a volunteer that stands in for a bootstrap measures the held-out loss now: as often as a bootstrap
+    archives, in a tenth of its time at most, since it does not train meanwhile. Arguments as above."""
+    early = is_early_archive_due(gained, since_s, took_s, every_s, num_parameters)
+    return early or since_s >= max(every_s, took_s / _MOST_SHARE)

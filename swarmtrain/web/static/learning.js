@@ -1,7 +1,7 @@
 // Both losses by tokens or by time: on the page, and in a report.
 import { CurveChart } from "./charts.js";
 
-const RARE = "not measured yet: a bootstrap does so now and then";
+const RARE = "not measured yet: a bootstrap or a volunteer does so now and then";
 const get = (id) => document.getElementById(id);
 
 export class LearningCharts {

@@ -9,6 +9,7 @@ from swarmtrain.protocol.archive.load import (
     archive_every_s,
     archived_sources,
     is_early_archive_due,
+    is_measurement_due,
     not_the_slowest,
 )
 from swarmtrain.protocol.membership.membership import PeerInfo
@@ -65,3 +66,19 @@ def test_a_short_run_of_a_small_model_is_archived_more_often(
     gained: float, since_s: float, took_s: float, every_s: float, parameters: int, due: bool
 ) -> None:
     assert is_early_archive_due(gained, since_s, took_s, every_s, parameters) is due
+
+
+@pytest.mark.parametrize(
+    ("since_s", "took_s", "parameters", "due"),
+    [
+        (61.0, 0.1, 5_000_000, True),
+        (59.0, 0.1, 5_000_000, False),
+        (299.0, 30.0, 5_000_000, False),  # the trainer waits for it
+        (301.0, 30.0, 5_000_000, True),
+        (6.0, 0.1, 460_000, True),  # as a small one is archived early
+    ],
+)
+def test_a_volunteer_in_place_of_a_bootstrap_measures_in_a_tenth_of_its_time(
+    since_s: float, took_s: float, parameters: int, due: bool
+) -> None:
+    assert is_measurement_due(0.05, since_s, took_s, 60.0, parameters) is due

@@ -223,3 +223,17 @@ def test_who_looks_when_the_version_grows_sees_who_has_come_back() -> None:
     members.left("a", 1.0)
     members.saw_presence(info(stamp=2.0), 32.0, 2.0)
     assert seen == [["a"], [], ["a"]]
+
+
+def test_of_volunteers_without_a_bootstrap_one_measures() -> None:
+    members = Membership(me="me")
+    assert members.is_first_without_bootstrap()
+    members.saw_presence(info("z"), 30, 0)
+    members.saw_presence(PeerInfo(peer="b", is_bootstrap=True), 30, 0)
+    assert not members.is_first_without_bootstrap(), "the bootstrap does"
+    members.left("b", 1.0)
+    assert members.is_first_without_bootstrap()
+    members.saw_presence(info("a"), 30, 1.0)
+    assert not members.is_first_without_bootstrap()
+    members.expire(40.0)
+    assert members.is_first_without_bootstrap(), "it is gone"
