@@ -5,17 +5,17 @@ tokens, and the chat template. The template is beside the tokenizer and not amon
 train a model of its own with a named tokenizer, and because whoever encodes needs both and nothing else. A bundle
 without the two others is a bare `tokenizer.json`.
 
-It comes from a stranger. The library `tokenizers` builds tables from it and runs no code; what would let a few bytes of
-text grow into gigabytes of tokens is refused here, and padding, truncation and random merges are turned off.
+It comes from a stranger. The library `tokenizers` builds tables from it and runs no code, but a few hundred bytes of
+such a file can make it take gigabytes and minutes for a letter. So it works in a process of its own
+(`tokenizer_process.py`), which has little memory and is ended when it takes long. Padding, truncation and random merges
+are turned off.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
-import logging
-import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from swarmtrain.data.limited_process import LimitedProcess, ProcessLimitError
 from swarmtrain.data.text_chunks import CHUNK_BYTES, CHUNKS_AT_ONCE, chunks
 from swarmtrain.errors import RunFileError
 from swarmtrain.extras import install_in_words
@@ -42,7 +43,9 @@ _MAX_REPLACEMENT = 64
 """Characters by which a normalizer may replace one."""
 _MAX_PATTERN = 4096
 _LETTERS_AT_ONCE = CHUNKS_AT_ONCE * CHUNK_BYTES
-_log = logging.getLogger(__name__)
+_LIMIT_S = 60.0
+"""Time that so many letters may take: a hundred times what they take."""
+_MEMORY_BYTES = 1 << 31
 
 Tokens = npt.NDArray[Any]
 
@@ -120,37 +123,43 @@ class TokenizerFile:
         Raises ValueError if that is impossible or refused, RunFileError if the library is missing.
         """
         self.bundle = bundle
-        table = _checked(bundle.tokenizer_json)
-        self._encoder = _built(table)
-        self._encoder.no_padding()
-        self._encoder.no_truncation()
-        self._lock = threading.Lock()
-        """Held while the encoder reads special tokens as letters, or does not."""
-        ids = self._encoder.get_vocab(with_added_tokens=True)
-        if not ids:
-            raise ValueError("it has no tokens")
-        self.vocabulary_size = max(ids.values()) + 1
+        made = self._started(_checked(bundle.tokenizer_json))
+        self.vocabulary_size, self._unknown = int(made["vocabulary_size"]), made["unknown"]
         self._dtype = np.uint16 if self.vocabulary_size <= 2**16 else np.uint32
-        self._unknown = _unknown_token(table["model"], ids)
-        self.document_begin, added_end = self._frame()
-        end = self._special("eos_token")
+        self.document_begin, added_end = tuple(made["begin"]), tuple(made["end"])
+        begin, end = (made["special"].get(role) for role in ("bos_token", "eos_token"))
         self.document_end = added_end if end is None else (end,)
-        begin = self._special("bos_token")
         first = (*self.document_begin, *(() if begin is None else (begin,)), *self.document_end)
         self.start_token = first[0] if first else int((*self.encode(b"\n"), 0)[0])
 
-    def _special(self, role: str) -> int | None:
-        found = self.bundle.special_tokens.get(role)
-        return None if found is None else self._encoder.token_to_id(found)
+    def _started(self, table: dict[str, Any]) -> dict[str, Any]:
+        """Start the process, and return what it says of the tokenizer."""
+        task = {"tokenizer": table, "special_tokens": dict(self.bundle.special_tokens)}
+        try:
+            self._process = LimitedProcess("swarmtrain.data.tokenizer_process", task, _LIMIT_S, _MEMORY_BYTES)
+        except ProcessLimitError as error:
+            raise ValueError(str(error)) from None
+        weakref.finalize(self, self._process.close)
+        made = self._process.first
+        if "is_missing" in made:
+            raise RunFileError(
+                f"model.tokenizer: a tokenizer.json needs tokenizers: {install_in_words('bpe')}", code="package-missing"
+            )
+        if "error" in made:
+            raise ValueError(made["error"])
+        return made
 
-    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the tokens that the file's post-processor puts before and after a text."""
-        bare = self._encoder.encode("a", add_special_tokens=False).ids
-        framed = self._encoder.encode("a").ids
-        for begin in range(len(framed) - len(bare) + 1):
-            if framed[begin : begin + len(bare)] == bare:
-                return tuple(framed[:begin]), tuple(framed[begin + len(bare) :])
-        return (), ()
+    def _ask(self, **question: Any) -> Any:
+        try:
+            answer = self._process.ask(question)
+        except ProcessLimitError as error:
+            answer = {"error": str(error)}
+        if "error" in answer:
+            raise RunFileError(
+                f"model.tokenizer: the tokenizer in this run cannot be used: {answer['error']}; use another one",
+                code="bad-tokenizer",
+            )
+        return answer["answer"]
 
     def encode(self, text: bytes | npt.NDArray[np.uint8]) -> Tokens:
         """Return the tokens of `text` (n,), uint16 or uint32, without those that begin or end a document.
@@ -177,31 +186,22 @@ class TokenizerFile:
         ends = np.cumsum([len(part) for part in parts]) // _LETTERS_AT_ONCE
         cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(parts)]
         encodings = (
-            np.array(each.ids, self._dtype)
+            np.array(ids, self._dtype)
             for begin, end in itertools.pairwise(cuts)
-            for each in self._batch(parts[begin:end], True)
+            for ids in self._ask(encode=parts[begin:end], as_letters=True)
         )
         for count in counts:
             yield np.concatenate([np.empty(0, self._dtype), *itertools.islice(encodings, count)])
 
-    def _batch(self, parts: Sequence[str], as_letters: bool) -> list[Any]:
-        """Encode parts; special tokens in them are their letters, or themselves."""
-        with self._lock:
-            self._encoder.encode_special_tokens = as_letters
-            try:
-                return list(self._encoder.encode_batch(list(parts), add_special_tokens=False))
-            finally:
-                self._encoder.encode_special_tokens = False
-
     def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Tokens, npt.NDArray[np.bool_]]:
         """Return the tokens (n,) of what a template wrote, special tokens included, and which of them (n,) have
         characters in one of the `spans` (begin, end), as Hugging Face's libraries do."""
-        (encoding,) = self._batch([text], False)
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        ((ids, offsets_in_text),) = self._ask(encode=[text], as_letters=False, offsets=True)
+        offsets = np.array(offsets_in_text, np.int64).reshape(-1, 2)
         is_in = np.zeros(len(offsets), np.bool_)
         for begin, end in spans:
             is_in |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
-        return np.array(encoding.ids, self._dtype), is_in
+        return np.array(ids, self._dtype), is_in
 
     def encode_prompt(self, text: str) -> Tokens:
         """Return the tokens (n,) of what a person asks with: special tokens in it are what they are, and what begins a
@@ -215,24 +215,24 @@ class TokenizerFile:
         The prompt's are those that it has alone, since the model will be asked with them. Where the two have a token
         together they are encoded apart, unless that changes the text.
         """
-        alone, whole, rest = self._batch([prompt, prompt + completion, completion], False)
-        if whole.ids[: len(alone.ids)] == alone.ids:
-            return np.array(whole.ids, self._dtype), len(alone.ids)
-        apart = [*alone.ids, *rest.ids]
+        alone, whole, rest = self._ask(encode=[prompt, prompt + completion, completion], as_letters=False)
+        if whole[: len(alone)] == alone:
+            return np.array(whole, self._dtype), len(alone)
+        apart = [*alone, *rest]
         if self.decode(apart) == (prompt + completion).encode():
-            return np.array(apart, self._dtype), len(alone.ids)
-        pairs = zip(alone.ids, whole.ids, strict=False)
+            return np.array(apart, self._dtype), len(alone)
+        pairs = zip(alone, whole, strict=False)
         common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return np.array(whole.ids, self._dtype), common
+        return np.array(whole, self._dtype), common
 
     def num_unspelt_bytes(self, text: bytes) -> int:
         """Return how many bytes of `text` are in no token, or only in unknown ones."""
         missing = 0
         for chunk in chunks(np.frombuffer(text, np.uint8).data):
             part = str(chunk, "utf-8", "replace")
-            (encoding,) = self._batch([part], True)
+            (encoding,) = self._ask(encode=[part], as_letters=True, offsets=True)
             spelt = np.zeros(len(part), np.bool_)
-            for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            for token, (begin, end) in zip(*encoding, strict=True):
                 spelt[begin:end] |= token != self._unknown
             missing += sum(
                 len(letter.encode())
@@ -246,7 +246,7 @@ class TokenizerFile:
         numbers = [int(token) for token in tokens]
         if numbers and not 0 <= min(numbers) <= max(numbers) < self.vocabulary_size:
             raise ValueError(f"a token is at least 0 and below {self.vocabulary_size}")
-        text: str = self._encoder.decode(numbers, skip_special_tokens=False)
+        text: str = self._ask(decode=numbers)
         return text.encode()
 
     def to_bytes(self) -> bytes:
@@ -256,13 +256,6 @@ class TokenizerFile:
     @cached_property
     def _bytes(self) -> bytes:
         return self.bundle.to_bytes()
-
-
-def _unknown_token(model: Mapping[str, Any], ids: Mapping[str, int]) -> int | None:
-    if model["type"] == "Unigram":
-        found = model.get("unk_id")
-        return found if isinstance(found, int) else None
-    return ids.get(str(model.get("unk_token")))
 
 
 # ---------------------------------------------------------------- what a stranger may not ask for
@@ -303,25 +296,3 @@ def _num_parts(part: Any, depth: int) -> int:
         if isinstance(part.get(name), str) and len(part[name]) > most:
             raise ValueError(f"a part of it has {len(part[name])} characters in {name}; at most {most} are accepted")
     return 1 + sum(_num_parts(each, depth + 1) for each in part.values())
-
-
-def _built(table: dict[str, Any]) -> Any:
-    """Return the library's tokenizer. Raises ValueError if the library refuses the file, whatever it raises."""
-    library = _library()
-    try:
-        return library.Tokenizer.from_str(json.dumps(table, ensure_ascii=False))
-    except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        # A panic of the library is no Exception.
-        _log.info("the library tokenizers refuses a file: %r", error)
-        raise ValueError(one_line(str(error))[:200] or "the library tokenizers refuses it") from None
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("tokenizers")
-    except ImportError:
-        raise RunFileError(
-            f"model.tokenizer: a tokenizer.json needs tokenizers: {install_in_words('bpe')}", code="package-missing"
-        ) from None

@@ -12,6 +12,7 @@ import jinja2
 import pytest
 from codes import raises_code
 from made_tokenizers import END, MARKED, PLAIN, SPECIAL, THINKING, made_tokenizer
+from tokenizers import Tokenizer
 
 from swarmtrain.data.chat_template import ChatTemplate
 from swarmtrain.data.template_process import TemplateError, TemplateProcess
@@ -87,7 +88,9 @@ def test_the_text_is_that_of_transformers(name: str) -> None:
 def test_tokens_and_targets_are_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     made = made_tokenizer(MARKED)
-    library = transformers.PreTrainedTokenizerFast(tokenizer_object=made._encoder, **SPECIAL)
+    library = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(made.bundle.tokenizer_json), **SPECIAL
+    )
     wanted = library.apply_chat_template(
         CHAT[:5], chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -128,7 +131,7 @@ def test_its_process_writes_one_conversation_after_the_other_and_survives_what_i
             process.write([{"role": "tool", "content": "x"}, *CHAT])
         assert process.write([{"role": "assistant", "content": "é ☃"}])[0][0] == f"<|assistant|>é ☃{END}\n"
         child = process._process
-    assert child is not None and child.poll() is not None, "it ends with the block"
+    assert child is not None and child._process.poll() is not None, "it ends with the block"
 
 
 @pytest.mark.parametrize(

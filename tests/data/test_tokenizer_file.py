@@ -108,6 +108,12 @@ def test_what_is_pinned_is_the_file_with_special_tokens_and_template_or_the_bare
 
 DEEP = "[" * 100_000
 LONGER = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 99}
+FRAMING = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": END, "type_id": 0}}] * 65 + [{"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
+}
 REGEX = {"type": "Split", "pattern": {"Regex": "a" * 5000}, "behavior": "Isolated", "invert": False}
 
 
@@ -135,6 +141,38 @@ REGEX = {"type": "Split", "pattern": {"Regex": "a" * 5000}, "behavior": "Isolate
 def test_what_is_no_usable_tokenizer_is_refused(data: bytes, says: str) -> None:
     with raises_code("bad-format", BadBytesError, says):
         tokenizer_from_bytes_untrusted(data, 320)
+
+
+SPREADING = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 64}
+PREFIXED = {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "continuing_subword_prefix": "bbb"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [SPREADING] * 5}}, "or more than 256 MiB"),
+        ({"post_processor": FRAMING}, "more than 64 tokens around a text"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "must be non-zero"),
+        ({"model": {"type": "BPE", **PREFIXED}, "added_tokens": []}, "out of range"),
+    ],
+)
+def test_a_small_file_takes_no_more_memory_and_time_than_it_may_and_a_panic_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, parts: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setattr(tokenizer_file, "_MEMORY_BYTES", 1 << 28)
+    with raises_code("bad-format", BadBytesError, says):
+        tokenizer_from_bytes_untrusted(changed(**parts).encode(), 320)
+
+
+def test_a_text_that_a_tokenizer_makes_too_large_ends_it_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_file, "_MEMORY_BYTES", 1 << 28)
+    spread = {**SPREADING, "pattern": {"String": "h"}, "content": "h" * 64}
+    parts = {"type": "Sequence", "normalizers": [spread] * 4}
+    made = TokenizerFile(TokenizerBundle(changed(normalizer=parts)))
+    assert made.decode(made.encode(b"are you")) == b"are you"
+    for _ in range(2):
+        with raises_code("bad-tokenizer", RunFileError, "more than 256 MiB"):
+            made.encode(b"how are you")
 
 
 def test_tokens_beyond_the_models_vocabulary_are_refused() -> None:
