@@ -51,7 +51,7 @@ package-missing path-is-folder path-outside peer-failed peer-needs-newer peer-no
 peer-refused peer-silent peer-starting port-forbidden port-taken precision-demanded published-section question-refused
 rank-lost rehearsal rounds-not-archived run-had-ended run-needs-newer run-not-delivered seed-used-twice server-silent
 several-peers slowdown-count smaller-microbatch stage-not-taken stages-in-fp16 stages-on-one-device
-stages-only stalled state-not-delivered stdlib-missing still-ending tied-embeddings too-busy
+stages-only stalled state-not-delivered stdlib-missing still-ending takes-much tied-embeddings too-busy
 too-few-peers too-little-bandwidth too-little-memory too-little-text too-many-devices too-many-threads too-much-churn
 too-often too-slow-for-run training-diverged unknown-key unreachable update-too-old wrong-type
 bad-tracker tracker-failed tracker-offline

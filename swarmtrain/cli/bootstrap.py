@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from swarmtrain.cli.common import (
     LINK_OPTIONS,
     PeerOptions,
+    asking,
     errors_as_events,
     example,
     open_sink,
@@ -91,7 +93,6 @@ def command(
         control=options.control,
         metrics=options.metrics,
         report_to=options.report_to,
-        accept_clock=options.accept_clock,
         only_announced=options.only_announced,
         samples_archive=not kept.get("no_samples", no_samples),
         started=started,
@@ -100,12 +101,15 @@ def command(
     def make_display() -> PeerDisplay:
         return PeerDisplay(f"swarmtrain bootstrap: {run.run.name}", run.run.total_tokens)
 
-    with PageProcess(options.web, directory) as page, open_sink(options, make_display, settings.directory) as sink:
-        settings = dataclasses.replace(settings, show_status=page.started_by(sink.look_at))
-        emit = sink if invite_file is None else _also_to_file(sink, invite_file)
-        done = run_bootstrap(run, data or given.base, settings, emit, options.stop)
-        emit(done)
-    say_the_end(done, directory, options, user_directory(f"bootstrap-{run.run.name}", options.name))
+    def live(agreed: Mapping[str, Any]) -> None:
+        with PageProcess(options.web, directory) as page, open_sink(options, make_display, directory) as sink:
+            by_that = dataclasses.replace(settings, **agreed, show_status=page.started_by(sink.look_at))
+            emit = sink if invite_file is None else _also_to_file(sink, invite_file)
+            done = run_bootstrap(run, data or given.base, by_that, emit, options.stop)
+            emit(done)
+        say_the_end(done, directory, options, user_directory(f"bootstrap-{run.run.name}", options.name))
+
+    asking(options, live)
 
 
 def _also_to_file(emit: Emit, path: Path) -> Emit:

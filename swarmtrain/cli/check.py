@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from swarmtrain.cli import swarm_options
-from swarmtrain.cli.common import example
+from swarmtrain.cli.common import example, use_hf_token
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 from swarmtrain.errors import Problem, RunFileError, with_code
 
@@ -40,6 +40,7 @@ _LOOK_WEIGHTS_BYTES = 1 << 30
     metavar="FOLDER",
     help="Folder to which the run's data paths are relative.  [default: the run file's folder]",
 )
+@use_hf_token()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool) -> None:
     """Print what RUN.toml trains, what it costs, and warnings.

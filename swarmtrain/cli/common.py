@@ -36,7 +36,8 @@ from swarmtrain.cli.kept_options import KeptOption
 from swarmtrain.cli.option_errors import OptionError, OptionsError
 from swarmtrain.cli.page_address import PageAddress, web_option
 from swarmtrain.cli.tracker_options import report_to_option
-from swarmtrain.errors import ClockError, SwarmtrainError, with_code
+from swarmtrain.errors import SwarmtrainError, with_code
+from swarmtrain.hub_login import USE_LOGIN, has_unused_login, use_login
 from swarmtrain.peer.lifecycle.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ __all__ = [
     "PeerOptions",
     "WhichPeer",
     "addresses",
-    "by_whose_clock",
+    "asking",
     "errors_as_events",
     "example",
     "finite",
@@ -63,6 +64,7 @@ __all__ = [
     "peer_options",
     "say_the_end",
     "to_multiaddr",
+    "use_hf_token",
     "user_directory",
     "which_peer",
 ]
@@ -221,6 +223,16 @@ def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> f
     return value
 
 
+def _use_login(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        use_login()
+
+
+def use_hf_token(cls: type[click.Option] = click.Option) -> Callable[[_F], _F]:
+    """Return the option by which the owner of a login of the hub says that it may be used."""
+    return click.option("--use-hf-token", cls=cls, is_flag=True, expose_value=False, callback=_use_login, envvar=USE_LOGIN, help="Use the login in HF_TOKEN for the data, model and tokenizer that the run names. Without it private ones cannot be read.")  # fmt: skip
+
+
 _PEER_OPTIONS = (
     click.option(
         "--dir",
@@ -288,6 +300,7 @@ _PEER_OPTIONS = (
         is_flag=True,
         help="Use the other peers' clock even if it differs from this machine's by more than ten minutes.",
     ),
+    use_hf_token(KeptOption),
     click.option(
         "--only-announced",
         is_flag=True,
@@ -370,22 +383,35 @@ def _end_at_once(as_json: bool, name: str) -> None:
     os._exit(0)
 
 
-def by_whose_clock(options: PeerOptions, live: Callable[[bool], None]) -> None:
-    """Call `live` with whether to use the others' clock, however far it is from this machine's.
+_QUESTIONS = {
+    "clock-differs": ("Go by their clock?", "accept_clock"),
+    "takes-much": ("Take part all the same?", "accept_size"),
+}
+"""Question by which an error with this code can be overcome, and the setting that says yes."""
+_HUB_CODES = ("dataset-not-loaded", "hub-failed", "tokenizer-not-loaded")
 
-    If it raises ClockError and a person is at the terminal, ask, and call it again.
-    """
-    try:
-        live(options.accept_clock)
-    except ClockError as error:
-        if options.json or is_the_background() or not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise
-        click.echo(with_code(f"warning: {error}", error.code), err=True)
-        with options.stop.before_it_begins():
-            goes_by_theirs = click.confirm("Go by their clock?", default=False, err=True)
-        if not goes_by_theirs:
-            raise
-        live(True)
+
+def asking(options: PeerOptions, live: Callable[[Mapping[str, Any]], None]) -> None:
+    """Call `live` with settings by their names. If it raises an error that a person may overrule, and a person is at
+    the terminal, ask, and call it again."""
+    agreed: dict[str, Any] = {"accept_clock": options.accept_clock}
+    while True:
+        try:
+            return live(agreed)
+        except SwarmtrainError as error:
+            question, setting = _QUESTIONS.get(error.code, ("", ""))
+            if error.code in _HUB_CODES and has_unused_login():
+                question = "Use your login of Hugging Face (HF_TOKEN) for this run?"
+            if not question or options.json or is_the_background() or not (sys.stdin.isatty() and sys.stderr.isatty()):
+                raise
+            click.echo(with_code(f"warning: {error}", error.code), err=True)
+            with options.stop.before_it_begins():
+                is_agreed = click.confirm(question, default=False, err=True)
+            if not is_agreed:
+                raise
+            agreed |= {setting: True} if setting else {}
+            if not setting:
+                use_login()
 
 
 def example(*lines: str) -> str:

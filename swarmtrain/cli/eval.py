@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmtrain.cli.common import THREADS, example
+from swarmtrain.cli.common import THREADS, example, use_hf_token
 from swarmtrain.cli.device_options import DEVICE
 from swarmtrain.cli.exported_model import MODEL_DIR, load_for_use
 from swarmtrain.cli.option_errors import OptionsError
@@ -41,6 +41,7 @@ _BATCH_SEQUENCES = 16
 @click.option("--tasks", metavar="NAMES", help="Tasks of lm-evaluation-harness to score the model on instead, such as arc_easy,hellaswag (needs the extra `eval`).")  # fmt: skip
 @click.option("--include-path", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of more task files for --tasks.")  # fmt: skip
 @MODEL_DIR
+@use_hf_token()
 @THREADS
 @DEVICE
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from swarmtrain.cli.common import example
+from swarmtrain.cli.common import example, use_hf_token
 from swarmtrain.cli.option_errors import OptionsError
 
 __all__ = ["command"]
@@ -54,6 +54,7 @@ __all__ = ["command"]
     metavar="FOLDER",
     help="Folder with the files of the run's model, if it is one of Hugging Face and they are nowhere else.",
 )
+@use_hf_token()
 @click.option(
     "--merge",
     "is_merged",

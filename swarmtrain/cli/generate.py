@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from swarmtrain.cli.common import THREADS, example
+from swarmtrain.cli.common import THREADS, example, use_hf_token
 from swarmtrain.cli.device_options import DEVICE
 from swarmtrain.cli.exported_model import MODEL_DIR, load_for_use
 from swarmtrain.cli.option_errors import OptionsError
@@ -78,6 +78,7 @@ minutes."""
     help="Random seed; the same seed writes the same text.",
 )
 @MODEL_DIR
+@use_hf_token()
 @THREADS
 @DEVICE
 @click.option(

@@ -16,7 +16,7 @@ from swarmtrain.cli.background import is_the_background, say
 from swarmtrain.cli.common import (
     LINK_OPTIONS,
     PeerOptions,
-    by_whose_clock,
+    asking,
     errors_as_events,
     example,
     finite,
@@ -126,6 +126,7 @@ def _limit_options(function: _F) -> _F:
     help="Folder of your own text, for runs that train on text or JSON lines.",
 )
 @click.option("--model-dir", cls=KeptOption, type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, which are then not fetched if they are the run's.")  # fmt: skip
+@click.option("--disk", cls=KeptOption, callback=limit("parse_size"), default="20GB", show_default=True, metavar="SIZE", help="Space on the disk that the run may take; none: what is free. If it takes more, `join` asks, or ends if nobody is at the terminal.")  # fmt: skip
 @click.option("--rank", cls=KeptOption, type=click.IntRange(1, 1024), metavar="N", help="If the run trains an adapter: train only N of its components in each round, other ones in the next. Fewer gradients to compute and to send.  [default: all]")  # fmt: skip
 @click.option("--fail-pulls", type=click.FloatRange(0, 100), callback=finite, default=0.0, hidden=True, metavar="PCT", help="For a rehearsal: percentage of the pulls from this peer that break off midway; the same pulls for the same --name.")  # fmt: skip
 @click.option("--first-stages", callback=_stages, default="", hidden=True, metavar="N,...", help="For a rehearsal: stages of a pipeline to take first, whatever the run needs.")  # fmt: skip
@@ -137,6 +138,7 @@ def command(
     on: DeviceOptions,
     data: Path | None,
     model_dir: Path | None,
+    disk: int,
     rank: int | None,
     fail_pulls: float,
     first_stages: tuple[int, ...],
@@ -150,6 +152,8 @@ def command(
     Without INVITE, and with the same --name and --dir, it continues the run of its folder, through the peers it knew.
     The folder remembers --data, --model-dir, --rank, the device, the addresses, the limits and a pause; an option given anew replaces what it remembers.
     `swarmtrain limits` changes the limits while the peer runs.
+
+    Before anything large is fetched, it says how much memory and disk the run takes.
     """
     with errors_as_events(options.json, options.name):
         from swarmtrain.network.discovery.invite import parse_invite
@@ -167,6 +171,7 @@ def command(
         options = options.with_kept(kept)
         limits, on, data = _with_kept(limits, kept), on.with_kept(kept), kept.get("data", data)
         model_dir, rank = kept.get("model_dir", model_dir), kept.get("rank", rank)
+        disk = kept.get("disk", disk)
     import platformdirs
 
     from swarmtrain.cli.background import outputs_to_log
@@ -190,6 +195,7 @@ def command(
         vram_bytes=on.vram_bytes,
         base_bits=int(on.base_bits),
         adapter_rank=rank or 0,
+        disk_bytes=disk,
         log_descriptors=outputs_to_log(),
         control=options.control,
         metrics=options.metrics,
@@ -202,17 +208,17 @@ def command(
         started=started,
     )
 
-    def live(accept_clock: bool) -> None:
+    def live(agreed: Mapping[str, Any]) -> None:
         make_display = functools.partial(PeerDisplay, "swarmtrain join")
         with PageProcess(options.web, directory) as page, open_sink(options, make_display, directory) as emit:
             show_status = page.started_by(emit.look_at)
-            by_that = dataclasses.replace(settings, accept_clock=accept_clock, show_status=show_status)
+            by_that = dataclasses.replace(settings, **agreed, show_status=show_status)
             shown = emit if options.json or is_the_background() else _without_invite(emit)
             done = run_volunteer(parsed, by_that, shown, options.stop)
             emit(done)
         say_the_end(done, directory, options, user_directory("volunteer", options.name))
 
-    by_whose_clock(options, live)
+    asking(options, live)
 
 
 def _without_invite(emit: Emit) -> Emit:

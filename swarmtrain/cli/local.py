@@ -16,7 +16,7 @@ import click
 
 from swarmtrain.cli import swarm_options
 from swarmtrain.cli.closing_line import model_line
-from swarmtrain.cli.common import example, finite
+from swarmtrain.cli.common import example, finite, use_hf_token
 from swarmtrain.cli.device_options import DeviceOptions, device_options
 from swarmtrain.cli.option_errors import OptionsError
 from swarmtrain.cli.page_address import CommandWithPage, PageAddress, web_option
@@ -87,6 +87,7 @@ _LOST_TIMES = 8
 @click.option("--compare-alone", is_flag=True, help="Afterwards, train one volunteer alone at full speed, on as many tokens as the fastest volunteer.")  # fmt: skip
 @click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder of your own text, to which the run's data paths are relative.  [default: the run file's folder]")  # fmt: skip
 @click.option("--model-dir", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder with the files of the run's model, for the volunteers; see `swarmtrain join`.")  # fmt: skip
+@use_hf_token()
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Folder of the peers' files and the trained model.  [default: runs/NAME-TIME]")  # fmt: skip
 @report_to_option(click.Option)
 @click.option("--json", "as_json", is_flag=True, help="Write the peers' events as JSON lines to standard output.")

@@ -5,7 +5,7 @@ its loaders, a folder below the current one, or a URL, whichever it finds. A dat
 images and sounds, may name files of this machine. Therefore:
 
 - a name must be `owner/name` of the hub, or a folder below the one that the machine's owner gave;
-- the library looks a name up from an empty folder, runs no code, and gets no login but `HF_TOKEN`;
+- the library looks a name up from an empty folder, runs no code, and gets no login (`hub_login.py`);
 - before anything is read, what it found is checked: a format for text, and files of that data set at that commit, or
   below that folder; of these only the one column of strings is read.
 
@@ -31,9 +31,10 @@ from swarmtrain.data.below import below, is_plain_name
 from swarmtrain.data.rows import columns_of, no_such_field, text_of_row
 from swarmtrain.errors import RunFileError, SwarmtrainError
 from swarmtrain.extras import install_in_words
+from swarmtrain.hub_login import hub_token
 from swarmtrain.run import SourceKeys
 
-__all__ = ["HubRows", "fingerprint", "hub_token", "newest_revision", "read_texts"]
+__all__ = ["HubRows", "files_bytes", "fingerprint", "newest_revision", "read_texts"]
 
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")
 """Loaders of the library that read text from named files, and nothing else."""
@@ -57,6 +58,20 @@ def newest_revision(section: SourceKeys, base: Path) -> str:
             f'data.dataset: the hub gives no commit of "{section.dataset}"; try again later', code="dataset-not-loaded"
         )
     return found
+
+
+def files_bytes(section: SourceKeys, revision: str) -> int | None:
+    """Return the bytes of the hub's files that a data set consists of at a commit; None if the hub does not say."""
+    library = _library()
+    try:
+        builder, _ = _hub_builder(section, revision, library)
+        info = _hub(library).dataset_info(section.dataset, revision=revision, files_metadata=True, timeout=60.0)
+        sizes = {item.rfilename: item.size or 0 for item in info.siblings}
+        used = [str(file) for files in builder.config.data_files.values() for file in files]
+        return sum(sizes[file.partition(f"@{revision}/")[2]] for file in used)
+    except Exception as error:  # where it is read, an error says what is wrong
+        _log.info("how large %s is: %r", section.dataset, error)
+        return None
 
 
 def read_texts(section: SourceKeys, base: Path, revision: str = "") -> Iterator[bytes]:
@@ -372,15 +387,6 @@ def _hub(library: Any) -> Any:
     return importlib.import_module("huggingface_hub").HfApi(endpoint=library.config.HF_ENDPOINT, token=hub_token())
 
 
-def hub_token() -> str | bool:
-    """Return the login given to this program, if any.
-
-    One that is only stored in the home folder is not used: a run file could name a data set that only its owner can
-    read.
-    """
-    return os.environ.get("HF_TOKEN") or False
-
-
 @contextlib.contextmanager
 def _in_empty_folder() -> Iterator[None]:
     """Run the block in an empty folder, where a name that the library takes for a path finds nothing.
@@ -408,7 +414,8 @@ def _errors_in_words(section: SourceKeys) -> Iterator[None]:
         _log.info("the library datasets: %s", error, exc_info=True)
         raise RunFileError(
             f'data.dataset: cannot load "{section.dataset}" (split "{section.split}"): {_one_line(error)}; check '
-            "the name, the subset, the split and the connection (a folder is looked for below --data)",
+            "the name, the subset, the split and the connection (a private one needs HF_TOKEN and --use-hf-token; a "
+            "folder is looked for below --data)",
             code="dataset-not-loaded",
         ) from None
 

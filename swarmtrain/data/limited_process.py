@@ -119,7 +119,7 @@ def serve(prepare: Callable[[Answer], tuple[Answer, Callable[[Answer], Answer] |
     _limit_memory(question["memory_bytes"])
     limit_s, respond = question["limit_s"], None
     while True:
-        _end_after(limit_s)
+        _end_after(limit_s + (_START_S if respond is None else 0.0))
         try:
             if respond is None:
                 answer, respond = prepare(question)

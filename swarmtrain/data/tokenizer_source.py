@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from swarmtrain.data.huggingface import hub_token
 from swarmtrain.data.tokenizer_file import TokenizerBundle, TokenizerFile
 from swarmtrain.errors import RunFileError
 from swarmtrain.extras import install_in_words
+from swarmtrain.hub_login import hub_token
 from swarmtrain.run import MAX_TOKENIZER_BYTES
 from swarmtrain.words import one_line
 
@@ -166,7 +166,7 @@ def _of_hub(name: str) -> NamedTokenizer:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunFileError(
             f'model.tokenizer: cannot load "{name}" from the hub: {one_line(line)[:200]}; check the name, the revision '
-            "and the connection",
+            "and the connection (a private one needs HF_TOKEN and --use-hf-token)",
             code="tokenizer-not-loaded",
         ) from None
 

@@ -1,8 +1,8 @@
 """Model files of the Hugging Face hub, by the library `huggingface_hub`, which is imported when a run needs it.
 
 A run file comes from a stranger, and it names the repository: only the files that are pinned, or may be (safetensors
-and descriptions, never pickles or code), are asked for, and no login but `HF_TOKEN` is used, as for data sets (decision
-52). Files stay in the hub's own cache, which other programs share; large ones come by `hub_download.py`.
+and descriptions, never pickles or code), are asked for, and no login is used unless its owner says so (`hub_login.py`).
+Files stay in the hub's own cache, which other programs share; large ones come by `hub_download.py`.
 
 The library's errors are translated here.
 """
@@ -14,7 +14,6 @@ import errno
 import importlib
 import inspect
 import logging
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 
 from swarmtrain.errors import RunFileError, RunTimeError, SwarmtrainError
 from swarmtrain.extras import install_in_words
+from swarmtrain.hub_login import hub_token
 from swarmtrain.model.hub_download import DamagedFileError, HubBlob, check_room
 from swarmtrain.protocol.pinned_files.file_list import INDEX, MODEL_NAMES, files_to_pin, most_bytes
 from swarmtrain.words import one_line, size_in_words
@@ -130,7 +130,8 @@ class HubModel:
         except HubError as error:
             raise RunFileError(
                 f"model.base: cannot fetch {self.name} (revision {self.revision}) from the hub: {error}; check the "
-                "name, the revision and the connection (a private one needs HF_TOKEN), or give a folder",
+                "name, the revision and the connection (a private one needs HF_TOKEN and --use-hf-token), or give a "
+                "folder",
                 code="hub-failed",
             ) from None
         return HubSnapshot(folder, commit, names)
@@ -195,8 +196,8 @@ class HubModel:
             more["tqdm_class"] = _progress_bar(advance)
 
         def download() -> Path:
-            HubBlob(library, self.name, self.revision, name, _token(), advance).fetch()
-            return Path(library.hf_hub_download(self.name, name, revision=self.revision, token=_token(), **more))
+            HubBlob(library, self.name, self.revision, name, hub_token(), advance).fetch()
+            return Path(library.hf_hub_download(self.name, name, revision=self.revision, token=hub_token(), **more))
 
         try:
             return self.cached_file(name) or _interruptible(download, check)
@@ -232,7 +233,7 @@ def _check_sizes(sizes: Mapping[str, int], names: Iterable[str]) -> None:
 
 def _ask(library: Any, model: HubModel, check: Callable[[], None]) -> Any:
     """Return what the hub says of a model: its commit, and its files with their sizes."""
-    api = library.HfApi(token=_token())
+    api = library.HfApi(token=hub_token())
     work = lambda: api.model_info(model.name, revision=model.revision, files_metadata=True, timeout=_CALL_S)  # noqa: E731
     return _interruptible(work, check)
 
@@ -256,11 +257,6 @@ def _library() -> Any:
     utilities.disable_progress_bars()
     utilities.logging.set_verbosity_error()  # its warnings would go to the terminal
     return library
-
-
-def _token() -> str | bool:
-    """Return the login given to this program, if any; one that is only stored in the home folder is not used."""
-    return os.environ.get("HF_TOKEN") or False
 
 
 def _progress_bar(advance: Advance) -> type:

@@ -19,6 +19,7 @@ from swarmtrain.peer.control.session import ControlSession, control_session
 from swarmtrain.peer.devices.choice import check_device
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
+from swarmtrain.peer.lifecycle.needs import check_needs
 from swarmtrain.peer.lifecycle.node import (
     Emit,
     Interrupted,
@@ -165,13 +166,14 @@ class Volunteer:
             node=node,
             emit=self.emit,
             stop=self.stop,
-            accept_clock=self.settings.accept_clock,
+            settings=self.settings,
         )
         published, nobody = fetcher.fetch()
         # Both raise before anything takes long: if the run's rule is not installed, or --rank is not possible.
         mean_of(published.run.merge.robust)
         published.run.adapter.groups_worth(self.settings.adapter_rank)
         self.limits.limit_link(node.traffic, published.run.network)
+        check_needs(fetcher.needs, published, self.settings)
         others = SwarmSource(network, node, fetcher.through) if nobody is None else None
         model_folder = None
         if published.model_files:

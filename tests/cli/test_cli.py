@@ -9,26 +9,29 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
-from codes import codes_in
+from codes import codes_in, raises_code
 
 from swarmtrain.cli.common import (
     EventSink,
     PeerOptions,
-    by_whose_clock,
+    asking,
     example,
     open_sink,
     peer_directory,
     peer_options,
     to_multiaddr,
+    use_hf_token,
 )
 from swarmtrain.cli.main import _MEANT, ALIASES, COMMANDS, cli, run
-from swarmtrain.errors import ClockError, InviteError, RunTimeError
+from swarmtrain.errors import ClockError, InviteError, RunFileError, RunTimeError
 from swarmtrain.events import Event, WarningEvent, parse_event
+from swarmtrain.hub_login import USE_LOGIN, hub_token
 
 PEER_OPTIONS = (
     *(
@@ -45,6 +48,7 @@ PEER_OPTIONS = (
         "--background",
     ),
     "--accept-clock",
+    "--use-hf-token",
     "--only-announced",  # hidden, for rehearsals
     "--check-reach",  # hidden, for rehearsals
 )
@@ -60,7 +64,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--gpu-share", "--gpu-any-time", "--on-battery", "--max-temperature"),
         *("--hours", "--up", "--down", "--slowdown"),
         *("--device", "--precision", "--compile", "--base-bits", "--vram"),
-        *("--data", "--model-dir", "--rank"),
+        *("--data", "--model-dir", "--disk", "--rank"),
         *("--fail-pulls", "--first-stages"),  # hidden, for rehearsals
         *PEER_OPTIONS,
     ),
@@ -82,7 +86,17 @@ FROZEN: dict[str, tuple[str, ...]] = {
             "--fail-pulls",
         ),
         *("--jitter", "--loss", "--churn", "--faults"),
-        *("--compare-alone", "--data", "--model-dir", "--dir", "--report-to", "--json", "--web", "--log-level"),
+        *(
+            "--compare-alone",
+            "--data",
+            "--model-dir",
+            "--use-hf-token",
+            "--dir",
+            "--report-to",
+            "--json",
+            "--web",
+            "--log-level",
+        ),
     ),
     "status": (*WHICH_PEER, "--all", "--json", "--healthy"),
     "watch": (*WHICH_PEER, "--json", "--web", "--page-socket"),  # the last one is hidden
@@ -97,7 +111,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
     "invite": ("--dir", "--json"),
     "service": ("[NAME]", "--dir", "--address"),
     "init": ("[PATH]", "--example"),
-    "check": ("RUN.toml", "--peers", "--data", "--json"),
+    "check": ("RUN.toml", "--peers", "--data", "--use-hf-token", "--json"),
     "plan": (
         *("RUN.toml", "--peers", "--step-s", "--slowdown", "--rtt", "--link-up", "--link-down"),
         *("--jitter", "--loss", "--churn", "--seed", "--json"),
@@ -107,9 +121,29 @@ FROZEN: dict[str, tuple[str, ...]] = {
         *("--seed", "--method", "--sweep", "--set", "--jobs", "--fresh", "--plot", "--json"),
     ),
     "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
-    "export": ("[INVITE]", "--dir", "--to", "--push", "--private", "--model-dir", "--merge", "--accept-clock"),
+    "export": (
+        "[INVITE]",
+        "--dir",
+        "--to",
+        "--push",
+        "--private",
+        "--model-dir",
+        "--use-hf-token",
+        "--merge",
+        "--accept-clock",
+    ),
     "report": (*WHICH_PEER, "--to", "--with-machine", "--json"),
-    "eval": ("MODEL", "--text", "--tasks", "--include-path", "--model-dir", "--threads", "--device", "--json"),
+    "eval": (
+        "MODEL",
+        "--text",
+        "--tasks",
+        "--include-path",
+        "--model-dir",
+        "--use-hf-token",
+        "--threads",
+        "--device",
+        "--json",
+    ),
     "generate": (
         *(
             "[MODEL|INVITE]",
@@ -119,6 +153,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
             "--temperature",
             "--seed",
             "--model-dir",
+            "--use-hf-token",
             "--threads",
             "--device",
         ),
@@ -545,9 +580,9 @@ class Doubted:
     def __init__(self) -> None:
         self.lived: list[bool] = []
 
-    def __call__(self, accept_clock: bool) -> None:
-        self.lived.append(accept_clock)
-        if not accept_clock:
+    def __call__(self, agreed: Mapping[str, bool]) -> None:
+        self.lived.append(agreed["accept_clock"])
+        if not agreed["accept_clock"]:
             raise ClockError("31 years apart")
 
 
@@ -572,19 +607,19 @@ def at_a_terminal(monkeypatch: pytest.MonkeyPatch, typed: str) -> Keyboard:
 
 
 @pytest.mark.parametrize("typed", ["y\n", "n\n", "\n"])
-def test_who_sits_at_a_terminal_is_asked_by_whose_clock(monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+def test_who_sits_at_a_terminal_is_asked_asking(monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
     screen, doubted = at_a_terminal(monkeypatch, typed), Doubted()
     if typed.startswith("y"):
-        by_whose_clock(options_of(), doubted)
+        asking(options_of(), doubted)
         assert doubted.lived == [False, True]
     else:
         with pytest.raises(ClockError):
-            by_whose_clock(options_of(), doubted)
+            asking(options_of(), doubted)
         assert doubted.lived == [False]
     assert "31 years apart" in screen.getvalue() and "Go by their clock? [y/N]" in screen.getvalue()
 
 
-def test_where_nobody_is_nobody_is_asked_by_whose_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nobody_is_nobody_is_asked_asking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither with --json nor without a terminal: whoever waits for an answer there would wait for ever."""
 
     def refuse(*_: object, **__: object) -> None:
@@ -595,9 +630,48 @@ def test_where_nobody_is_nobody_is_asked_by_whose_clock(monkeypatch: pytest.Monk
     for options in (options_of(json=True), options_of()):
         doubted = Doubted()
         with pytest.raises(ClockError):
-            by_whose_clock(options, doubted)
+            asking(options, doubted)
         assert doubted.lived == [False]
         monkeypatch.setattr(sys, "stdin", io.StringIO())
     accepted = Doubted()
-    by_whose_clock(options_of(accept_clock=True), accepted)
+    asking(options_of(accept_clock=True), accepted)
     assert accepted.lived == [True]
+
+
+def test_a_run_that_takes_much_and_one_that_needs_a_login_ask_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, lived = at_a_terminal(monkeypatch, "y\ny\n"), []
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("SWARMTRAIN_USE_HF_TOKEN", "0")
+
+    def live(agreed: Mapping[str, bool]) -> None:
+        lived.append((agreed.get("accept_size", False), hub_token()))
+        if not agreed.get("accept_size"):
+            raise RunTimeError("this run takes about 90 GB", code="takes-much")
+        if not hub_token():
+            raise RunFileError("cannot load anna/diary", code="dataset-not-loaded")
+
+    asking(options_of(), live)
+    assert lived == [(False, False), (True, False), (True, "hf_secret")]
+    assert (
+        "Take part all the same? [y/N]" in screen.getvalue() and "Use your login of Hugging Face" in screen.getvalue()
+    )
+    monkeypatch.delenv("HF_TOKEN")
+    with raises_code("dataset-not-loaded", RunFileError, "anna/diary"):
+        asking(options_of(), lambda agreed: live({"accept_size": True}))
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "token"),
+    [([], None, False), (["--use-hf-token"], None, "hf_secret"), ([], "1", "hf_secret"), ([], "0", False)],
+)
+def test_a_login_is_used_only_by_the_word_of_its_owner(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], variable: str | None, token: str | bool
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv(USE_LOGIN, variable or "")  # so that it is as before after the test
+    if variable is None:
+        monkeypatch.delenv(USE_LOGIN)
+    found = []
+    command = click.command()(use_hf_token()(lambda: found.append(hub_token())))
+    command.main(words, standalone_mode=False)
+    assert found == [token]

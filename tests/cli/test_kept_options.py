@@ -232,6 +232,7 @@ def test_whom_the_invite_named_is_remembered_from_the_first_answer_on(tmp_path: 
         node=None,  # type: ignore[arg-type]
         emit=lambda event: None,
         stop=StopFlag(),
+        settings=PeerSettings(directory=tmp_path, name="anna"),
     )
     fetcher.find, fetcher._fetch_from = lambda limit_s: "ben", lambda source: published
     assert fetcher.fetch() == (published, None)

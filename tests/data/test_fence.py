@@ -24,6 +24,7 @@ from codes import raises_code
 from fake_hub import SmallHub, fake_hub
 
 from swarmtrain.data.documents import source_files
+from swarmtrain.data.huggingface import files_bytes
 from swarmtrain.data.prepare import PeerPlace, first_look, publishable_data, training_batches, training_data
 from swarmtrain.errors import BadBytesError, RunFileError, UserError
 from swarmtrain.peer.bootstrap import publish_run
@@ -437,6 +438,14 @@ def test_the_bootstrap_fixes_the_commit(home: Home, hub: SmallHub, streaming: bo
     assert b"second" in home.prepare(old, None), "runs that were published before say no commit"
 
 
+def test_the_size_of_its_files_is_known_before_they_are_fetched(home: Home, hub: SmallHub) -> None:
+    sha = hub.push("anna/stories", rows("first"))
+    source = a_run(dataset="anna/stories").data.mixture[0]
+    assert files_bytes(source, sha) == len(rows("first")["train.jsonl"])
+    assert not [line for line in hub.asked if line.startswith("GET") and "resolve" in line and "train.jsonl" in line]
+    assert files_bytes(source, "0" * 40) is None
+
+
 def test_a_folders_run_has_no_commit_and_other_sources_cannot_have_one(home: Home) -> None:
     (home.data / "anna" / "stories").mkdir(parents=True)
     (home.data / "anna" / "stories" / "train.jsonl").write_bytes(rows("mine")["train.jsonl"])
@@ -467,6 +476,9 @@ def test_no_login_but_the_one_that_was_given(home: Home, hub: SmallHub, monkeypa
     home.prepare(a_run(dataset="anna/stories"), None)
     assert hub.asked and not [line for line in hub.asked if "hf_saved" in line]
     monkeypatch.setenv("HF_TOKEN", "hf_given")
+    home.prepare(a_run(dataset="anna/stories", streaming=True), None)
+    assert not [line for line in hub.asked if "hf_" in line], "its owner has not said that it may be used"
+    monkeypatch.setenv("SWARMTRAIN_USE_HF_TOKEN", "1")
     home.prepare(a_run(dataset="anna/stories", streaming=True), None)
     assert [line for line in hub.asked if "hf_given" in line] and not [line for line in hub.asked if "hf_saved" in line]
 

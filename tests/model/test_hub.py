@@ -278,6 +278,10 @@ def test_no_login_but_the_one_given(hub: SmallHub, tmp_path: Path, monkeypatch: 
     HubModel("anna/tiny").download(weights=True, advance=nothing)
     assert not [each for each in hub.asked if "Bearer" in each]
     monkeypatch.setenv("HF_TOKEN", "hf_given")
+    hub.push("anna/third", ALL)
+    HubModel("anna/third").download(weights=True, advance=nothing)
+    assert not [each for each in hub.asked if "Bearer" in each], "its owner has not said that it may be used"
+    monkeypatch.setenv("SWARMTRAIN_USE_HF_TOKEN", "1")
     hub.push("anna/other", ALL)
     HubModel("anna/other").download(weights=True, advance=nothing)
     assert [each for each in hub.asked if "anna/other" in each] == [

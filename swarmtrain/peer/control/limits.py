@@ -50,7 +50,7 @@ from swarmtrain.run import NetworkSection, RunFile
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, size_in_words
 
-__all__ = ["LimitEnforcer", "Measured", "check_memory", "kept_limits", "limit_link", "options_of"]
+__all__ = ["LimitEnforcer", "Measured", "check_memory", "kept_limits", "least_cost", "limit_link", "options_of"]
 
 LOOK_EVERY_S = 3.0
 _LAST_LOOK_S = 5.0
@@ -444,11 +444,8 @@ def _needs_in_words(cost: Estimate) -> str:
     return f"this run needs about {size_in_words(cost.memory_bytes)} of memory with {counted(cost.num_peers, 'peer')}"
 
 
-def check_memory(run: RunFile, num_parameters: int, limit_bytes: int, num_ranks: int = 1) -> None:
-    """Raise UserError if this run cannot keep to the limit even with a single partner; `num_ranks` of this peer train
-    on the processor."""
-    if not limit_bytes:
-        return
+def least_cost(run: RunFile, num_parameters: int, num_ranks: int = 1) -> Estimate:
+    """Return the cost of the run for a peer with one partner, with the least memory."""
     # With more partners it may have to pause later; what does not fit with a single one, one sequence at a time, even
     # if blocks are computed again in the backward pass, could never train, so it is refused before anything is built
     # (decision 13).
@@ -456,7 +453,15 @@ def check_memory(run: RunFile, num_parameters: int, limit_bytes: int, num_ranks:
         estimate(run, num_parameters, num_peers=2, microbatch_sequences=1, recomputes=recomputes, num_ranks=num_ranks)
         for recomputes in (False, True)
     )
-    cost = min(costs, key=lambda each: each.memory_bytes)
+    return min(costs, key=lambda each: each.memory_bytes)
+
+
+def check_memory(run: RunFile, num_parameters: int, limit_bytes: int, num_ranks: int = 1) -> None:
+    """Raise UserError if this run cannot keep to the limit even with a single partner; `num_ranks` of this peer train
+    on the processor."""
+    if not limit_bytes:
+        return
+    cost = least_cost(run, num_parameters, num_ranks)
     if cost.memory_bytes > limit_bytes:
         raise UserError(
             f"this run needs about {size_in_words(cost.memory_bytes)} of memory with {counted(cost.num_peers, 'peer')} "

@@ -121,6 +121,10 @@ class PeerSettings:
     """Trackers that draw this peer's curves: names in `peer/trackers/sinks.py:SINKS`."""
     accept_clock: bool = False
     """True to follow the others' clock however far it is from this machine's."""
+    accept_size: bool = False
+    """True to take part in a run however much of this machine it takes."""
+    disk_bytes: int = 0
+    """Most bytes of the disk that a run may take; 0: what is free."""
     only_announced: bool = False
     """True to announce the addresses in `announce` and no others (for a rehearsal)."""
     checks_reach: bool = False

@@ -14,7 +14,8 @@ from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.swarm import PublishedRun, fetch_published, find_run
 from swarmtrain.peer.checkpoints.manager import known_peers, run_to_resume
 from swarmtrain.peer.lifecycle.folder import PeerFolder
-from swarmtrain.peer.lifecycle.node import Emit, clock_warnings, wait_for
+from swarmtrain.peer.lifecycle.needs import Needs, needs_of
+from swarmtrain.peer.lifecycle.node import Emit, PeerSettings, clock_warnings, wait_for
 from swarmtrain.peer.lifecycle.preparation import summary_of
 from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.run import parse_published_untrusted
@@ -36,8 +37,9 @@ class RunFetcher:
     node: Node
     emit: Emit
     stop: StopFlag
-    accept_clock: bool = False
-    """See `PeerSettings`."""
+    settings: PeerSettings
+    needs: Needs = field(init=False)
+    """What the run takes of this machine, once it is fetched."""
     through: tuple[InvitedPeer, ...] = field(init=False)
     """Peers to dial: those of the invite, and those known when this peer last ran in this folder."""
 
@@ -67,6 +69,7 @@ class RunFetcher:
             if not self.folder.kept_peers():
                 with contextlib.suppress(OSError):
                     self.folder.keep_peers(self.through)
+        self.needs = needs_of(published, self.settings)
         self.emit(
             FetchedEvent(
                 run_sha256=published.sha256,
@@ -74,7 +77,7 @@ class RunFetcher:
                 total_tokens=published.run.run.total_tokens,
                 held_out_bytes=len(published.held_out),
                 from_peer=source,
-                summary=summary_of(published.run),
+                summary=f"{summary_of(published.run)}; it takes {self.needs}",
             )
         )
         return published, nobody
@@ -84,7 +87,9 @@ class RunFetcher:
 
         Raises RunTimeError if nobody answers, ClockError if the correction would be large.
         """
-        finding = find_run(self.node, self.invite.run_sha256, self.through, limit_s, accept_clock=self.accept_clock)
+        finding = find_run(
+            self.node, self.invite.run_sha256, self.through, limit_s, accept_clock=self.settings.accept_clock
+        )
         found = wait_for(self.network.submit(finding), self.stop)
         for warning in clock_warnings(found):
             self.emit(warning)

@@ -30,7 +30,6 @@ from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
 from swarmtrain.peer.checkpoints.manager import CheckpointManager, PeersFile, checkpointer_of
 from swarmtrain.peer.checkpoints.writer import Checkpointer
 from swarmtrain.peer.control.arrival import DownloadProgress
-from swarmtrain.peer.control.limits import check_memory
 from swarmtrain.peer.control.session import volunteer_pulse
 from swarmtrain.peer.devices.choice import choose_compute
 from swarmtrain.peer.devices.compiled_loss import CompiledLoss
@@ -86,7 +85,6 @@ def prepare_model(context: VolunteerContext) -> ModelTraining:
     run, published = context.run, context.published
     settings = context.settings
     check_positions(run.model)
-    check_memory(run, num_trained_parameters(run), settings.limits.memory_bytes, settings.device.num_host_ranks)
     limits = (settings.limits.memory_bytes, settings.vram_bytes)
     chosen = choose_compute(run, settings.device, settings.precision, *limits, settings.base_bits)
     compute, told = chosen.compute, ComputeReport(run, chosen, context.emit)
