@@ -34,6 +34,7 @@ from swarmtrain.words import (
 )
 
 __all__ = [
+    "age_if_old",
     "age_in_words",
     "archive_in_words",
     "blind_guess_in_words",
@@ -60,6 +61,7 @@ __all__ = [
     "volunteers_in_words",
 ]
 
+_OLD_S = 300.0
 _MAX_YEARS = 10
 _MOST_NATS = 40.0
 _STATES = {
@@ -148,6 +150,15 @@ def age_in_words(at: float, view: View) -> str:
     return ago_in_words(finite(view.now - at))
 
 
+def age_if_old(at: float, view: View) -> str:
+    """Say how old something measured at a Unix time is, such as `, 12 min ago`, if that is more than five minutes; else
+    empty. For a peer that is gone, compare with its last status."""
+    age_s = finite((view.status.time if view.phase.over else view.now) - at)
+    if not at > 0 or age_s <= _OLD_S:
+        return ""
+    return f", {ago_in_words(age_s)}".replace("ago", "before the end" if view.phase.over else "ago")
+
+
 def clock_in_words(at: float, now: float) -> str:
     """Format a local time, with the date if it is not today's."""
     try:
@@ -203,13 +214,15 @@ def progress_in_words(view: View) -> str:
     return ", ".join(part for part in (tokens_in_words(view), time_left_in_words(view)) if part)
 
 
-def losses_in_words(status: Any, cells: float = math.inf) -> str:
+def losses_in_words(view: View, cells: float = math.inf) -> str:
     """Format the losses in at most `cells`, without those by source if these do not fit."""
+    status = view.status
     training = [point.loss for point in status.losses if math.isfinite(point.loss) and point.loss]
     whose = " (median of the volunteers)" if status.role == "bootstrap" else ""
     parts = [f"{training[-1]:.3f} nats/token{whose}"] if training else []
     if finite(status.held_out_loss):
-        in_nats = ", ".join([*parts, f"held-out {status.held_out_loss:.3f} nats/byte"])
+        age = age_if_old(status.held_out_time, view)
+        in_nats = ", ".join([*parts, f"held-out {status.held_out_loss:.3f} nats/byte{age}"])
         of_sources = [each for each in status.source_losses if finite(each.held_out_loss)]
         names, losses = [one_line(each.name) for each in of_sources], [each.held_out_loss for each in of_sources]
         with_sources = ": ".join(part for part in (in_nats, source_losses_in_words(names, losses)) if part)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swarmtrain.cli.facts import (
+    age_if_old,
     archive_in_words,
     checkpoint_in_words,
     contribution_in_words,
@@ -114,7 +115,7 @@ def _shared(view: View, history: Any) -> dict[str, Any]:
         "answers": _answers(view, curves),
         "traffic": _traffic(view.status),
         "pipeline": _pipeline(view.status),
-        "sample": _sample(history),
+        "sample": _sample(view, history),
     }
 
 
@@ -186,8 +187,10 @@ class _Curves:
         self.swarm = _measured(of_swarm, "loss") or ([] if is_own else _measured(own, "loss"))
         by_tokens = {point[0]: point for point in _measured([*own, *of_swarm], "held_out_loss")}
         self.held_out = [by_tokens[tokens] for tokens in sorted(by_tokens)]
-        last = self.held_out[-1][2] if self.held_out else 0.0
-        self.newest_held_out = last if of_swarm and last else finite(status.held_out_loss) or last
+        time, last = self.held_out[-1][1:] if self.held_out else (0.0, 0.0)
+        told = finite(status.held_out_loss)
+        is_told = told and not (of_swarm and last)
+        self.newest_held_out, self.held_out_time = (told, status.held_out_time) if is_told else (last, time)
 
     @property
     def training(self) -> list[_Point]:
@@ -241,7 +244,7 @@ def _answers(view: View, curves: _Curves) -> list[dict[str, str]]:
     """Answer what a person asks first: does it learn, when does it end, who is here."""
     status = view.status
     here = [peer for peer in status.peers if _trains(view, peer)]
-    learns, how = _learns(curves)
+    learns, how = _learns(view, curves)
     left = time_left_in_words(view)
     speed = f"{speed_of(status.swarm_tokens_per_s)} together" if finite(status.swarm_tokens_per_s) else ""
     rests = _is_paused(view)
@@ -284,17 +287,18 @@ def _why_no_end(view: View, here: Sequence[Any]) -> str:
     return "nobody trains now" if is_idle else "not known yet"
 
 
-def _learns(curves: _Curves) -> tuple[str, str]:
+def _learns(view: View, curves: _Curves) -> tuple[str, str]:
     """Return the newest loss, and how it has changed since the first one that is known; with "yes" or "no" if it has
     changed by more than chance.
 
-    It is the held-out loss, unless that is of a time when the run had not half of its present tokens.
+    It is the held-out loss, with its age if it is old, unless that is of a time when the run had not half of its
+    present tokens.
     """
     held_out, training = [loss for _, _, loss in curves.held_out], [loss for _, _, loss in curves.training]
     is_old = bool(held_out and training) and 2 * curves.held_out[-1][0] < curves.training[-1][0]
     if (newest := curves.newest_held_out) and not is_old:
         first = held_out[0] if held_out else newest
-        more = f"held-out loss{_change(first, newest)}"
+        more = f"held-out loss{_change(first, newest)}{age_if_old(curves.held_out_time, view)}"
         return f"{_yes_or_no(first, newest)}{newest:.3f} nats/byte", more
     if training:
         first, newest = training[0], training[-1]
@@ -370,7 +374,7 @@ def _events(history: Any, allowed: Container[str] | None) -> list[list[Any]]:
     return [[round(finite(item.last_time)), one_line(item.words), item.count] for item in reversed(newest)]
 
 
-def _sample(history: Any) -> dict[str, Any] | None:
+def _sample(view: View, history: Any) -> dict[str, Any] | None:
     """Return the newest text that the model wrote, as it is: the browser shows its lines and nothing else of it."""
     if history is None or not history.HasField("sample"):
         return None
@@ -381,6 +385,7 @@ def _sample(history: Any) -> dict[str, Any] | None:
         "round": sample.round,
         "tokens": count_in_words(sample.run_tokens),
         "time": round(finite(sample.time)),
+        "age": age_if_old(sample.time, view),
     }
 
 

@@ -137,6 +137,7 @@ def report_of(sources: ReportSources) -> Report:
 def _answers(view: View, panels: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return the page's first answers, with the one about the time as it is asked later."""
     learns, ends, here = ((each["name"], each["answer"], each["more"]) for each in panels["answers"])
+    learns = (*learns[:2], learns[2].replace(" ago", " before this report"))  # which is read later
     status, tokens = view.status, panels["progress"]["tokens"]
     if status.total_tokens and status.run_tokens >= status.total_tokens:
         at = moment(status.end_time) if finite(status.end_time) > 0 else "it has all its tokens"

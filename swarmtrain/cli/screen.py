@@ -193,7 +193,7 @@ def draw_status(view: View, width: int, most_peers: int) -> list[Text]:
         lines += fact_lines(width, "folder", one_line(str(view.folder)))
     if not status.time:
         return lines
-    loss = losses_in_words(status)
+    loss = losses_in_words(view)
     steps = f", inner step {status.inner_steps_done} of {status.inner_steps}" if status.inner_steps else ""
     facts = {
         "run": f"{one_line(status.run_name) or 'not known yet'} {one_line(status.run_sha256)[:12]}",
@@ -235,7 +235,7 @@ def _contributors(view: View, width: int, most: int) -> list[Text]:
 
 def serving_lines(view: View, width: int) -> list[Text]:
     """Draw what a bootstrap's own display adds: the swarm's loss, the archive, who is present."""
-    facts = {"loss": losses_in_words(view.status), "archive": archive_in_words(view)}
+    facts = {"loss": losses_in_words(view), "archive": archive_in_words(view)}
     lines = [line for name, text in facts.items() for line in fact_lines(width, name, text)]
     if all(peer.peer == view.status.peer for peer in view.status.peers):
         return lines
@@ -278,7 +278,7 @@ def plain_line(view: View) -> str:
     parts = [f"{clock} {title(status, view.folder)} {state}: {said}"]
     is_known = status.run_tokens or status.state != wire.PEER_STATE_STARTING  # figures only once it has some
     if status.time and is_known and not view.phase.over:
-        parts += [f"round {status.round}", f"loss {losses_in_words(status)}"]
+        parts += [f"round {status.round}", f"loss {losses_in_words(view)}"]
         parts += [tokens_in_words(view), time_left_in_words(view)]
         parts.append(f"own {contribution_in_words(status)}")
     return "; ".join(part for part in parts if part)
@@ -307,7 +307,7 @@ def draw_watch(
     plot_lines, peer_lines = _shares_of(room, len(status.peers))
     body = [
         *top,
-        *(_draw_losses(status, width, plot_lines, ascii_only) if plot_lines else []),
+        *(_draw_losses(view, width, plot_lines, ascii_only) if plot_lines else []),
         *progress,
         *(line for block in blocks.values() for line in block),
         *(_contributors(view, width, peer_lines) if peer_lines else []),
@@ -388,12 +388,12 @@ def _loss_hint(status: Any, cells: int) -> str:
     return next((hint for hint in hints if cell_len(hint) <= cells), "")
 
 
-def _draw_losses(status: Any, width: int, height: int, ascii_only: bool) -> list[Text]:
+def _draw_losses(view: View, width: int, height: int, ascii_only: bool) -> list[Text]:
     """Draw the loss curves with their axes in `height` lines; without a loss, only a line that says so."""
-    points = list(status.losses)
+    status, points = view.status, list(view.status.losses)
     training = [(float(point.run_tokens), point.loss) for point in points if finite(point.loss)]
     held_out = [(float(point.run_tokens), point.held_out_loss) for point in points if finite(point.held_out_loss)]
-    told = losses_in_words(status, width - cell_len("loss  "))
+    told = losses_in_words(view, width - cell_len("loss  "))
     caption = cut_line(width, ("loss  ", "dim"), told, (_loss_hint(status, width - cell_len(f"loss  {told}")), "dim"))
     if not training and not held_out:
         return [caption]

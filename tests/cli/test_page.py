@@ -52,6 +52,28 @@ def test_a_held_out_loss_of_long_ago_is_no_answer() -> None:
     assert (learns["answer"], learns["more"]) == ("Yes: 2.250 nats/token", "training loss, down from 4.750")
 
 
+def test_an_old_held_out_loss_and_an_old_sample_have_their_age() -> None:
+    """Seen: a loss of an hour ago looked like one of now."""
+
+    def told(view: View, history: wire.RunHistory | None) -> tuple[str, str]:
+        panels = page_of(view, None, history)[0][0]
+        return panels["answers"][0]["more"], panels["sample"]["age"] if history else ""
+
+    sampled = history()
+    sampled.sample.time = NOW - 3 * 3600
+    del sampled.points[:]
+    assert told(view_of(held_out_time=NOW - 299), None)[0] == "held-out loss, down from 4.750"
+    assert told(view_of(held_out_time=math.nan), None)[0] == "held-out loss, down from 4.750"
+    assert told(view_of(held_out_time=NOW - 725), sampled) == (
+        "held-out loss, down from 4.750, 12 min ago",
+        ", 3 h ago",
+    )
+    ended = view_of(PeerPhase.ENDED, time=NOW - 3 * 3600 + 7, held_out_time=NOW - 4 * 3600)
+    assert told(ended, sampled) == ("held-out loss, down from 4.750, 1 h before the end", "")
+    sampled.points.add(run_tokens=1_150_000, time=NOW - 600, held_out_loss=2.1)
+    assert told(view_of(held_out_time=NOW - 9000), sampled)[0].endswith(", 10 min ago"), "of the swarm's newest"
+
+
 @pytest.mark.parametrize(
     ("newest", "answer", "more"),
     [

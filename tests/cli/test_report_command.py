@@ -108,6 +108,15 @@ def told_by(status: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, 
     return told
 
 
+def test_an_old_loss_of_a_running_peer_is_dated_by_the_report(tmp_path: Path) -> None:
+    told = record()
+    told.points[-1].time = NOW - 7300
+    told.points[-2].time = NOW - 7300
+    view = View(status=make_status(time=NOW), phase=PeerPhase.RUNNING, now=NOW)
+    html = report_of(ReportSources(view=view, history=told, run_toml=b"")).html
+    assert ", 2 h before this report" in html and "2 h ago" not in html
+
+
 @pytest.mark.parametrize("state", [wire.PEER_STATE_DONE, wire.PEER_STATE_TRAINING, wire.PEER_STATE_FAILED])
 def test_a_folder_says_how_its_run_went(state: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """After an end, after a kill, after a failure."""

@@ -62,6 +62,16 @@ def test_losses_by_source_are_shown_where_they_fit(width: int, shown: bool) -> N
     assert "code 2.500, prose 1.250" in " ".join(line.plain.strip() for line in draw_status(seen, width, 5))
 
 
+def test_an_old_held_out_loss_has_its_age_and_of_a_peer_that_ended_the_age_it_had_then() -> None:
+    now, ended = view(), view(PeerPhase.ENDED)
+    for seen in (now, ended):
+        seen.status.held_out_time = seen.status.time - 725
+    for drawn in (draw_watch(now, 100, 30), draw_status(now, 100, 5), [plain_line(now)]):
+        assert "held-out 2.100 nats/byte, 12 min ago" in "\n".join(map(str, drawn))
+    for drawn in (draw_watch(ended, 100, 30), draw_status(ended, 100, 5)):
+        assert "held-out 2.100 nats/byte, 12 min before the end" in "\n".join(map(str, drawn))
+
+
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_watch_shows_all_that_a_person_wants_to_know(width: int, height: int) -> None:
     shown = on_screen(draw_watch(view(), width, height), width, height)

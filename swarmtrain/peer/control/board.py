@@ -272,8 +272,8 @@ class StatusBoard:
             case CaughtUpEvent():
                 base.round, self._arriving = event.round, ""
             case EvalEvent():
-                base.held_out_loss = event.held_out_loss
-                self._set_source_losses(event)
+                base.held_out_time = event.time or self._wall()
+                self._set_held_out(event)
                 self._curve.measured(event.round, event.held_out_loss)
                 self._record_held_out(event)
             case PeerJoinedEvent():
@@ -287,8 +287,9 @@ class StatusBoard:
                 base.archive.time, base.archive.path = event.time or self._wall(), event.path
             case DoneEvent():
                 if event.held_out_loss:
-                    base.held_out_loss = event.held_out_loss
-                    self._set_source_losses(event)
+                    if event.held_out_loss != base.held_out_loss:  # a bootstrap repeats its last one
+                        base.held_out_time = event.time or self._wall()
+                    self._set_held_out(event)
                 base.end_reason = event.reason
             case _:
                 pass
@@ -303,7 +304,8 @@ class StatusBoard:
             HistoryPoint(run_tokens=tokens, time=time, round=event.round, held_out_loss=event.held_out_loss)
         )
 
-    def _set_source_losses(self, event: EvalEvent | DoneEvent) -> None:
+    def _set_held_out(self, event: EvalEvent | DoneEvent) -> None:
+        self._base.held_out_loss = event.held_out_loss or 0.0
         of_sources = zip(event.sources, event.source_losses, strict=False)
         del self._base.source_losses[:]
         self._base.source_losses.extend(pb.SourceLoss(name=name, held_out_loss=loss) for name, loss in of_sources)
@@ -337,7 +339,7 @@ class StatusBoard:
                 item.peer: _LastTold(item.device, item.last_tokens_per_s, item.tokens) for item in before.peers
             }
             base.own_tokens, base.run_tokens = before.own_tokens, before.run_tokens
-            base.held_out_loss = before.held_out_loss
+            base.held_out_loss, base.held_out_time = before.held_out_loss, before.held_out_time
             base.source_losses.extend(before.source_losses)
             if before.run_tokens >= total_tokens:
                 base.end_time = before.end_time

@@ -108,7 +108,7 @@ const draw = {
   sample(sample) {
     get("sample").hidden = !sample;
     if (!sample) return;
-    const when = `At ${clock(sample.time)}, after round ${sample.round} and ${sample.tokens} tokens`;
+    const when = `At ${clock(sample.time)}${sample.age}, after round ${sample.round} and ${sample.tokens} tokens`;
     setText(get("sample-about"), `${when}, the model continued a line of held-out text, on which it does not train.`);
     setText(get("sample-prompt"), sample.prompt);
     setText(get("sample-written"), sample.text);

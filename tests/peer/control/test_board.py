@@ -102,7 +102,7 @@ def test_a_volunteers_events_make_its_status(board: StatusBoard) -> None:
     emit(STARTED)
     emit(PeerJoinedEvent(joined=BEN, joined_name="ben"))
     emit(round_event(3))
-    emit(EvalEvent(round=3, held_out_loss=2.5))
+    emit(EvalEvent(time=99, round=3, held_out_loss=2.5))
     emit(round_event(4, stall_s=3.0))
     status = board.status()
     assert len(heard) == 8, "each event goes on to the next"
@@ -119,6 +119,7 @@ def test_a_volunteers_events_make_its_status(board: StatusBoard) -> None:
         (4, 10_000, 2.996, 0.0),
     ]
     assert status.held_out_loss == 2.5
+    assert status.held_out_time == 99
     assert status.times_below_allreduce == pytest.approx(8 * 1000 * 20 / 8000)
     assert status.stall_share == pytest.approx(4 / 20)
     assert board.name_of(BEN) == "ben"
@@ -497,7 +498,7 @@ def test_losses_by_source_are_the_last_that_were_measured(board: StatusBoard) ->
 
 
 def test_another_life_of_the_same_peer_goes_on_with_its_curve(board: StatusBoard) -> None:
-    before = pb.PeerStatus(run_sha256=SHA, own_tokens=77, held_out_loss=1.5)
+    before = pb.PeerStatus(run_sha256=SHA, own_tokens=77, held_out_loss=1.5, held_out_time=99)
     before.source_losses.add(name="code", held_out_loss=1.5)
     before.losses.add(round=0, run_tokens=10, loss=4.0)
     before.peers.add(peer=BEN, name="ben")
@@ -507,6 +508,12 @@ def test_another_life_of_the_same_peer_goes_on_with_its_curve(board: StatusBoard
     status = board.status()
     assert [point.round for point in status.losses] == [0, 1]
     assert (status.own_tokens, status.held_out_loss, board.name_of(BEN)) == (77, 1.5, "ben")
+    assert status.held_out_time == 99
+    done = DoneEvent(time=200, held_out_loss=1.5, tokens=5, run_tokens=10, wall_s=3.0, reason="asked")
+    board.take(done)
+    assert board.status().held_out_time == 99, "the end repeats the last loss, of then"
+    board.take(done.model_copy(update={"held_out_loss": 1.25}))
+    assert board.status().held_out_time == 200
     assert [each.name for each in status.source_losses] == ["code"]
 
 
