@@ -1,8 +1,8 @@
 """Curves in a few lines of text: braille dots if the terminal can show them, else ASCII.
 
 Pure: numbers in, lines out. Each curve has its own axis, since their units differ: the first on the left, the second on
-the right. The first is a line: points that share a column are averaged, and neighbours are joined. The second is
-measured more seldom and drawn over it as single marks.
+the right. The first is a line: points that share a column are averaged, and neighbours are joined unless a gap is
+between them. The second is measured more seldom and drawn over it as single marks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def plot(line: Curve, marks: Curve, width: int, height: int, *, ascii_only: bool
     across, down = (1, 1) if ascii_only else (2, 4)
     line, marks = _finite(line), _finite(marks)
     x_range = _range([x for x, _ in (*line, *marks)])
-    line_range, marks_range = _range([y for _, y in line]), _range([y for _, y in marks])
+    line_range, marks_range = _widened(_range([y for _, y in line])), _widened(_range([y for _, y in marks]))
     cells = [[" "] * width for _ in range(height)]
     owners = [[-1] * width for _ in range(height)]
     dots: dict[tuple[int, int], int] = {}
@@ -75,6 +75,15 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return (min(values), max(values)) if values else (0.0, 0.0)
 
 
+def _widened(y_range: tuple[float, float]) -> tuple[float, float]:
+    """Widen a range to a twentieth of its values, so that a change by a percent does not look like a fall."""
+    lowest, highest = y_range
+    middle = lowest / 2 + highest / 2
+    least = abs(middle) / 20
+    wide = (middle - least / 2, middle + least / 2)
+    return wide if 0 < highest - lowest < least and all(map(math.isfinite, wide)) else y_range
+
+
 def _labels(y_range: tuple[float, float]) -> tuple[str, str]:
     lowest, highest = y_range
     return _number(highest), _number(lowest) if highest > lowest else ""
@@ -109,10 +118,17 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _dots(by_column: dict[int, float], y_range: tuple[float, float], rows: int) -> set[tuple[int, int]]:
-    """Return (column, row) of each dot, row 0 on top: the points, and straight lines between neighbours."""
+    """Return (column, row) of each dot, row 0 on top: the points, and straight lines between neighbours.
+
+    There is no line to a neighbour that is eight times as far away as usual, and further than a twentieth of the width.
+    """
     points = [(column, rows - 1 - _place(y, y_range, rows)) for column, y in by_column.items()]
     dots = set(points)
+    apart = sorted(right - left for left, right in itertools.pairwise(by_column))
+    furthest = max(8 * apart[len(apart) // 2], max(by_column) / 20) if apart else 0
     for (column, row), (next_column, next_row) in itertools.pairwise(points):
+        if next_column - column > furthest:
+            continue
         steps = max(next_column - column, abs(next_row - row))
         for step in range(1, steps):
             part = step / steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,23 @@ def test_neighbours_are_joined() -> None:
     rows = ["".join(line) for line in drawn.lines]
     assert sum(row.count("*") for row in rows) == 4
     assert all("*" in row for row in rows)
+
+
+def test_no_line_is_drawn_over_a_gap() -> None:
+    """Seen: hours in which nobody trained looked like a slow descent."""
+    curve = [(x, 9) for x in range(10)] + [(19, 4)] + [(x, 0) for x in range(30, 40)]
+    rows = plot(curve, [], 40, 3, ascii_only=True).lines
+    assert rows == ("*" * 10 + " " * 30, " " * 19 + "*" + " " * 20, " " * 30 + "*" * 10)
+    seldom = plot([(0, 2), (20, 1), (39, 0)], [], 40, 3, ascii_only=True).lines
+    assert sum(row.count("*") for row in seldom) == 40, "no gap: they are always so far apart"
+
+
+@pytest.mark.parametrize(("lowest", "labels"), [(1.99, ("2.04", "1.95")), (1.0, ("2.00", "1.00")), (2.0, ("2.00", ""))])
+def test_a_percent_does_not_fill_the_height(lowest: float, labels: tuple[str, str]) -> None:
+    drawn = plot([(0, 2.0), (9, lowest)], [], 10, 20, ascii_only=True)
+    assert drawn.labels[0] == labels
+    lines = [number for number, line in enumerate(drawn.lines) if line.strip()]
+    assert lines == list(range(20)) if lowest == 1.0 else len(lines) <= 6
 
 
 def test_points_of_one_column_become_their_mean() -> None:

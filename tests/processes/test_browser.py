@@ -347,6 +347,68 @@ def test_an_axis_of_days_names_days_and_years() -> None:
         server.stop()
 
 
+DRAWN = """async ([axis, places]) => {
+  const { CurveChart } = await import("./static/charts.js");
+  const figure = document.getElementById("chart-training");
+  figure.replaceChildren();
+  const chart = new CurveChart(figure, "Training loss", "nats per token");
+  const curve = (name, x) => ({ name, colour: "--training", x, y: x.map((_, n) => 5 - n / 50) });
+  chart.show([curve("one", places), curve("other", places.slice(0, 1))], axis);
+  await new Promise((drawn) => setTimeout(drawn));
+  const canvas = figure.querySelector("canvas");
+  const paint = canvas.getContext("2d");
+  const inked = (x, y, width, height) => {
+    const data = paint.getImageData(Math.round(x), y, width, height).data;
+    const [red, , blue] = [0, 1, 2].map((n) => data.filter((_, at) => at % 4 === n));
+    return red.some((value, at) => data[4 * at + 3] > 128 && Math.abs(value - blue[at]) > 60);
+  };
+  const at = (place) => inked(chart.plot.valToPos(place, "x", true), 0, 1, canvas.height - 60);
+  const last = paint.getImageData(canvas.width - 1, canvas.height - 60, 1, 60).data;
+  return [at((places[1] + places[2]) / 2), at((places.at(-11) + places.at(-10)) / 2), last.some((value) => value > 0)];
+}"""
+
+
+@pytest.mark.parametrize(
+    ("axis", "begin", "step"), [("tokens", 0, 50_000), ("time", 1_780_012_800, 86_400), ("time", 1_780_012_800, 600)]
+)
+def test_a_curve_has_no_line_over_a_gap_and_the_last_mark_is_whole(axis: str, begin: int, step: int) -> None:
+    """Seen: a night without anybody was a slow descent, and `1.2 M` at the right end was `1.2 `."""
+    places = [begin + step * number for number in (*range(15), *range(30, 40))]
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = PageServer(sock, lambda name, given: "", "k" * 32)
+    server.start()
+    try:
+        with browsing() as browser:
+            page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/")
+            for last in range(4):  # the end of the axis at some distance from its last mark
+                told = page.evaluate(DRAWN, [axis, [*places[:-1], places[-1] + last * step / 2]])
+                assert told == [True, False, False], "a line between neighbours, none over the gap, no ink at the edge"
+            assert not browser.errors
+    finally:
+        server.stop()
+
+
+def test_before_its_news_a_page_has_nothing_to_press() -> None:
+    """Seen: four buttons of a table without lines, and the choice of the axis of no curve."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = PageServer(sock, lambda name, given: "", "k" * 32)
+    server.start()
+    try:
+        with browsing() as browser:
+            page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/")
+            page.locator("#chart-training .plot").wait_for()
+            pressed = "#main :is(button, input, summary):not(:disabled)"
+            assert not page.locator(pressed).locator("visible=true").count()
+            told = View(status=control_pb2.PeerStatus(peer="id"), phase=PeerPhase.RUNNING, now=time.time())
+            told.status.losses.add(round=1, run_tokens=100, loss=2.25)
+            server.publish(*page_of(told))
+            page.get_by_text("by time").click()
+            assert page.locator("#axis input").last.is_checked()
+            assert page.locator("#main summary >> visible=true").first.inner_text() == "Values"
+    finally:
+        server.stop()
+
+
 def row(number: int, *, is_me: bool) -> dict[str, Any]:
     """Return a row of the table, as `page_of` makes it, with the less work the greater its number."""
     tokens = 1000 - number

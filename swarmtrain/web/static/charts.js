@@ -55,6 +55,16 @@ export function times(marks, step) {
   });
 }
 
+/**
+ * Return the gaps of a curve, as pairs of neighbours of `places`: further apart than a twentieth of the axis, which is
+ * `span` long, and than eight times what neighbours usually are.
+ */
+export function gaps(places, span) {
+  const steps = places.slice(1).map((place, number) => place - places[number]);
+  const usual = [...steps].sort((a, b) => a - b)[steps.length >> 1];
+  return steps.flatMap((step, number) => (step > 8 * usual && step > span / 20 ? [places.slice(number, number + 2)] : []));
+}
+
 export class CurveChart {
   /** Draw into `figure`; `unit` is that of the values, `nothing` says why there are none. */
   constructor(figure, title, unit, nothing = "nothing yet") {
@@ -73,7 +83,7 @@ export class CurveChart {
     this.head = make("tr");
     this.details = make(
       "details",
-      {},
+      { hidden: true },
       make("summary", {}, "Values"),
       make(
         "div",
@@ -107,11 +117,20 @@ export class CurveChart {
     return uPlot.join(this.curves.map((curve) => [curve.x, curve.y]));
   }
 
+  /** Return the ends of a curve's gaps in pixels, a little of the line left, so that a point between two is seen. */
+  #gaps(plot, name) {
+    const points = plot.data[0];
+    const { x } = this.curves.find((curve) => curve.name === name);
+    const found = gaps(x, points[points.length - 1] - points[0]);
+    return found.map(([begin, end]) => [plot.valToPos(begin, "x", true) + 2, plot.valToPos(end, "x", true) - 2]);
+  }
+
   #describe() {
     const told = this.curves.filter((curve) => curve.y.length).map((curve) => {
       const last = curve.y.length - 1;
       return `${curve.name}: from ${number(curve.y[0])} to ${number(curve.y[last])} at ${label(curve.x[last], this.axis)}`;
     });
+    this.details.hidden = !told.length;
     const text = told.length ? `${this.title}, ${this.unit}. ${told.join(". ")}` : `${this.title}: ${this.nothing}`;
     if (this.picture.getAttribute("aria-label") !== text) this.picture.setAttribute("aria-label", text);
     this.#read(this.plot ? this.plot.cursor.idx : null);
@@ -191,7 +210,7 @@ export class CurveChart {
       width: this.picture.clientWidth || 300,
       height: HEIGHT,
       legend: { show: false },
-      padding: [10, 12, 0, 0],
+      padding: [10, isTime ? 40 : 24, 0, 0], // the half of a mark at the right end
       cursor: { y: false, points: { size: 7 }, drag: { x: true, y: false } },
       scales: { x: { time: isTime } },
       axes: [
@@ -205,7 +224,8 @@ export class CurveChart {
           stroke: colour(curve.colour),
           width: curve.thin ? 1 : 2,
           dash: curve.dash,
-          spanGaps: true,
+          // joined curves lack each other's points, which is no gap of theirs
+          gaps: (plot) => this.#gaps(plot, curve.name),
           points: {
             show: (plot, _, first, last) => last === first || (Boolean(curve.dots) && (last - first) * 12 <= plot.width),
             size: 6,

@@ -20,6 +20,7 @@ export class LearningCharts {
   /** Show the curves `held_out`, `swarm` and `own`, each as `{tokens, time, loss}`. */
   show(learning) {
     this.shown = learning;
+    get("axis").disabled = false;
     const curve = (given, name, shade, dots) => ({ name, colour: shade, x: given[this.axis], y: given.loss, dots });
     const given = (curves) => curves.filter((each) => each.x.length);
     this.heldOut.show(given([curve(learning.held_out, "held-out", "--held-out", true)]), this.axis);

@@ -44,7 +44,7 @@ export class PeerTable {
     this.previous = button("Previous", () => (this.begin -= PAGE));
     this.next = button("Next", () => (this.begin += PAGE));
     this.place = make("span", { className: "quiet", role: "status" });
-    this.pages = make("div", { className: "pages" }, this.more, this.fewer, this.previous, this.place, this.next);
+    this.pages = make("div", { className: "pages", hidden: true }, this.more, this.fewer, this.previous, this.place, this.next);
     this.empty = make("p", { className: "quiet" });
     const heads = this.columns.map(([name, kind]) => make("th", { scope: "col", role: "columnheader", className: kind }, name));
     this.table = make(
