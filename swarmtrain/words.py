@@ -8,7 +8,6 @@ from collections.abc import Sequence
 __all__ = [
     "ago_in_words",
     "below_in_words",
-    "bits_per_byte",
     "count_in_words",
     "counted",
     "device_in_words",
@@ -66,14 +65,9 @@ def below_in_words(times: float) -> str:
     return f"{count_in_words(times)} times below an all-reduce"
 
 
-def bits_per_byte(nats_per_byte: float) -> float:
-    """Convert a loss from nats to bits: a nat is 1 / ln 2 bits."""
-    return nats_per_byte / math.log(2)
-
-
 def loss_in_words(nats_per_byte: float) -> str:
-    """Format a held-out loss for a person, such as `1.386 nats/byte (2.000 bits/byte)`."""
-    return f"{nats_per_byte:.3f} nats/byte ({bits_per_byte(nats_per_byte):.3f} bits/byte)"
+    """Format a held-out loss for a person, such as `1.386 nats/byte`."""
+    return f"{nats_per_byte:.3f} nats/byte"
 
 
 def source_losses_in_words(names: Sequence[str], losses: Sequence[float]) -> str:

@@ -167,10 +167,10 @@ def test_a_stamp_fills_in_only_what_is_missing() -> None:
             ArrivingEvent(received_bytes=300, total_bytes=1200, seconds=30.0),
             "fetching the current weights: 300 B of 1.2 kB (25%), 1 min 30 s left",
         ),
-        (EvalEvent(round=3, held_out_loss=2.0456), "held-out loss 2.046 nats/byte (2.951 bits/byte) after round 3"),
+        (EvalEvent(round=3, held_out_loss=2.0456), "held-out loss 2.046 nats/byte after round 3"),
         (
             EvalEvent(round=3, held_out_loss=2.0, sources=("code", "prose"), source_losses=(2.5, 1.5)),
-            "(2.885 bits/byte) after round 3: code 2.500, prose 1.500 nats/byte",
+            "held-out loss 2.000 nats/byte after round 3: code 2.500, prose 1.500 nats/byte",
         ),
         (PeerLostEvent(lost="12D3KooWabcdef", reason="silent"), "peer abcdef is lost: silent"),
         (PeerLostEvent(lost="12D3KooWabcdef", lost_name="ben", reason="silent"), "peer ben is lost: silent"),
@@ -185,7 +185,7 @@ def test_a_stamp_fills_in_only_what_is_missing() -> None:
         (DoneEvent(held_out_loss=None, tokens=1, run_tokens=2, wall_s=3, reason="asked"), "held-out loss not measured"),
         (
             DoneEvent(held_out_loss=2.0, sources=("a",), source_losses=(2.0,), tokens=1, run_tokens=2, wall_s=3, reason="asked"),
-            "held-out loss 2.000 nats/byte (2.885 bits/byte) [a 2.000 nats/byte], 1 of 2 tokens trained here",
+            "held-out loss 2.000 nats/byte [a 2.000 nats/byte], 1 of 2 tokens trained here",
         ),
     ],
 )  # fmt: skip

@@ -57,7 +57,7 @@ def command(
 ) -> None:
     """Measure the loss of the model in folder MODEL.
 
-    It is an export, or any model of Hugging Face. Prints nats and bits per byte of text, and perplexity per token; lower is better. With --tasks, prints the scores of
+    It is an export, or any model of Hugging Face. Prints nats per byte of text, and on a line of its own bits per byte and perplexity per token; lower is better. With --tasks, prints the scores of
     lm-evaluation-harness.
     """
     if tasks is not None:
@@ -143,6 +143,9 @@ def _measure(
         click.echo(_in_words("held-out loss" if text is None else "loss", loss))
         for name, each in loss.by_source.items():
             click.echo(f"  {_in_words(name, each)}")
+        if loss.is_finite:
+            perplexity = "" if loss.perplexity is None else f", perplexity {loss.perplexity:.4g} a token"
+            click.echo(f"the same in other units: {loss.bits_per_byte:.4f} bits/byte{perplexity}")
 
 
 def _held_out_parts(model: Path, held_out: bytes, tokenizer: Tokenizer) -> dict[str, HeldOutTokens]:
@@ -201,11 +204,7 @@ def _score(model: Path, request: TaskRequest, threads: int | None, device: Devic
 def _in_words(what: str, loss: TextLoss) -> str:
     if not loss.is_finite:
         return f"{what} is not a finite number over {loss.num_bytes} bytes: training diverged"
-    perplexity = "" if loss.perplexity is None else f", perplexity {loss.perplexity:.4g} a token"
-    return (
-        f"{what} {loss.nats_per_byte:.4f} nats/byte over {loss.num_bytes} bytes "
-        f"({loss.bits_per_byte:.4f} bits/byte{perplexity})"
-    )
+    return f"{what} {loss.nats_per_byte:.4f} nats/byte over {loss.num_bytes} bytes"
 
 
 def _told(batches: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:

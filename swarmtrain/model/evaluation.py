@@ -11,7 +11,6 @@ from torch import Tensor
 
 from swarmtrain.algorithm.batch import compacted, num_targets
 from swarmtrain.model.language_model import LanguageModel
-from swarmtrain.words import bits_per_byte
 
 __all__ = ["TextLoss", "evaluate"]
 
@@ -68,7 +67,7 @@ class TextLoss:
     def bits_per_byte(self) -> float:
         """Held-out loss in bits per byte, which does not depend on the tokenizer: models with different ones compare by
         it."""
-        return bits_per_byte(self.nats_per_byte)
+        return self.nats_per_byte / math.log(2)
 
     @property
     def perplexity(self) -> float | None:

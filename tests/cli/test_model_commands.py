@@ -78,7 +78,7 @@ def test_the_loss_on_each_source_of_the_run_is_told(
     of_part = json.loads(capsys.readouterr().out)
     assert of_part["held_out_loss"] == pytest.approx(table["sources"][1]["held_out_loss"]) and "sources" not in of_part
     assert run(["eval", model]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["held-out", "a", "b"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["held-out", "a", "b", "the"]
     for other in (b"no run file", data.replace(b"50,", b"49,").replace(b"held_out_bytes = 80", b"held_out_bytes = 79")):
         (Path(model) / "run.toml").write_bytes(other)
         assert run(["eval", model, "--json"]) == 0
@@ -158,9 +158,10 @@ def test_a_loss_in_nats_bits_and_perplexity_is_that_of_a_plain_reference(
     assert found["perplexity"] == pytest.approx(2 ** (bits / (len(tokens) - 1)), rel=1e-5)
     assert (found["bytes"], found["tokens"]) == (num_bytes, len(tokens) - 1)
     assert run(["eval", str(tmp_path / "model")]) == 0
-    said = f"({bits / num_bytes:.3f}"[:-1]
-    out = capsys.readouterr().out
-    assert f"nats/byte over {num_bytes} bytes {said}" in out and f"perplexity {found['perplexity']:.4g} a token" in out
+    first, other = capsys.readouterr().out.splitlines()
+    assert first == f"held-out loss {found['held_out_loss']:.4f} nats/byte over {num_bytes} bytes", "one unit a line"
+    others = f"{found['bits_per_byte']:.4f} bits/byte, perplexity {found['perplexity']:.4g} a token"
+    assert other == f"the same in other units: {others}"
 
 
 def test_a_perplexity_beyond_all_numbers_is_none() -> None:
