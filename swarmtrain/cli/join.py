@@ -33,6 +33,7 @@ from swarmtrain.cli.option_errors import OptionError, OptionsError
 from swarmtrain.cli.page_address import CommandWithPage
 
 if TYPE_CHECKING:
+    from swarmtrain.events import Event
     from swarmtrain.network.discovery.invite import Invite
     from swarmtrain.network.snapshots.store import NumServed
     from swarmtrain.peer.lifecycle.node import Emit
@@ -213,7 +214,7 @@ def command(
         with PageProcess(options.web, directory) as page, open_sink(options, make_display, directory) as emit:
             show_status = page.started_by(emit.look_at)
             by_that = dataclasses.replace(settings, **agreed, show_status=show_status)
-            shown = emit if options.json or is_the_background() else _without_invite(emit)
+            shown = emit if options.json or is_the_background() else _in_short(emit)
             done = run_volunteer(parsed, by_that, shown, options.stop)
             emit(done)
         say_the_end(done, directory, options, user_directory("volunteer", options.name))
@@ -221,11 +222,21 @@ def command(
     asking(options, live)
 
 
-def _without_invite(emit: Emit) -> Emit:
-    """Return an `emit` for a person who joins: `swarmtrain invite` prints the invite to who wants to hand it on."""
-    from swarmtrain.events import InviteEvent
+def _in_short(emit: Emit) -> Emit:
+    """Return an `emit` for a person who joins: without the invite, which `swarmtrain invite` prints, and before training
+    without a line for each peer that is here already, since `joined` counts them."""
+    from swarmtrain.events import InviteEvent, PeerJoinedEvent, StartedEvent
 
-    return lambda event: None if isinstance(event, InviteEvent) else emit(event)
+    left_out: tuple[type, ...] = (InviteEvent, PeerJoinedEvent)
+
+    def shown(event: Event) -> None:
+        nonlocal left_out
+        if isinstance(event, StartedEvent):
+            left_out = (InviteEvent,)
+        if not isinstance(event, left_out):
+            emit(event)
+
+    return shown
 
 
 def _with_kept(limits: Limits, kept: Mapping[str, Any]) -> Limits:

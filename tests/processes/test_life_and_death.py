@@ -92,6 +92,20 @@ def test_a_third_joins_the_bootstrap_dies_then_the_signer_and_then_everyone(swar
 
 
 @pytest.mark.long
+@pytest.mark.long
+def test_who_joins_a_swarm_reads_at_most_five_lines_before_its_first_round(swarm: Swarm) -> None:
+    """Seen: a line for each peer that was there already, and so as many lines as peers."""
+    bootstrap = swarm.bootstrap(write_run(swarm.folder))
+    for child in swarm.join_all(["anna", "ben", "carl"], bootstrap.invite.invite):
+        child.wait_round(1)
+    own = ["--dir", str(swarm.folder / "eve"), "--listen", swarm.listen, "--data", str(swarm.folder), "--threads", "1"]
+    eve = swarm.start("eve", ["join", bootstrap.invite.invite, *own])
+    wait_until(lambda: any(b": loss " in line for line in eve.noise), eve.log.read_text)
+    said = eve.log.read_bytes().splitlines() + eve.noise
+    first = [line for line in said[: next(n for n, line in enumerate(said) if b": loss " in line)] if line.strip()]
+    assert len(first) <= 5 and any(b"peers present" in line for line in first), first
+
+
 def test_a_daemon_is_killed_and_then_a_volunteer_stopped_twice_and_all_come_together_again(swarm: Swarm) -> None:
     bootstrap = swarm.bootstrap(write_run(swarm.folder))
     anna, ben, carl = swarm.join_all(["anna", "ben", "carl"], bootstrap.invite.invite)
