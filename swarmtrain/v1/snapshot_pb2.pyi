@@ -117,14 +117,16 @@ class Presence(_message.Message):
     def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., stamp: _Optional[float] = ..., round: _Optional[int] = ..., inner_steps_done: _Optional[int] = ..., steps_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., corpus_sha256: _Optional[bytes] = ..., training: bool = ..., run_tokens: _Optional[int] = ..., part: _Optional[int] = ..., part_tokens: _Optional[int] = ..., settled: bool = ..., hidden: bool = ..., hosts: _Optional[_Iterable[bytes]] = ..., place: _Optional[_Union[Place, _Mapping]] = ..., inner_steps: _Optional[int] = ..., loss: _Optional[float] = ..., adapter_groups: _Optional[int] = ..., device: _Optional[str] = ..., link: _Optional[_Union[Link, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("stage", "tokens", "round")
+    __slots__ = ("stage", "tokens", "round", "name")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     stage: int
     tokens: int
     round: int
-    def __init__(self, stage: _Optional[int] = ..., tokens: _Optional[int] = ..., round: _Optional[int] = ...) -> None: ...
+    name: str
+    def __init__(self, stage: _Optional[int] = ..., tokens: _Optional[int] = ..., round: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Record(_message.Message):
     __slots__ = ("run_sha256", "prefix", "presence", "progress")

@@ -402,7 +402,7 @@ def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
         return {}
 
     async def body(swarm: Swarm) -> None:
-        swarm.presence.me = dataclasses.replace(swarm.presence.me, training=True)
+        swarm.presence.me = dataclasses.replace(swarm.presence.me, training=True, name="me")
         swarm.node.store, swarm.node.read_bucket = store, read_bucket  # type: ignore[method-assign, assignment]
         roster = Roster(round=6, signer=BEN.peer_id, entries=())
         swarm.rounds.know_roster(roster, pb.Signed())
@@ -414,7 +414,7 @@ def test_a_progress_record_tells_what_is_safe_on_the_disk() -> None:
         assert swarm.accounting.contributions() == counts
 
     run(body, Hellos())
-    assert told == [pb.Progress(tokens=600, round=6), pb.Progress(tokens=700, round=7)]
+    assert told == [pb.Progress(tokens=600, round=6, name="me"), pb.Progress(tokens=700, round=7, name="me")]
 
 
 def test_what_a_rehearsal_brings_says_how_much_of_a_pull_is_served() -> None:

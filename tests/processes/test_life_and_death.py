@@ -92,7 +92,6 @@ def test_a_third_joins_the_bootstrap_dies_then_the_signer_and_then_everyone(swar
 
 
 @pytest.mark.long
-@pytest.mark.long
 def test_who_joins_a_swarm_reads_at_most_five_lines_before_its_first_round(swarm: Swarm) -> None:
     """Seen: a line for each peer that was there already, and so as many lines as peers."""
     bootstrap = swarm.bootstrap(write_run(swarm.folder))
@@ -106,6 +105,7 @@ def test_who_joins_a_swarm_reads_at_most_five_lines_before_its_first_round(swarm
     assert len(first) <= 5 and any(b"peers present" in line for line in first), first
 
 
+@pytest.mark.long
 def test_a_daemon_is_killed_and_then_a_volunteer_stopped_twice_and_all_come_together_again(swarm: Swarm) -> None:
     bootstrap = swarm.bootstrap(write_run(swarm.folder))
     anna, ben, carl = swarm.join_all(["anna", "ben", "carl"], bootstrap.invite.invite)

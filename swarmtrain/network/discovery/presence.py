@@ -105,7 +105,8 @@ class OwnRecords:
         safe = self.safe()
         if self.presence.me.training and safe is not None:
             tokens = self.accounting.own_to_tell(safe.peer_tokens.get(self.presence.me.peer, 0))
-            progress = pb.Record(run_sha256=run_sha256, progress=progress_to_proto(tokens, safe.round))
+            message = progress_to_proto(tokens, safe.round, name=self.presence.me.name)
+            progress = pb.Record(run_sha256=run_sha256, progress=message)
             await self._store(progress, _PROGRESS_TTL_S)
 
     async def _store(self, record: pb.Record, lifetime_s: float) -> None:

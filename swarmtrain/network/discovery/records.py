@@ -67,6 +67,8 @@ PROGRESS = "progress"
 MAX_RECORD_BYTES = 1024
 MAX_LOSS = 1000.0
 """Most nats per token that a presence may claim: guessing a vocabulary of a million blindly costs 14."""
+MAX_NAME = 64
+"""Characters of a peer's name."""
 MAX_DEVICE = 32
 """Characters of the device that a presence names."""
 _SIGNATURE_BYTES = 64
@@ -197,7 +199,7 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
         raise BadBytesError("a presence with a speed or stamp out of range", code="bad-presence")
     if not 0 <= message.loss <= MAX_LOSS:  # false for NaN too
         raise BadBytesError("a presence with a loss out of range", code="bad-presence")
-    if len(message.name) > 64 or not message.name.isprintable():
+    if len(message.name) > MAX_NAME or not message.name.isprintable():
         raise BadBytesError("a presence with an unprintable or long name", code="bad-presence")
     if len(message.device) > MAX_DEVICE or not message.device.isprintable():
         raise BadBytesError("a presence with an unprintable or long device", code="bad-presence")
@@ -244,9 +246,9 @@ def presence_from_proto_untrusted(peer: str, message: pb.Presence, given: Collec
     )
 
 
-def progress_to_proto(tokens: int, round: int, stage: int = 0) -> pb.Progress:
-    """Return the message that says how many tokens a peer has trained on, and its round at that time."""
-    return pb.Progress(stage=stage, tokens=tokens, round=round)
+def progress_to_proto(tokens: int, round: int, stage: int = 0, name: str = "") -> pb.Progress:
+    """Return the message that says how many tokens a peer has trained on, its round at that time, and its name."""
+    return pb.Progress(stage=stage, tokens=tokens, round=round, name=name)
 
 
 def progress_from_proto_untrusted(message: pb.Progress, num_stages: int = 1) -> tuple[int, int]:
@@ -257,6 +259,8 @@ def progress_from_proto_untrusted(message: pb.Progress, num_stages: int = 1) -> 
         )
     if message.tokens >= 2**60 or message.round >= 2**40:
         raise BadBytesError("a progress record with a field out of range", code="bad-number")
+    if len(message.name) > MAX_NAME or not message.name.isprintable():
+        raise BadBytesError("a progress record with an unprintable or long name", code="bad-number")
     return message.stage, message.tokens
 
 

@@ -26,6 +26,7 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 __all__ = ["TokenAccounting", "counting_rules"]
 
 _MAX_BUCKETS_A_PASS = 1024
+_MAX_NAMES = 4096
 _BURST_ROUNDS = 2  # a peer may claim so many rounds at once beyond what its speed explains
 _ENOUGH = 3  # sources that together may bring a run to its end; a named server counts as so many (decision 49)
 
@@ -45,6 +46,8 @@ class TokenAccounting:
     clock: Callable[[], float]
     refused: Callable[[str, str, str], None]
     """Called with (peer, rule, detail) of a refused count, once per peer and rule in a few hours."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Names in progress records, also of peers that have left; the latest ones, since identities cost nothing."""
     _tally: Tally = field(init=False)
     _named: NamedOnce = field(default_factory=NamedOnce)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -102,6 +105,9 @@ class TokenAccounting:
                 self._own_durable = max(self._own_durable, tokens)
                 return
             _, incident = self._tally.observe(peer, stage, tokens, now, claimed_per_s)
+        self.names[peer] = record.progress.name
+        if len(self.names) > _MAX_NAMES:
+            del self.names[next(iter(self.names))]
         if incident is not None:
             self._name(peer, incident.rule, incident.detail)
 

@@ -464,6 +464,8 @@ def swarm_looker(board: StatusBoard, swarm: Swarm) -> Callable[[pb.PeerStatus], 
         board.tell_losses({info.peer: info.loss for info in live.values() if info.training and info.loss})
         for peer in everyone[:MAX_SHOWN_PEERS]:
             info = live.get(peer, gone)
+            if info is gone:
+                board.know_name(peer, swarm.accounting.names.get(peer, ""))
             status.peers.add(
                 peer=peer,
                 name=board.name_of(peer),

@@ -17,7 +17,7 @@ from swarmtrain.protocol.tokens.tally import CountingRules
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-ME, BEN, CARL = (new_identity(bytes([i]) * 32).peer_id for i in range(3))
+ME, BEN, CARL, DORA = (new_identity(bytes([i]) * 32).peer_id for i in range(4))
 RULES = CountingRules(began_s=1000.0, burst_tokens=200, most_tokens=10**9)
 Bucket = dict[str, tuple[pb.Record, float]]
 
@@ -142,6 +142,31 @@ def test_a_negative_count_is_refused() -> None:
     negative = pb.Progress.FromString(b"\x10" + b"\xff" * 9 + b"\x01")  # -1 as a signed reader would have it
     with raises_code("bad-number", BadBytesError):
         progress_from_proto_untrusted(negative)
+
+
+def test_the_name_of_one_that_left_is_read_in_its_record() -> None:
+    """Seen: who joined later saw the end of a PeerID in place of a name."""
+    named = pb.Record(progress=progress_to_proto(100, 3, name="ben"))
+    reading = Reading({"": {BEN: (named, 1e9), CARL: record(50)}})
+    reading.look()
+    assert reading.accounting.names == {BEN: "ben", CARL: ""}
+
+
+@pytest.mark.parametrize("name", ["b" * 65, "ben\n", "\x1b[2J", "\u202egpj"])
+def test_a_name_that_no_screen_should_show_is_refused(name: str) -> None:
+    with raises_code("bad-number", BadBytesError):
+        progress_from_proto_untrusted(progress_to_proto(1, 3, name=name))
+    reading = Reading({"": {BEN: (pb.Record(progress=progress_to_proto(100, 3, name=name)), 1e9)}})
+    reading.look()
+    assert not reading.accounting.names and reading.told == [(BEN, "progress")]
+
+
+def test_names_of_endless_identities_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarmtrain.network.discovery.token_accounting._MAX_NAMES", 2)
+    peers = {peer: (pb.Record(progress=progress_to_proto(9, 3, name=peer[-6:])), 1e9) for peer in (BEN, CARL, DORA)}
+    reading = Reading({"": peers})
+    reading.look(3)
+    assert len(reading.accounting.names) == 2
 
 
 def test_an_old_record_or_one_of_another_fork_takes_nothing_away_and_counts_nothing_twice() -> None:

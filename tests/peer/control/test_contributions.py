@@ -30,7 +30,10 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
         members.saw_presence(PeerInfo(peer=peer, name=peer, training=True, run_tokens=10**15), 30.0, 0.0)
     counts = {"me": 500, "ben": 300, "gone": 200, "liar": 7}
     accounting = SimpleNamespace(
-        contributions=lambda: counts, acknowledged=lambda: {"ben": 250, "gone": 200}, total=1007
+        contributions=lambda: counts,
+        acknowledged=lambda: {"ben": 250, "gone": 200},
+        total=1007,
+        names={"gone": "gina", "ben": "another"},
     )
     run = SimpleNamespace(tokens_per_step=4, pipeline=SimpleNamespace(stages=1), adapter=AdapterSection())
     me = PeerInfo(peer="me", name="me", training=True, steps_per_s=2.0)
@@ -46,6 +49,8 @@ def test_contributions_outlive_their_peers_and_a_liar_does_not_move_the_run() ->
     swarm_looker(StatusBoard("volunteer", 0.0), swarm)(status)
     assert (status.own_tokens, status.run_tokens) == (500, 900), "what the rosters count"
     assert status.dht_records == 6
+    names = {peer.peer: peer.name for peer in status.peers}
+    assert names["gone"] == "gina" and names["ben"] == "ben", "of one that left before, by its progress record"
     swarm.presence.me = dataclasses.replace(me, training=False, is_bootstrap=True)
     served = pb.PeerStatus(run_tokens=900)
     swarm_looker(StatusBoard("bootstrap", 0.0), swarm)(served)
@@ -84,7 +89,7 @@ def test_speeds_that_nobody_has_measured_neither_end_the_run_on_the_screen_nor_a
     swarm: Any = SimpleNamespace(
         presence=SimpleNamespace(me=PeerInfo(peer="me", is_bootstrap=True)),
         membership=members,
-        accounting=SimpleNamespace(contributions=dict, acknowledged=dict, total=100),
+        accounting=SimpleNamespace(contributions=dict, acknowledged=dict, total=100, names={}),
         published=SimpleNamespace(run=run),
         node=SimpleNamespace(num_dht_records=0),
         serving=Serving(),
