@@ -187,10 +187,9 @@ class _Curves:
         self.swarm = _measured(of_swarm, "loss") or ([] if is_own else _measured(own, "loss"))
         by_tokens = {point[0]: point for point in _measured([*own, *of_swarm], "held_out_loss")}
         self.held_out = [by_tokens[tokens] for tokens in sorted(by_tokens)]
-        time, last = self.held_out[-1][1:] if self.held_out else (0.0, 0.0)
-        told = finite(status.held_out_loss)
-        is_told = told and not (of_swarm and last)
-        self.newest_held_out, self.held_out_time = (told, status.held_out_time) if is_told else (last, time)
+        self.held_out_time, self.newest_held_out = self.held_out[-1][1:] if self.held_out else (0.0, 0.0)
+        if finite(status.held_out_loss) and not (of_swarm and self.held_out):
+            self.held_out_time, self.newest_held_out = status.held_out_time, status.held_out_loss
 
     @property
     def training(self) -> list[_Point]:
