@@ -36,12 +36,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 """Configurations: three families that are listed, tied and untied, and two that are not, unlike each other and them."""
 
+_EXPERTS = {**_ROTARY, "num_hidden_layers": 2, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+_DEEPSEEK = {
+    **_EXPERTS,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "olmoe": {**_EXPERTS, "num_experts": 4},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16},
+    "mixtral": {**_EXPERTS, "num_local_experts": 4},
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": {**_DEEPSEEK, "n_group": 2, "topk_group": 1},
+    "gpt_oss": {**_EXPERTS, "head_dim": 8, "num_local_experts": 4, "sliding_window": 32},
+    "granitemoe": {**_EXPERTS, "num_local_experts": 4},
+}
+"""Configurations of mixtures of experts, whose experts are one tensor."""
+
 
 def saved(family: str, folder: Path, **changes: Any) -> Any:
     """Write a model of `family`, with random weights, into `folder`; return transformers' model."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(family, **CONFIGS.get(family, {}) | changes)
+    config = transformers.AutoConfig.for_model(family, **(CONFIGS | MIXTURES).get(family, {}) | changes)
     with torch.random.fork_rng():
         torch.manual_seed(5)
         model = transformers.AutoModelForCausalLM.from_config(config)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,8 +31,9 @@ from swarmtrain.protocol.adapter_groups import tensor_name
 from swarmtrain.run_adapter import AdapterSection
 from swarmtrain.words import one_line
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "LoraAdapter", "adapter_modules", "check_adapter"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "LoraAdapter", "adapter_modules", "published_layers"]
 
+_log = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"
@@ -55,11 +57,23 @@ def adapter_modules(model: nn.Module, head: nn.Module, section: AdapterSection) 
 
     `model` is of transformers, may be without memory (on the device "meta"), and is changed. A name is the last part of
     a layer's place if all layers of that name are adapted, else the whole place: so every version of peft adapts the
-    same layers. Raises UserError if there are none, or if one cannot be adapted.
+    same layers. Experts whose weights are one tensor are left out, with a warning. Raises UserError if a target is no
+    layer, or one that cannot be adapted.
     """
-    targets = section.targets or _usual_targets(model)
-    layers = _injected(model, head, section, targets)
+    targets, linear = section.targets or _usual_targets(model), _linear_names(model, head)
+    layers = [(place, layer) for place, layer in _injected(model, head, section, targets) if not _is_stacked(layer)]
     places = [place for place, _ in layers]
+    missing = [
+        name
+        for name in section.targets
+        if name != _ALL_LINEAR and not any(f".{place}".endswith(f".{name}") for place in places)
+    ]
+    if missing:
+        raise UserError(
+            f"adapter.targets: {', '.join(missing)}: no linear layer that can be adapted has this name; name layers "
+            f'of the model: {", ".join(sorted(linear - set(missing)))}; or take ["all-linear"]',
+            code="adapter-targets",
+        )
     by_name: dict[str, list[str]] = {}
     for place, _ in model.named_modules():
         if not place.endswith(".base_layer"):
@@ -68,25 +82,49 @@ def adapter_modules(model: nn.Module, head: nn.Module, section: AdapterSection) 
     for place in places:
         last = place.rpartition(".")[2]
         names.add(last if set(by_name[last]) <= set(places) else place)
+    if any("Expert" in type(each).__name__ and [*each.parameters(recurse=False)] for each in model.modules()):
+        _log.warning("adapter: this model's experts are left out, as they are no linear layers: they stay as they are")
     return tuple(sorted(names)), _numbers_in(layers, section)
 
 
-def check_adapter(model: nn.Module, head: nn.Module, section: AdapterSection) -> None:
-    """Raise UserError unless a published run's adapter has as many numbers as the run says, which a stranger may have
-    written: a volunteer is asked to find memory for that many.
+def published_layers(model: nn.Module, head: nn.Module, section: AdapterSection) -> list[tuple[str, Any]]:
+    """Have peft put the layers of a published run's adapter into `model`, of transformers; return each with its place.
 
-    `model` is of transformers, without memory (on the device "meta"), and is changed.
+    Raises UserError unless it has as many numbers as the run says, which a stranger may have written: a volunteer is
+    asked to find memory for that many. So it is called first with a model without memory (on the device "meta").
     """
-    _check_number(_injected(model, head, section, section.modules), section)
-
-
-def _check_number(layers: list[tuple[str, Any]], section: AdapterSection) -> None:
+    layers = _injected(model, head, section, section.modules)
+    for place, layer in layers:
+        if _is_stacked(layer):
+            raise _not_linear(place)
     if (found := _numbers_in(layers, section)) != section.num_parameters:
         raise UserError(
             f"adapter.modules: this adapter has {found} numbers here, and {section.num_parameters} where the run was "
             f"published; update peft: {install_in_words('finetune')}",
             code="adapter-differs",
         )
+    return layers
+
+
+def _is_stacked(layer: Any) -> bool:
+    """Return whether peft adapts a tensor here, of all experts or of their router, in place of a linear layer."""
+    return hasattr(layer, "parameter_name")
+
+
+def _not_linear(place: str) -> UserError:
+    return UserError(
+        f"adapter.targets: {one_line(place)} is no linear layer; name linear layers, such as q_proj",
+        code="adapter-targets",
+    )
+
+
+def _linear_names(model: nn.Module, head: nn.Module) -> set[str]:
+    """Return the last parts of the names of all linear layers; the head is none of them."""
+    return {
+        place.rpartition(".")[2]
+        for place, layer in model.named_modules()
+        if layer is not head and (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")  # of GPT-2
+    }
 
 
 def _numbers_in(layers: list[tuple[str, Any]], section: AdapterSection) -> int:
@@ -112,8 +150,8 @@ def _injected(
     except ValueError as error:
         wanted = ", ".join(section.targets)
         raise UserError(
-            f"adapter.targets: {wanted or 'the usual layers'}: {one_line(str(error))[:200]}; name layers of the model, "
-            'such as q_proj, or take ["all-linear"]',
+            f"adapter.targets: {wanted or 'the usual layers'}: {one_line(str(error))[:200]}; name layers of the model: "
+            f'{", ".join(sorted(_linear_names(model, head)))}; or take ["all-linear"]',
             code="adapter-targets",
         ) from None
     kind = importlib.import_module("peft.tuners.lora").LoraLayer
@@ -122,10 +160,7 @@ def _injected(
         if _NAME not in layer.lora_A or not all(
             isinstance(of[_NAME], nn.Linear) for of in (layer.lora_A, layer.lora_B)
         ):
-            raise UserError(
-                f"adapter.targets: {one_line(place)} is no linear layer; name linear layers, such as q_proj",
-                code="adapter-targets",
-            )
+            raise _not_linear(place)
         if layer.get_base_layer() is head:
             raise UserError(
                 f"adapter.targets: {one_line(place)} is the model's head, which is not adapted; leave it out",
@@ -188,9 +223,7 @@ class LoraAdapter:
 
         `head` is the model's last layer. Raises UserError if the layers are not those that the run names.
         """
-        layers = _injected(model, head, section, section.modules)
-        _check_number(layers, section)
-        adapter = cls(section, dict(layers))
+        adapter = cls(section, dict(published_layers(model, head, section)))
         model.requires_grad_(False)
         for layer in adapter.layers.values():
             layer.lora_dropout[_NAME] = _TrainingDropout(section.dropout) if section.dropout else nn.Identity()

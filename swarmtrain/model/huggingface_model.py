@@ -192,9 +192,9 @@ def _checked_config(spec: ModelSpec) -> tuple[Any, ModelTraits]:
             code="checkpoint-mismatch",
         )
     if spec.adapter.is_used:
-        from swarmtrain.model.adapter import check_adapter
+        from swarmtrain.model.adapter import published_layers
 
-        check_adapter(without_memory, without_memory.get_output_embeddings(), spec.adapter)
+        published_layers(without_memory, without_memory.get_output_embeddings(), spec.adapter)
     return config, traits_of(data, origin)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from codes import raises_code
 from safetensors.torch import load_file, save_file
-from small_models import CONFIGS, run_of, saved
+from small_models import CONFIGS, MIXTURES, run_of, saved
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import flatten, unflatten_into
@@ -74,6 +74,34 @@ def test_it_computes_what_peft_does_with_one_adapter_of_the_whole_rank(family: s
         assert exported.run_tokens == 7 and torch.equal(exported.model(TOKENS), found)
         assert torch.allclose(whole.model(TOKENS), expected, rtol=1e-4, atol=1e-4)
         assert torch.allclose(whole.model(TOKENS), theirs.merge_and_unload()(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about peft
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=[pytest.mark.slow] * (each not in ("olmoe", "gpt_oss"))) for each in MIXTURES]
+)
+def test_of_a_mixture_of_experts_the_linear_layers_are_adapted(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peft: Any = pytest.importorskip("peft")
+    base = tmp_path / "base"
+    run = resolved(family, base, 'targets = ["all-linear"]' if family == "mixtral" else "")
+    assert [record.message for record in caplog.records if "experts are left out" in record.message]
+    assert "o_proj" in run.adapter.modules and not {"gate", "experts", "down_proj"} & set(run.adapter.modules)
+    model = build_run_model(run, base)
+    batches = Batches(TOKENS.flatten().numpy(), context_tokens=24, batch_sequences=4, run_sha256="ab", peer_id="me")
+    ModelLoop(run, model, batches).take_step(0.1)
+    export_model(tmp_path / "adapter", dict(model.trained_parameters()), model.spec, 7, {})
+    plain = saved(family, base)
+    with torch.no_grad():
+        before = plain(TOKENS).logits
+        found = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")(TOKENS).logits
+        assert torch.allclose(model(TOKENS), found, rtol=1e-5, atol=1e-5) and not torch.equal(found, before)
+    adapter = run.adapter.model_copy(update={"modules": (*run.adapter.modules, "gate_proj", "up_proj", "down_proj")})
+    lying = run.model_copy(update={"adapter": adapter})
+    if family not in ("gpt_oss", "granitemoe", "mixtral"):  # of which peft adapts no experts by these names
+        with raises_code("adapter-targets", UserError, "no linear layer"):
+            empty_model(spec_of(lying, base))
 
 
 def test_an_exported_adapter_needs_the_model_that_it_belongs_to(tmp_path: Path) -> None:
@@ -189,6 +217,11 @@ def test_four_bits_are_refused_where_they_are_of_no_use(monkeypatch: pytest.Monk
     ("targets", "says"),
     [
         ('["zzz"]', "zzz"),
+        (
+            '["q_proj", "w_proj"]',
+            "w_proj: no linear layer that can be adapted has this name; name ",
+        ),
+        ('["q_proj", "layers.7.v_proj"]', "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj; or take"),
         ('["lm_head"]', "head"),
         ('["embed_tokens"]', "no linear layer"),
     ],
