@@ -22,6 +22,7 @@ from swarmtrain.words import one_line
 
 __all__ = [
     "CUTTABLE",
+    "FLOAT_KEY",
     "HuggingFaceModel",
     "check_computed_plainly",
     "check_names",
@@ -274,9 +275,12 @@ def untie(source: Path | Mapping[str, Any]) -> HuggingFaceModel:
 # ---------------------------------------------------------------- a whole model, of any family
 
 _CODE_KEYS = ("auto_map", "custom_pipelines")
+FLOAT_KEY = "__float__"
+"""Only key of an object by which transformers writes a number that JSON does not have, such as "Infinity"."""
 _QUANTISED_KEYS = ("quantization_config", "compression_config")
 _DROPPED = frozenset(
     {
+        *_CODE_KEYS,
         "architectures",
         "attn_implementation",
         "distributed_config",
@@ -298,8 +302,8 @@ _DROPPED = frozenset(
         "use_kernels",
     }
 )
-"""Keys that say how a model is computed, not which one it is. Some name kernels on the hub; for `num_labels` the
-library makes a name for each label, of which no model of text has any."""
+"""Keys that say how a model is computed, not which one it is. Some name code, or kernels on the hub; for
+`num_labels` the library makes a name for each label, of which no model of text has any."""
 _MOST = {"layers": 512, "n_layer": 512, "experts": 65_536}
 """Largest numbers of keys with these words in their names: the library makes something for each."""
 _MOST_REPEATS = 512
@@ -313,7 +317,7 @@ def whole_config(folder: Path) -> dict[str, Any]:
     """Return what `config.json` in a folder says of a model of any family, for the library to read.
 
     Unlike `read_config` it cannot know the keys of all families. It leaves out those that choose how the library
-    computes, and refuses those that would have it run code, or read weights that are not numbers. Raises UserError.
+    computes, or that would have it run code, and refuses weights that are not numbers. Raises UserError.
     """
     path = folder / "config.json"
     origin, data = one_line(str(path)), _parsed(path)
@@ -332,7 +336,7 @@ def whole_config(folder: Path) -> dict[str, Any]:
 def _cleaned(value: Any, origin: str) -> Any:
     if isinstance(value, list):
         return [_cleaned(item, origin) for item in value]
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or value.keys() == {FLOAT_KEY}:
         return value
     for key, inner in value.items():
         _check_key(key, inner, origin)
@@ -344,11 +348,6 @@ def _cleaned(value: Any, origin: str) -> Any:
 
 
 def _check_key(key: str, value: Any, origin: str) -> None:
-    if key in _CODE_KEYS and value:
-        raise UserError(
-            f"{origin}: {key}: this model has code of its own, which is never run; give one that transformers has",
-            code="model-has-code",
-        )
     if key in _QUANTISED_KEYS and value:
         raise UserError(
             f"{origin}: {key}: this model is quantised, and only floats can be trained; give the one it was made of",
@@ -366,12 +365,18 @@ def _check_key(key: str, value: Any, origin: str) -> None:
 
 
 def check_computed_plainly(folder: Path) -> None:
-    """Raise UserError if `config.json` in a folder has its reader choose how the model is computed.
+    """Raise UserError if a folder has code, or `config.json` has its reader choose how the model is computed.
 
     `whole_config` leaves these keys out; a library that reads the folder by itself does not, and some values make it
     fetch compiled code from the hub.
     """
     path = folder / "config.json"
+    if code := sorted(folder.glob("*.py")):
+        raise UserError(
+            f"{one_line(str(code[0]))}: a model with code of its own is not given to a library that reads all of its "
+            "folder; use a copy without *.py",
+            code="model-has-code",
+        )
     _check_plain(_parsed(path), one_line(str(path)))
 
 
@@ -380,7 +385,7 @@ def _check_plain(value: Any, origin: str) -> None:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for key, chosen in value.items() if isinstance(value, dict) else ():
         is_plain = chosen is None or chosen is False or ("implementation" in key and chosen in (True, *_PLAIN))
-        if not is_plain and ("implementation" in key or key in _KERNEL_KEYS):
+        if not is_plain and ("implementation" in key or key in (*_KERNEL_KEYS, *_CODE_KEYS)):
             raise UserError(
                 f"{origin}: {one_line(key)[:60]}: {_shown(chosen)} is refused: code of others could be fetched for it; "
                 "remove this key",
@@ -391,14 +396,8 @@ def _check_plain(value: Any, origin: str) -> None:
 
 
 def check_names(names: Iterable[str], *, from_scratch: bool) -> None:
-    """Raise UserError if a model with files of these names has code of its own, or no weights that are read here."""
+    """Raise UserError if a model with files of these names has no weights that are read here. Code is left alone."""
     names = list(names)
-    if code := sorted(name for name in names if name.endswith(".py")):
-        raise UserError(
-            f"{one_line(code[0])[:200]}: this model has code of its own, which is never run; if transformers has the "
-            "model itself, use a copy of the folder without *.py, else give another model",
-            code="model-has-code",
-        )
     if "adapter_config.json" in names:
         raise UserError(
             "adapter_config.json: this is an adapter of another model; merge them, and give the folder of the result",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from torch import nn
 from swarmtrain.errors import UserError
 from swarmtrain.extras import install_in_words
 from swarmtrain.model.huggingface import tensor_files
+from swarmtrain.model.huggingface_config import FLOAT_KEY
 from swarmtrain.words import one_line
 
 __all__ = [
@@ -62,12 +64,13 @@ def library_config(data: Mapping[str, Any], origin: str) -> Any:
     known = library.CONFIG_MAPPING
     if family not in known:
         raise UserError(
-            f"{origin}: model_type: {one_line(family)[:60]} is none that transformers {library.__version__} knows; "
-            "install a newer transformers, or give a model whose code it has",
+            f"{origin}: model_type: {one_line(family)[:60]} is none that transformers {library.__version__} knows, and "
+            "code beside a model is never run; install a newer transformers, give a model of a family that it has, or "
+            "convert this one to such a family",
             code="model-family",
         )
     with _refused_in_words(origin):
-        config = known[family].from_dict(dict(data))
+        config = known[family].from_dict(json.loads(json.dumps(data), object_hook=_number_or_object))
     if type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
             f"{origin}: model_type: {one_line(family)} is no causal language model in transformers "
@@ -79,6 +82,10 @@ def library_config(data: Mapping[str, Any], origin: str) -> Any:
             setattr(config, name, type(value)(0))
     config.use_cache = False
     return config
+
+
+def _number_or_object(found: dict[str, Any]) -> Any:
+    return float(found[FLOAT_KEY]) if found.keys() == {FLOAT_KEY} else found
 
 
 def shape_keys(config: Any, origin: str) -> dict[str, Any]:

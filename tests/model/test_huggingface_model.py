@@ -23,7 +23,8 @@ from swarmtrain.errors import RunFileError, UserError
 from swarmtrain.model import huggingface_probe
 from swarmtrain.model.base import base_files, resolved_run
 from swarmtrain.model.evaluation import evaluate
-from swarmtrain.model.huggingface_config import CUTTABLE, whole_config
+from swarmtrain.model.export import export_model
+from swarmtrain.model.huggingface_config import CUTTABLE, check_computed_plainly, whole_config
 from swarmtrain.model.huggingface_model import HuggingFaceLanguageModel
 from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_parameters, similar_built_in
@@ -307,14 +308,18 @@ def _diverged(number: float) -> Callable[[Path], None]:
 
 
 REFUSED: list[tuple[str, Callable[[Path], None], str, str]] = [
-    ("code in the configuration", _config({"auto_map": {"AutoModel": "x--y.Z"}}), "model-has-code", "auto_map"),
-    ("code beside it", _with("modeling_own.py", "import os"), "model-has-code", "modeling_own.py"),
     ("pickles only", _pickled, "not-safetensors", "*.safetensors"),
     ("quantised", _config({"quantization_config": {"bits": 4}}), "model-quantised", "quantization_config"),
     ("an adapter", _with("adapter_config.json", "{}"), "model-refused", "adapter_config.json"),
     ("no configuration", _with("config.json", "[]"), "not-a-config", "not a JSON object"),
     ("no family", _config({"model_type": 3}), "not-a-config", "model_type: 3"),
     ("an unknown family", _config({"model_type": "own"}), "model-family", "model_type: own"),
+    (
+        "a family that needs its code",
+        _config({"model_type": "own", "auto_map": {"AutoModel": "x--y.Z"}}),
+        "model-family",
+        "code beside a model is never run; install a newer transformers, give a model of a family that it has, or",
+    ),
     ("no text", _config({"model_type": "vit"}), "model-family", "no causal language model"),
     ("a vast one", _config({"num_hidden_layers": 10**9}), "bad-value", "num_hidden_layers"),
     ("vast by another name", _config({"n_layer": 10**9}), "bad-value", "n_layer"),
@@ -352,6 +357,33 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
         build_run_model(run, base_files(run, tmp_path))
     assert (caught.value.code, caught.value.exit_code) == (code, 2)
     assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_of_a_known_family_code_is_left_alone(tmp_path: Path) -> None:
+    library_model = saved("llama", tmp_path / "coded")
+    _with("modeling_own.py", "raise SystemExit")(tmp_path / "coded")
+    _config({"auto_map": {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}})(
+        tmp_path / "coded"
+    )
+    assert "auto_map" not in whole_config(tmp_path / "coded")
+    loss = _built(tmp_path, "coded").loss(_batch())
+    assert float(loss.detach()) == pytest.approx(float(_loss_of(library_model, _batch()).detach()), abs=1e-5)
+    with raises_code("model-has-code", UserError, "without *.py"):
+        check_computed_plainly(tmp_path / "coded")
+
+
+def test_numbers_that_json_does_not_have_are_read_and_exported(tmp_path: Path) -> None:
+    sizes = dict.fromkeys(("head_dim", "mamba_d_head", "mamba_d_state", "mamba_chunk_size"), 8)
+    saved("falcon_h1", tmp_path / "h1", **CONFIGS["llama"] | sizes, mamba_d_ssm=32, mamba_n_heads=4)
+    model = _built(tmp_path, "h1")
+    limits = [0.0, {"__float__": "Infinity"}]
+    assert json.loads((tmp_path / "h1" / "config.json").read_text())["time_step_limit"] == limits
+    assert list(model.library_model.config.time_step_limit) == [0.0, float("inf")]
+    export_model(tmp_path / "out", dict(model.named_parameters()), model.spec, 7, {})
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"] == limits
+    _config({"time_step_limit": [0.0, {"__float__": [1]}]})(tmp_path / "h1")
+    with raises_code("model-refused", UserError):
+        _built(tmp_path, "h1")
 
 
 def test_labels_of_a_configuration_take_no_memory(tmp_path: Path) -> None:
