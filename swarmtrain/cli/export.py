@@ -62,6 +62,12 @@ __all__ = ["command"]
     help="Merge the run's adapter into the model that it belongs to, and write that.",
 )
 @click.option(
+    "--dtype",
+    type=click.Choice(("bfloat16", "float16", "float32")),
+    help="Type of the numbers of the weights, which are trained in float32.  [default: that of the Hugging Face model "
+    "with which the run began, float32 without one or for an adapter]",
+)
+@click.option(
     "--accept-clock",
     is_flag=True,
     help="Use the other peers' clock even if it differs from this machine's by more than ten minutes.",
@@ -74,6 +80,7 @@ def command(
     is_private: bool,
     model_dir: Path | None,
     is_merged: bool,
+    dtype: str | None,
     accept_clock: bool,
 ) -> None:
     """Write the model as files that anyone can load.
@@ -90,7 +97,7 @@ def command(
         raise OptionsError("--private: belongs to --push, which is missing; give both", code="options-conflict")
     if repository is None:
         assert target is not None
-        tokens = _exported(invite, directory, target, model_dir, accept_clock, is_merged)
+        tokens = _exported(invite, directory, target, model_dir, accept_clock, is_merged, dtype)
         click.echo(f"wrote the model after {tokens} tokens to {target}")
         return
     from swarmtrain.cli.background import say
@@ -104,7 +111,7 @@ def command(
 
     check_login(repository)
     with kept_or_temporary(target) as folder:
-        tokens = _exported(invite, directory, folder, model_dir, accept_clock, is_merged)
+        tokens = _exported(invite, directory, folder, model_dir, accept_clock, is_merged, dtype)
         address = upload_model(folder, repository, is_private=is_private)
         if has_own_text(folder):
             say(f"{HELD_OUT} is not uploaded: it is a piece of the run's text, which may be private")
@@ -119,13 +126,14 @@ def _exported(
     model_dir: Path | None,
     accept_clock: bool,
     is_merged: bool,
+    dtype: str | None,
 ) -> int:
     """Export from the swarm of `invite`, or from `directory`; return the run's tokens."""
     import platformdirs
 
     from swarmtrain.cli.stop_signals import stop_on_signals
     from swarmtrain.network.discovery.invite import parse_invite
-    from swarmtrain.peer.checkpoints.export import export_from_folder, export_from_swarm, onlooker_place
+    from swarmtrain.peer.checkpoints.export import cast_model, export_from_folder, export_from_swarm, onlooker_place
     from swarmtrain.peer.lifecycle.node import Interrupted
 
     parsed = None if invite is None else parse_invite(invite)
@@ -133,8 +141,11 @@ def _exported(
         with stop_on_signals() as stop:
             place = onlooker_place(platformdirs.user_cache_path("swarmtrain"), model_dir, stop)
             if parsed is not None:
-                return export_from_swarm(parsed, target, place, accept_clock=accept_clock, is_merged=is_merged)
-            assert directory is not None
-            return export_from_folder(directory, target, place, is_merged=is_merged)
+                tokens = export_from_swarm(parsed, target, place, accept_clock=accept_clock, is_merged=is_merged)
+            else:
+                assert directory is not None
+                tokens = export_from_folder(directory, target, place, is_merged=is_merged)
+            cast_model(target, dtype)
+            return tokens
     except Interrupted:
         raise click.Abort from None

@@ -1,7 +1,8 @@
 """Write and read a trained model as a folder that Hugging Face's libraries load; nothing in it executes.
 
 config.json             the model's configuration, with where the model comes from (`provenance.py`)
-model.safetensors       the weights by name, fp32; a large model has several files and an index (`weight_files.py`)
+model.safetensors       the weights by name, fp32 unless they were cast (`cast_exported`); a large model has several
+                        files and an index (`weight_files.py`)
 tokenizer.json          the tokenizer, and how it is to be used: tokenizer_config.json, chat_template.jinja
 generation_config.json  how text is drawn if the caller says nothing
 README.md               the model card
@@ -26,10 +27,11 @@ import shutil
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -40,7 +42,7 @@ from swarmtrain.model.gpt import GPT
 from swarmtrain.model.hub import HubModel
 from swarmtrain.model.language_model import LanguageModel, ModelSpec
 from swarmtrain.model.parameter_count import num_parameters, position_numbers
-from swarmtrain.model.provenance import CONFIG, Provenance, description_of, provenance_in
+from swarmtrain.model.provenance import CONFIG, DTYPES, Provenance, description_of, provenance_in
 from swarmtrain.model.qwen3 import Qwen3Reader, as_qwen3, qwen3_config
 from swarmtrain.model.weight_files import (
     INDEX,
@@ -56,6 +58,7 @@ from swarmtrain.words import one_line
 __all__ = [
     "ExportedModel",
     "adapted_model",
+    "cast_exported",
     "copy_exported",
     "export_merged",
     "export_model",
@@ -156,6 +159,7 @@ def export_model(
             context_tokens=section.context_tokens,
             run_tokens=run_tokens,
             weights_sha256=hashes,
+            base_dtype="float32" if section.is_built_in else _dtype_in(_config(_check_files(spec))),
         )
         written = {CONFIG: _json(provenance.into(config)), **generation, **files, **_tokenizer_as_it_came(spec)}
         for name, content in written.items():
@@ -277,6 +281,41 @@ def copy_exported(source: Path, target: Path) -> int:
                     code="not-a-model",
                 )
     return provenance.run_tokens
+
+
+def cast_exported(folder: Path, dtype: str | None) -> None:
+    """Cast the weights in `folder`, which has been exported, to `dtype`; None: to that of the run's base.
+
+    An adapter stays as it is with None. Raises UserError, and OSError.
+    """
+    config = _config(folder)
+    provenance, now = _provenance(folder, config), _dtype_in(config)
+    assert provenance is not None
+    if (dtype := dtype or provenance.base_dtype) == now:
+        return
+    hashes, size = dict[str, str](), 0
+    with atomic_folder(folder) as temporary:
+        for name, sha256 in provenance.weights_sha256.items():
+            tensors = dict[str, Tensor]()
+            read_weights(folder, {name: sha256}, tensors.__setitem__)
+            tensors = {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
+            hashes[name] = write_tensors(temporary / name, tensors)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+        for name in _BESIDE:
+            if content := _beside(folder, name):
+                if name == INDEX:
+                    content = _json(json.loads(content) | {"metadata": {"total_size": size}})
+                elif name == _CARD:
+                    content = content.replace(f"| weights | {now} |".encode(), f"| weights | {dtype} |".encode(), 1)
+                (temporary / name).write_bytes(content)
+        written = replace(provenance, weights_sha256=hashes).into(config | {"torch_dtype": dtype})
+        (temporary / provenance.file_name).write_bytes(_json(written))
+
+
+def _dtype_in(config: Mapping[str, Any]) -> str:
+    """Return the type of a model's weights by its configuration; float32 if it names none that is exported."""
+    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return named if named in DTYPES else "float32"
 
 
 def export_merged(source: Path, target: Path, base: Path, card: Callable[[str], str]) -> int:

@@ -94,6 +94,7 @@ class ModelCard:
             **({} if model.is_built_in else {"trained from": f"`{base_in_words(model)}`"}),
             **({"adapter": _adapter_in_words(run.adapter)} if run.adapter.is_used else {}),
             "parameters": f"{run.model.num_parameters if run.adapter.is_used else self.num_parameters:,}",
+            "weights": "float32",
             "trained on": f"{self.run_tokens:,} tokens of {run.run.total_tokens:,}",
             "context": f"{model.context_tokens:,} tokens",
             "tokenizer": f"{model.tokenizer}, {model.vocabulary_size:,} tokens",

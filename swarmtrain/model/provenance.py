@@ -21,12 +21,22 @@ from pydantic import ValidationError
 from swarmtrain import __version__
 from swarmtrain.run import AdapterSection, ModelSection
 
-__all__ = ["CONFIG", "LIBRARY_VERSION_KEY", "Provenance", "description_of", "provenance_in", "tokens_of_export"]
+__all__ = [
+    "CONFIG",
+    "DTYPES",
+    "LIBRARY_VERSION_KEY",
+    "Provenance",
+    "description_of",
+    "provenance_in",
+    "tokens_of_export",
+]
 
 _KEY, _FORMAT, _FIRST_FORMAT = "swarmtrain", "swarmtrain-2", "swarmtrain-gpt-1"
 _WHOLE = "model.safetensors"
 _S = TypeVar("_S", ModelSection, AdapterSection)
 CONFIG, _ADAPTER = "config.json", "swarmtrain.json"
+DTYPES = ("bfloat16", "float16", "float32")
+"""Types of the numbers in an export, as configurations of Hugging Face name them."""
 LIBRARY_VERSION_KEY = "transformers_version"
 
 
@@ -44,6 +54,8 @@ class Provenance:
     is_first_format: bool = False
     adapter: AdapterSection | None = None
     """What the adapter is, if the weights are those of one."""
+    base_dtype: str = "float32"
+    """One of `DTYPES`: that of the model of Hugging Face with which the run began."""
 
     @property
     def file_name(self) -> str:
@@ -55,6 +67,7 @@ class Provenance:
         model = {} if self.section is None else {"model": self.section.model_dump(mode="json")}
         told = {"format": _FORMAT, "version": __version__, **model, "context_tokens": self.context_tokens}
         told |= {"run_tokens": self.run_tokens, "weights_sha256": dict(self.weights_sha256)}
+        told |= {"base_dtype": self.base_dtype}
         if self.adapter is not None:
             told["adapter"] = self.adapter.model_dump(mode="json")
         return {**config, _KEY: told}
@@ -80,6 +93,8 @@ def provenance_in(config: Mapping[str, Any]) -> Provenance | None:
     hashes = {_WHOLE: told["weights_sha256"]} if is_first else dict(told["weights_sha256"])
     if not hashes or not all(_is_plain(name) and isinstance(sha256, str) for name, sha256 in hashes.items()):
         raise ValueError("weights_sha256 does not name files of this folder")
+    if (base_dtype := told.get("base_dtype", "float32")) not in DTYPES:
+        raise ValueError("it names an unknown type of numbers")
     section = _section(ModelSection, told["model"]) if is_first or "model" in told else None
     adapter = _section(AdapterSection, told["adapter"]) if "adapter" in told else None
     if (section is not None and not section.is_built_in) != (adapter is not None and adapter.is_resolved):
@@ -91,6 +106,7 @@ def provenance_in(config: Mapping[str, Any]) -> Provenance | None:
         weights_sha256=hashes,
         is_first_format=is_first,
         adapter=adapter,
+        base_dtype=base_dtype,
     )
 
 

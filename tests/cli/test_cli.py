@@ -130,6 +130,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         "--model-dir",
         "--use-hf-token",
         "--merge",
+        "--dtype",
         "--accept-clock",
     ),
     "report": (*WHICH_PEER, "--to", "--with-machine", "--json"),

@@ -24,7 +24,7 @@ from swarmtrain.cli.main import run
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.model import export as export_module
 from swarmtrain.model.atomic_folder import atomic_folder
-from swarmtrain.model.export import copy_exported, export_model, is_first_format, load_exported
+from swarmtrain.model.export import cast_exported, copy_exported, export_model, is_first_format, load_exported
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.provenance import tokens_of_export
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
@@ -56,6 +56,22 @@ def test_a_model_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
     assert loaded.run_tokens == 2 and loaded.held_out == b"text"
     assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), second.parameters(), strict=True))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_cast_model_is_read_as_itself(tmp_path: Path) -> None:
+    model, folder = export(tmp_path / "model", 1), tmp_path / "model"
+    cast_exported(folder, None)
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "float32"
+    cast_exported(folder, "bfloat16")
+    loaded = load_exported(folder)
+    assert loaded.run_tokens == 1 and loaded.held_out == b"text"
+    for found, cast in zip(loaded.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, cast.bfloat16().float())
+    config = json.loads((folder / "config.json").read_text())
+    config["swarmtrain"]["base_dtype"] = "int8"
+    (folder / "config.json").write_text(json.dumps(config))
+    with raises_code("not-a-model", UserError, "unknown type"):
+        load_exported(folder)
 
 
 def test_what_a_killed_writer_left_goes_at_the_next_write_and_what_another_writes_stays(tmp_path: Path) -> None:

@@ -20,7 +20,14 @@ from swarmtrain.data.tokenizer_source import bundle_of_files
 from swarmtrain.data.tokens import Tokenizer, Tokens, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import BadBytesError, NewerRunError, PeerError, RunTimeError, UserError, VersionError
 from swarmtrain.events import Event, WarningEvent
-from swarmtrain.model.export import ExportedModel, copy_exported, is_first_format, load_exported, open_regular
+from swarmtrain.model.export import (
+    ExportedModel,
+    cast_exported,
+    copy_exported,
+    is_first_format,
+    load_exported,
+    open_regular,
+)
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.model.provenance import description_of
@@ -62,6 +69,7 @@ from swarmtrain.words import ago_in_words, counted
 
 __all__ = [
     "Sampling",
+    "cast_model",
     "continuation",
     "export_from_folder",
     "export_from_swarm",
@@ -111,6 +119,12 @@ def export_from_folder(folder: Path, target: Path, place: FilesPlace, *, is_merg
                 except UserError as error:
                     _log.warning("%s is not used: %s", source, error)
         return _export_checkpoint(PeerFolder(folder), target, place)
+
+
+def cast_model(target: Path, dtype: str | None) -> None:
+    """Cast the model that was exported to `target`; see `cast_exported`. Raises RunTimeError if the disk is full."""
+    with _writing(target):
+        cast_exported(target, dtype)
 
 
 def _copied(source: Path, target: Path) -> int:

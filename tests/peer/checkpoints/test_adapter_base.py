@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from codes import raises_code
 from model_files import model_folder, pinned
+from safetensors.torch import load_file
 from small_models import run_of, saved
 
+from swarmtrain.cli.main import run as main
 from swarmtrain.errors import UserError
+from swarmtrain.model import weight_files
 from swarmtrain.model.base import resolved_run
 from swarmtrain.model.export import load_exported
 from swarmtrain.model.language_model import LanguageModel
@@ -35,9 +39,9 @@ def place(folder: Path, given: Path | None = None) -> FilesPlace:
     return onlooker_place(folder / "cache", given, StopFlag())
 
 
-def ended_run(folder: Path, adapter: str) -> tuple[LanguageModel, PublishedRun]:
+def ended_run(folder: Path, adapter: str, dtype: torch.dtype = torch.float32) -> tuple[LanguageModel, PublishedRun]:
     """Write the base and a peer's folder as they are at a run's end; return the model, and the run."""
-    saved("llama", folder / "base")
+    saved("llama", folder / "base").to(dtype).save_pretrained(folder / "base")
     run = resolved_run(run_of("base", adapter=adapter), folder)
     files, held_out = pinned(folder / "base", ("config.json", "model.safetensors")), b"text " * 99
     published = PublishedSection(
@@ -88,6 +92,48 @@ def test_it_is_merged_into_its_base_and_the_card_says_so(tmp_path: Path) -> None
     for text in (own, card):
         assert "LoRA of rank 16, alpha 32, on `q_proj`, `v_proj`" in text and "| `12D3anna` | 70 |" in text
         assert "num_parameters" not in text and 'method = "lora"' in text
+
+
+def exported(folder: Path, name: str, *options: str) -> Path:
+    command = ["export", "--dir", str(folder / "peer"), "--model-dir", str(folder / "base"), "--to", str(folder / name)]
+    assert main([*command, *options]) == 0
+    return folder / name
+
+
+def dtypes_in(folder: Path) -> set[torch.dtype]:
+    return {tensor.dtype for path in folder.glob("*.safetensors") for tensor in load_file(path).values()}
+
+
+@pytest.mark.parametrize("adapter", ["", 'method = "lora"'])
+def test_a_model_has_the_numbers_of_its_base_unless_others_are_asked_for(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(weight_files, "MAX_FILE_BYTES", 60_000)
+    model, _ = ended_run(tmp_path, adapter, torch.bfloat16)
+    merge = ["--merge"] if adapter else []
+    half, whole = exported(tmp_path, "half", *merge), exported(tmp_path, "whole", "--dtype", "float32", *merge)
+    for folder, dtype, atol in ((half, torch.bfloat16, 0.05), (whole, torch.float32, 1e-5)):
+        assert dtypes_in(folder) == {dtype} and len([*folder.glob("*.safetensors")]) > 1
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert loaded.dtype is dtype
+        with torch.no_grad():
+            assert torch.allclose(loaded(TOKENS).logits.float(), model(TOKENS), atol=atol)
+            assert torch.allclose(load_exported(folder).model(TOKENS), model(TOKENS), atol=atol)
+        name = str(dtype).removeprefix("torch.")
+        assert f"| weights | {name} |" in (folder / "README.md").read_text()
+        size = json.loads((folder / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+        assert size == model.spec.section.num_parameters * dtype.itemsize
+    if not adapter:
+        assert torch.equal(load_exported(whole).model(TOKENS), model(TOKENS))
+        again = resolved_run(run_of(str(half)), tmp_path)
+        assert again.model.num_parameters == model.spec.section.num_parameters
+        assert main(["eval", str(half), "--device", "cpu"]) == 0
+    else:
+        assert dtypes_in(exported(tmp_path, "adapter")) == {torch.float32}
+        assert dtypes_in(exported(tmp_path, "small", "--dtype", "bfloat16")) == {torch.bfloat16}
+        close = load_exported(tmp_path / "small", tmp_path / "base").model(TOKENS)
+        assert torch.allclose(close, model(TOKENS), atol=0.05)
 
 
 def test_a_run_without_an_adapter_has_nothing_to_merge(tmp_path: Path) -> None:
