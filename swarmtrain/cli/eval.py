@@ -172,8 +172,7 @@ def _score(model: Path, request: TaskRequest, threads: int | None, device: Devic
     from swarmtrain.cli.background import say
     from swarmtrain.data.batches import START_TOKEN
     from swarmtrain.data.tokenizer_json import own_tokenizer
-    from swarmtrain.errors import UserError
-    from swarmtrain.model.export import adapted_model, is_first_format, load_exported
+    from swarmtrain.model.export import adapted_model, load_exported
     from swarmtrain.model.task_scores import score_lines, task_scores
     from swarmtrain.peer.devices.model_device import move_model
     from swarmtrain.peer.lifecycle.node import use_threads, useful_threads
@@ -185,11 +184,6 @@ def _score(model: Path, request: TaskRequest, threads: int | None, device: Devic
             code="options-conflict",
         )
     exported = load_exported(model)
-    if is_first_format(model):
-        raise UserError(
-            f"{model}: only swarmtrain reads this format of before 0.2; export the model again from its peer's folder",
-            code="not-a-model",
-        )
     use_threads(threads or useful_threads(exported.model))
     place = move_model(exported.model, device, 1, say)
     is_own = own_tokenizer(exported.tokenizer) is not None

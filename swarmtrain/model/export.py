@@ -10,8 +10,7 @@ held-out.txt            the text by which it was judged
 run.toml                the run that it comes from
 
 The built-in model is written as a Qwen3 (`qwen3.py`) and read back as itself. A model of Hugging Face is written with
-the configuration that it came with, and any folder with such a model is read. Exports of the first format, which only
-swarmtrain reads, are read too.
+the configuration that it came with, and any folder with such a model is read.
 
 An adapter is written as peft loads it, the groups joined to one adapter of the whole rank: adapter_config.json and
 adapter_model.safetensors, beside swarmtrain.json in place of config.json. To read it one needs its model's folder.
@@ -62,7 +61,6 @@ __all__ = [
     "copy_exported",
     "export_merged",
     "export_model",
-    "is_first_format",
     "load_exported",
     "open_regular",
 ]
@@ -70,7 +68,7 @@ __all__ = [
 _GIVE = "give the folder that `swarmtrain export`, or a bootstrap at the end of its run, wrote"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _GENERATION = "generation_config.json"
-_FIRST_TOKENIZER, _TOKENIZER, _HELD_OUT, _CARD = "tokenizer.bin", "tokenizer.json", "held-out.txt", "README.md"
+_TOKENIZER, _HELD_OUT, _CARD = "tokenizer.json", "held-out.txt", "README.md"
 _TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 _TOKENIZER_KEYS = frozenset(
     {
@@ -131,7 +129,7 @@ class ExportedModel:
 
     model: LanguageModel
     tokenizer: bytes
-    """Its `tokenizer.json`, empty without one; of the first format what the run pinned, empty for bytes."""
+    """Its `tokenizer.json`, empty without one."""
     held_out: bytes
     run_tokens: int
     """0 if swarmtrain did not export it."""
@@ -363,12 +361,6 @@ def _not_regular(path: Path) -> UserError:
     )
 
 
-def is_first_format(folder: Path) -> bool:
-    """Return whether the model in `folder` has the first format of exports. Raises UserError without a model."""
-    provenance = _provenance(folder, _config(folder))
-    return provenance is not None and provenance.is_first_format
-
-
 def adapted_model(folder: Path) -> ModelSection | None:
     """Return the model that the adapter in `folder` belongs to; None if a whole model is there. Raises UserError."""
     provenance = _provenance(folder, _config(folder))
@@ -455,10 +447,9 @@ def _loaded(folder: Path, config: Mapping[str, Any], base: Path | None) -> Expor
         raise _missing(folder, Path(str(error.filename)).name) from None
     except (ValueError, KeyError, SafetensorError, RuntimeError, OSError) as error:
         raise _not_ours(folder, error) from None
-    is_first = provenance is not None and provenance.is_first_format
     return ExportedModel(
         model=model,
-        tokenizer=_beside(folder, _FIRST_TOKENIZER if is_first else _TOKENIZER),
+        tokenizer=_beside(folder, _TOKENIZER),
         held_out=_beside(folder, _HELD_OUT),
         run_tokens=0 if provenance is None else provenance.run_tokens,
         beside_tokenizer={name: content for name in _OF_TOKENIZER if (content := _beside(folder, name))},
@@ -492,11 +483,6 @@ def _built_in(folder: Path, section: ModelSection, provenance: Provenance) -> GP
     if not section.is_built_in or numbers > weights_bytes + _TORN_PARAMETERS:
         raise ValueError(f"{CONFIG} describes a larger model than the weights")
     model = GPT(section)
-    if provenance.is_first_format:
-        weights: dict[str, Tensor] = {}
-        read_weights(folder, provenance.weights_sha256, weights.__setitem__)
-        model.load_state_dict(weights)
-        return model
     reader = Qwen3Reader(model)
     read_weights(folder, provenance.weights_sha256, reader.take)
     reader.finish()

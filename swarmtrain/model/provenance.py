@@ -1,9 +1,9 @@
 """Read and write what an exported model says about itself: the key `swarmtrain` of its config.json.
 
 Other programs leave the key alone. It names the version that wrote the model, the run's tokens, the SHA-256 of each
-file of weights, and, where the model is the built-in one, its shape as in the run file. The first format of exports
-had all this at the top of a config.json that no other program read. An adapter has no config.json, and peft warns of
-keys that it does not know, so it says the same in a file of its own, swarmtrain.json, with the model that it adapts.
+file of weights, and, where the model is the built-in one, its shape as in the run file. An adapter
+has no config.json, and peft warns of keys that it does not know, so it says the same in a file of its own,
+swarmtrain.json, with the model that it adapts.
 
 Imports no torch: the last line of a peer's command needs only the tokens.
 """
@@ -31,8 +31,7 @@ __all__ = [
     "tokens_of_export",
 ]
 
-_KEY, _FORMAT, _FIRST_FORMAT = "swarmtrain", "swarmtrain-2", "swarmtrain-gpt-1"
-_WHOLE = "model.safetensors"
+_KEY, _FORMAT = "swarmtrain", "swarmtrain-2"
 _S = TypeVar("_S", ModelSection, AdapterSection)
 CONFIG, _ADAPTER = "config.json", "swarmtrain.json"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -51,7 +50,6 @@ class Provenance:
     run_tokens: int
     weights_sha256: Mapping[str, str]
     """SHA-256 (hex) of each file of weights."""
-    is_first_format: bool = False
     adapter: AdapterSection | None = None
     """What the adapter is, if the weights are those of one."""
     base_dtype: str = "float32"
@@ -84,18 +82,17 @@ def provenance_in(config: Mapping[str, Any]) -> Provenance | None:
 
     Raises ValueError, KeyError or TypeError if it is damaged, or of a version that this one does not know.
     """
-    is_first = config.get("format") == _FIRST_FORMAT
-    told = config if is_first else config.get(_KEY)
+    told = config.get(_KEY)
     if told is None or LIBRARY_VERSION_KEY in config:
         return None
-    if not is_first and told["format"] != _FORMAT:
-        raise ValueError("it was exported by a newer version of swarmtrain")
-    hashes = {_WHOLE: told["weights_sha256"]} if is_first else dict(told["weights_sha256"])
+    if told["format"] != _FORMAT:
+        raise ValueError("it was exported by another version of swarmtrain")
+    hashes = dict(told["weights_sha256"])
     if not hashes or not all(_is_plain(name) and isinstance(sha256, str) for name, sha256 in hashes.items()):
         raise ValueError("weights_sha256 does not name files of this folder")
     if (base_dtype := told.get("base_dtype", "float32")) not in DTYPES:
         raise ValueError("it names an unknown type of numbers")
-    section = _section(ModelSection, told["model"]) if is_first or "model" in told else None
+    section = _section(ModelSection, told["model"]) if "model" in told else None
     adapter = _section(AdapterSection, told["adapter"]) if "adapter" in told else None
     if (section is not None and not section.is_built_in) != (adapter is not None and adapter.is_resolved):
         raise ValueError("it does not say which model the adapter belongs to")
@@ -104,7 +101,6 @@ def provenance_in(config: Mapping[str, Any]) -> Provenance | None:
         context_tokens=int(told["context_tokens"]) if section is None else section.context_tokens,
         run_tokens=int(told["run_tokens"]),
         weights_sha256=hashes,
-        is_first_format=is_first,
         adapter=adapter,
         base_dtype=base_dtype,
     )

@@ -18,21 +18,19 @@ from typing import Any
 import pytest
 import torch
 from codes import codes_in, raises_code
-from safetensors.torch import save
 
 from swarmtrain.cli.main import run
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.model import export as export_module
 from swarmtrain.model.atomic_folder import atomic_folder
-from swarmtrain.model.export import cast_exported, copy_exported, export_model, is_first_format, load_exported
+from swarmtrain.model.export import cast_exported, copy_exported, export_model, load_exported
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.provenance import tokens_of_export
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.checkpoints.export import export_from_folder, export_from_swarm, onlooker_place
-from swarmtrain.peer.lifecycle.folder import PeerFolder
-from swarmtrain.peer.lifecycle.node import StopFlag, kept_final_model
+from swarmtrain.peer.lifecycle.node import StopFlag
 from swarmtrain.run import ModelSection, PublishedSection, RunFile, RunSection, published_bytes, run_sha256
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
@@ -131,53 +129,6 @@ def test_a_peer_folder_gives_the_archive_when_its_model_was_damaged(tmp_path: Pa
     assert not (tmp_path / "another").exists()
 
 
-def export_in_first_format(folder: Path, published: PublishedRun, model: GPT) -> None:
-    """Write what versions before 0.2 wrote."""
-    data = save({name: parameter.detach() for name, parameter in model.named_parameters()})
-    config = {
-        "format": "swarmtrain-gpt-1",
-        "swarmtrain": "0.1.0",
-        "model": model.section.model_dump(mode="json"),
-        "run_tokens": 7,
-        "weights_sha256": hashlib.sha256(data).hexdigest(),
-    }
-    folder.mkdir(parents=True)
-    files = {"model.safetensors": data, "config.json": json.dumps(config).encode()}
-    files |= {"held-out.txt": published.held_out, "run.toml": published.data}
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-
-
-def published_run() -> PublishedRun:
-    run = RunFile(run=RunSection(name="first", total_tokens=10**6), model=SECTION)
-    held_out = b"text " * 99
-    published = PublishedSection(
-        created="2026-01-01T00:00:00Z",
-        swarmtrain="0.1.0",
-        held_out_sha256=hashlib.sha256(held_out).hexdigest(),
-        held_out_bytes=len(held_out),
-    )
-    run = run.model_copy(update={"published": published})
-    data = published_bytes(run)
-    return PublishedRun(data, run_sha256(data), run, held_out, b"")
-
-
-def test_an_export_of_the_first_format_is_read_and_written_anew(tmp_path: Path) -> None:
-    model, published = build_model(SECTION, seed=3), published_run()
-    export_in_first_format(tmp_path / "peer" / "model", published, model)
-    old = load_exported(tmp_path / "peer" / "model")
-    assert (old.run_tokens, old.held_out, old.tokenizer) == (7, published.held_out, b"")
-    assert tokens_of_export(tmp_path / "peer" / "model") == 7
-    assert kept_final_model(PeerFolder(tmp_path / "peer"), published) is None, "it is of before the end"
-    assert export_from(tmp_path / "peer", tmp_path / "copy") == 7
-    new = load_exported(tmp_path / "copy")
-    assert export_from(tmp_path / "peer" / "model", tmp_path / "again") == 7, "an export itself"
-    assert not is_first_format(tmp_path / "copy") and (new.run_tokens, new.held_out) == (7, published.held_out)
-    for loaded in (old.model, new.model):
-        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    assert "| run | `" + published.sha256 in (tmp_path / "copy" / "README.md").read_text()
-
-
 @pytest.mark.parametrize("name", ["README.md", "run.toml", "held-out.txt"])
 def test_a_link_in_a_strangers_export_is_not_followed(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("of this machine")
@@ -191,16 +142,6 @@ def test_a_link_in_a_strangers_export_is_not_followed(name: str, tmp_path: Path)
     with raises_code("not-a-regular-file", UserError, name):
         copy_exported(tmp_path / "theirs", tmp_path / "copy")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "theirs"]
-
-
-def test_nor_is_one_in_an_export_of_the_first_format(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("of this machine")
-    export_in_first_format(tmp_path / "theirs", published_run(), build_model(SECTION, seed=3))
-    (tmp_path / "theirs" / "held-out.txt").unlink()
-    (tmp_path / "theirs" / "held-out.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError):
-        export_from(tmp_path / "theirs", tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
 
 
 def test_a_folder_that_a_bootstrap_replaces_meanwhile_is_read_again(
@@ -236,7 +177,7 @@ def test_a_description_larger_than_the_weights_takes_no_memory(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"format": "swarmtrain-3"}, "newer version"),
+        ({"format": "swarmtrain-3"}, "another version"),
         ({"weights_sha256": {}}, "weights_sha256"),
         ({"weights_sha256": {"../model.safetensors": "ab"}}, "weights_sha256"),
         ({"model": {"width": 17}}, "width"),
@@ -285,6 +226,20 @@ def test_a_full_disk_for_temporary_files_is_one_line(
     said = capsys.readouterr().err
     assert codes_in(said) == ["model-not-saved"] and said.count("\n") == 1
     assert os.strerror(errno.ENOSPC) in said and "TMPDIR" in said
+
+
+def published_run() -> PublishedRun:
+    run = RunFile(run=RunSection(name="first", total_tokens=10**6), model=SECTION)
+    held_out = b"text " * 99
+    published = PublishedSection(
+        created="2026-01-01T00:00:00Z",
+        swarmtrain="0.1.0",
+        held_out_sha256=hashlib.sha256(held_out).hexdigest(),
+        held_out_bytes=len(held_out),
+    )
+    run = run.model_copy(update={"published": published})
+    data = published_bytes(run)
+    return PublishedRun(data, run_sha256(data), run, held_out, b"")
 
 
 def test_a_run_whose_tokenizer_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

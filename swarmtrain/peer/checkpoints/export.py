@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import tempfile
@@ -24,9 +23,6 @@ from swarmtrain.model.export import (
     ExportedModel,
     cast_exported,
     copy_exported,
-    is_first_format,
-    load_exported,
-    open_regular,
 )
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.model.parameter_count import num_trained_parameters
@@ -64,7 +60,7 @@ from swarmtrain.peer.model_files.fetcher import FilesPlace, SwarmSource
 from swarmtrain.protocol.devices import DeviceRequest
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import parse_published_untrusted, run_sha256
+from swarmtrain.run import parse_published_untrusted
 from swarmtrain.words import ago_in_words, counted
 
 __all__ = [
@@ -115,7 +111,7 @@ def export_from_folder(folder: Path, target: Path, place: FilesPlace, *, is_merg
         for source in (folder / "model", folder / "archive", folder):
             if description_of(source) is not None:
                 try:
-                    return _copied(source, target)
+                    return copy_exported(source, target)
                 except UserError as error:
                     _log.warning("%s is not used: %s", source, error)
         return _export_checkpoint(PeerFolder(folder), target, place)
@@ -125,27 +121,6 @@ def cast_model(target: Path, dtype: str | None) -> None:
     """Cast the model that was exported to `target`; see `cast_exported`. Raises RunTimeError if the disk is full."""
     with _writing(target):
         cast_exported(target, dtype)
-
-
-def _copied(source: Path, target: Path) -> int:
-    """Copy the model in `source`, or write it anew if it has the first format of exports; return the run's tokens."""
-    if not is_first_format(source):
-        return copy_exported(source, target)
-    for name in ("tokenizer.bin", "held-out.txt", "run.toml"):
-        with contextlib.suppress(FileNotFoundError):
-            open_regular(source / name).close()
-    exported, data = load_exported(source), (source / "run.toml").read_bytes()
-    sha256 = run_sha256(data)
-    try:
-        run = parse_published_untrusted(data, sha256)
-    except PeerError as error:
-        raise UserError(
-            f"{source / 'run.toml'} was altered: {error}; export another model", code="folder-altered"
-        ) from None
-    published = PublishedRun(data, sha256, run, exported.held_out, exported.tokenizer)
-    progress = Progress(run_tokens=exported.run_tokens)
-    save_weights(target, dict(exported.model.named_parameters()), published, progress, None)
-    return exported.run_tokens
 
 
 def _writing(target: Path) -> AbstractContextManager[None]:
