@@ -465,7 +465,7 @@ def to_json_line(event: Event) -> str:
     """Return one line of JSON without its line end; the event's kind, time, peer and name come first."""
     fields = event.model_dump(mode="json")
     head = {key: fields[key] for key in ("event", "time", "peer", "name")}
-    return json.dumps(head | fields, ensure_ascii=False, allow_nan=False)
+    return json.dumps(head | fields, allow_nan=False)
 
 
 def stamped(event: _E, time: float, peer: str, name: str) -> _E:

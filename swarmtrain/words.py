@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from unicodedata import category
 
 __all__ = [
     "ago_in_words",
@@ -157,5 +158,9 @@ def one_line(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace what is neither printable nor a line end or a tab in a text of several lines."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    """Replace what could control a terminal or reorder what is read, in a text of several lines. Line ends, tabs, all
+    spaces, and the joiners of some scripts stay."""
+    if text.isprintable():
+        return text
+    text = text.replace("\r\n", "\n")
+    return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" or category(c) == "Zs" else "\ufffd" for c in text)

@@ -72,6 +72,14 @@ def test_nothing_prints_or_evaluates() -> None:
         assert called not in ("print", "eval", "exec", "os.system", "os.fork"), f"{module}:{node.lineno} calls {called}"
 
 
+def test_what_is_written_to_the_terminal_cannot_control_it() -> None:
+    for module, called, node in calls():
+        may_write = ("cli/output.py", "cli/doctor.py", "search/__main__.py")  # a moving line; no text of others
+        assert called not in ("click.echo", "click.secho", "Console") or module.endswith(may_write), (
+            f"{module}:{node.lineno} calls {called}; use echo of cli/output.py or TerminalConsole of cli/lines.py"
+        )
+
+
 def test_broad_excepts_log_what_they_caught() -> None:
     for name, node in nodes():
         if not isinstance(node, ast.ExceptHandler):

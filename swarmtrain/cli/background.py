@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import click
-
+from swarmtrain.cli.output import echo
 from swarmtrain.errors import INTERRUPTED, with_code
+from swarmtrain.words import one_line
 
 if TYPE_CHECKING:
     import subprocess
@@ -74,7 +74,7 @@ def say(words: str) -> None:
     if is_the_background():
         _write(json.dumps({"said": words}))
     else:
-        click.echo(words, err=True)
+        echo(words, err=True)
 
 
 def _write(line: str) -> None:
@@ -128,9 +128,7 @@ def start_in_background(show: Callable[[Event], None], by_folder: bool) -> int:
                 peer.listen(pipe, show)
                 return peer.tell_up() if peer.up else peer.tell_end(early)
             except KeyboardInterrupt:
-                click.echo(
-                    f"stopped waiting: it keeps running in the background, process {process.pid}{peer.log_words()}"
-                )
+                echo(f"stopped waiting: it keeps running in the background, process {process.pid}{peer.log_words()}")
                 process.returncode = 0  # it is nobody's child once we have ended
                 return INTERRUPTED
 
@@ -157,7 +155,7 @@ class _Started:
                     self.folder = Path(json.loads(line)["folder"])
                     continue
                 if line.startswith(b'{"said"'):
-                    click.echo(json.loads(line)["said"], err=True)
+                    echo(json.loads(line)["said"], err=True)
                     continue
                 event = parse_event(line)
             except ValueError:  # torn: it was killed while it wrote
@@ -186,7 +184,7 @@ class _Started:
             *([f"  pause     swarmtrain pause {which}"] if self.trains else []),
             f"  end       swarmtrain leave {which}",
         ]
-        click.echo("\n".join(rows), err=True)
+        echo("\n".join(rows), err=True)
         self.process.returncode = 0  # no warning about a child that runs on: it is meant to
         return 0
 
@@ -194,12 +192,12 @@ class _Started:
         """Print why the peer ended before it was up; returns its exit code."""
         code = self.process.wait()
         if self.error:
-            click.echo(f"error: {self.error}", err=True)
+            echo(one_line(f"error: {self.error}"), err=True)
         elif code:
             early.seek(max(0, early.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
             words = " ".join(early.read().decode(errors="replace").split())
             ended = f"signal {-code}" if code < 0 else f"code {code}"
             said = f": {words}" if words else ""
             line = f"error: the process in the background ended with {ended}{said}{self.log_words()}"
-            click.echo(with_code(line, "background-ended"), err=True)
+            echo(with_code(line, "background-ended"), err=True)
         return 1 if code < 0 else code

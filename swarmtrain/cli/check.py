@@ -10,6 +10,7 @@ import click
 
 from swarmtrain.cli import swarm_options
 from swarmtrain.cli.common import example, use_hf_token
+from swarmtrain.cli.output import echo
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 from swarmtrain.errors import Problem, RunFileError, with_code
 
@@ -77,14 +78,14 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
         table |= {"sources": _sources_as_json(run, look.sizes)} if run.data.sources else {}
         table |= {"errors": refused, "error_codes": [each.code for each in refused], "doubts": found}
         table |= {"not_looked_at": unseen, "device": _as_json(on)}
-        click.echo(json.dumps(table))
+        echo(json.dumps(table))
     else:
         errors = [with_code(f"  error: {each}", each.code) for each in refused]
         warnings = [f"  warning: {text}" for text in found] or ["  no warnings"]
         for line in [f"run {run.run.name}", *errors] if errors else (*report(run, cost, look, on), *warnings):
-            click.echo(line)  # what the run costs is of a run that can be published
+            echo(line)  # what the run costs is of a run that can be published
         for text in unseen:
-            click.echo(f"  not checked: {text}")
+            echo(f"  not checked: {text}")
     if refused:
         click.get_current_context().exit(RunFileError.exit_code)
 

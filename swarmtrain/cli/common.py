@@ -34,11 +34,13 @@ import click
 from swarmtrain.cli.background import is_the_background, report, report_folder, start_in_background
 from swarmtrain.cli.kept_options import KeptOption
 from swarmtrain.cli.option_errors import OptionError, OptionsError
+from swarmtrain.cli.output import echo
 from swarmtrain.cli.page_address import PageAddress, web_option
 from swarmtrain.cli.tracker_options import report_to_option
 from swarmtrain.errors import SwarmtrainError, with_code
 from swarmtrain.hub_login import USE_LOGIN, has_unused_login, use_login
 from swarmtrain.peer.lifecycle.stop import StopFlag
+from swarmtrain.words import one_line
 
 if TYPE_CHECKING:
     from swarmtrain.events import DoneEvent, Event
@@ -373,13 +375,13 @@ def _start_in_background(values: dict[str, Any]) -> int:
 
 def _end_at_once(as_json: bool, name: str) -> None:
     """End during the imports: nothing has begun, and half-imported modules cannot be relied on."""
-    click.echo("interrupted before it began", err=True)
+    echo("interrupted before it began", err=True)
     if as_json:
         from swarmtrain.peer.lifecycle.process import process_age_s
 
         head = {"event": "done", "time": time.time(), "peer": "", "name": name}
         counts = {"held_out_loss": None, "tokens": 0, "run_tokens": 0, "wall_s": process_age_s()}
-        click.echo(json.dumps({**head, **counts, "reason": "interrupted"}))
+        echo(json.dumps({**head, **counts, "reason": "interrupted"}))
     os._exit(0)
 
 
@@ -404,7 +406,7 @@ def asking(options: PeerOptions, live: Callable[[Mapping[str, Any]], None]) -> N
                 question = "Use your login of Hugging Face (HF_TOKEN) for this run?"
             if not question or options.json or is_the_background() or not (sys.stdin.isatty() and sys.stderr.isatty()):
                 raise
-            click.echo(with_code(f"warning: {error}", error.code), err=True)
+            echo(one_line(with_code(f"warning: {error}", error.code)), err=True)
             with options.stop.before_it_begins():
                 is_agreed = click.confirm(question, default=False, err=True)
             if not is_agreed:
@@ -439,7 +441,7 @@ def say_the_end(done: DoneEvent, folder: Path, options: PeerOptions, usual: Path
         return
     if line := closing_line(done, folder, is_usual=folder == usual):
         with contextlib.suppress(OSError):  # a reader that is gone costs the line, and not the exit code
-            click.echo(line, err=True)
+            echo(line, err=True)
 
 
 class EventSink:

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swarmtrain.cli.facts import contribution_in_words, progress_in_words
+from swarmtrain.cli.lines import TerminalConsole
 from swarmtrain.cli.peers import PeerPhase, View
 from swarmtrain.cli.screen import serving_lines
 from swarmtrain.events import (
@@ -215,7 +216,7 @@ class _Display:
         )  # never held while calling rich, which draws under its own lock and then takes this one
         self._live = Live(
             get_renderable=self.draw,
-            console=console or Console(),
+            console=console or TerminalConsole(),
             auto_refresh=self._redraws,
             refresh_per_second=_DRAWN_PER_S,
             transient=False,

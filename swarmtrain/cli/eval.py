@@ -12,6 +12,7 @@ from swarmtrain.cli.common import THREADS, example, use_hf_token
 from swarmtrain.cli.device_options import DEVICE
 from swarmtrain.cli.exported_model import MODEL_DIR, load_for_use
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.output import echo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,14 +139,14 @@ def _measure(
                 }
                 for name, each in loss.by_source.items()
             ]
-        click.echo(json.dumps(fields, allow_nan=False))
+        echo(json.dumps(fields, allow_nan=False))
     else:
-        click.echo(_in_words("held-out loss" if text is None else "loss", loss))
+        echo(_in_words("held-out loss" if text is None else "loss", loss))
         for name, each in loss.by_source.items():
-            click.echo(f"  {_in_words(name, each)}")
+            echo(f"  {_in_words(name, each)}")
         if loss.is_finite:
             perplexity = "" if loss.perplexity is None else f", perplexity {loss.perplexity:.4g} a token"
-            click.echo(f"the same in other units: {loss.bits_per_byte:.4f} bits/byte{perplexity}")
+            echo(f"the same in other units: {loss.bits_per_byte:.4f} bits/byte{perplexity}")
 
 
 def _held_out_parts(model: Path, held_out: bytes, tokenizer: Tokenizer) -> dict[str, HeldOutTokens]:
@@ -190,9 +191,9 @@ def _score(model: Path, request: TaskRequest, threads: int | None, device: Devic
     del exported  # the library loads the model by itself
     scores = task_scores(model, request, place, START_TOKEN if is_own else None)
     if as_json:
-        click.echo(json.dumps({"tasks": scores, "device": place}))
+        echo(json.dumps({"tasks": scores, "device": place}))
     else:
-        click.echo("\n".join(score_lines(scores)))
+        echo("\n".join(score_lines(scores)))
 
 
 def _in_words(what: str, loss: TextLoss) -> str:

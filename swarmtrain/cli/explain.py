@@ -6,6 +6,7 @@ import click
 
 from swarmtrain.cli.common import example
 from swarmtrain.cli.option_errors import OptionError
+from swarmtrain.cli.output import echo
 from swarmtrain.errors import with_code
 
 
@@ -36,10 +37,10 @@ def command(code: str) -> None:
 
     if not code:
         for name, each in CODES.items():
-            click.echo(f"{name:<24}{each.says[0] if each.says else each.do}")
+            echo(f"{name:<24}{each.says[0] if each.says else each.do}")
         return
     found = CODES[code]
     for message in found.says:
-        click.echo(with_code(message, code))
+        echo(with_code(message, code))
     do = re.sub(r"\[([^]]+)\]\((?:[^)]+)\)", r"\1", found.do)
-    click.echo(click.wrap_text(do, width=100, initial_indent="  ", subsequent_indent="  "))
+    echo(click.wrap_text(do, width=100, initial_indent="  ", subsequent_indent="  "))

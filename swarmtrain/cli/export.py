@@ -8,6 +8,7 @@ import click
 
 from swarmtrain.cli.common import example, use_hf_token
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.output import echo
 
 __all__ = ["command"]
 
@@ -98,7 +99,7 @@ def command(
     if repository is None:
         assert target is not None
         tokens = _exported(invite, directory, target, model_dir, accept_clock, is_merged, dtype)
-        click.echo(f"wrote the model after {tokens} tokens to {target}")
+        echo(f"wrote the model after {tokens} tokens to {target}")
         return
     from swarmtrain.cli.background import say
     from swarmtrain.peer.checkpoints.hub_upload import (
@@ -116,7 +117,7 @@ def command(
         if has_own_text(folder):
             say(f"{HELD_OUT} is not uploaded: it is a piece of the run's text, which may be private")
     where = "" if target is None else f" to {target}, and"
-    click.echo(f"wrote the model after {tokens} tokens{where} to {address}")
+    echo(f"wrote the model after {tokens} tokens{where} to {address}")
 
 
 def _exported(

@@ -14,6 +14,7 @@ from swarmtrain.cli.common import THREADS, example, use_hf_token
 from swarmtrain.cli.device_options import DEVICE
 from swarmtrain.cli.exported_model import MODEL_DIR, load_for_use
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.output import echo
 
 if TYPE_CHECKING:
     from swarmtrain.model.export import ExportedModel
@@ -131,7 +132,7 @@ def command(
     with long_work("writing", tokens, "tokens") as advance:
         asked = typed_prompt(exported.held_out) if prompt is None else prompt
         text = sample_text(exported, asked, Sampling(tokens, temperature, seed, threads or 0, device), advance, say)
-    click.echo(text)
+    echo(text)
 
 
 def _give_way() -> None:

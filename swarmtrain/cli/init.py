@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from swarmtrain.cli.common import example
+from swarmtrain.cli.output import echo
 from swarmtrain.cli.run_files import example_scripts, examples
 from swarmtrain.errors import UserError
 
@@ -50,9 +51,9 @@ def command(path: Path, name: str) -> None:
         except OSError as error:
             path.unlink(missing_ok=True)
             raise _not_written(beside, error) from None
-        click.echo(f"{shlex.quote(one_line(str(beside)))} writes the example's text, in the folder where it is started")
+        echo(f"{shlex.quote(one_line(str(beside)))} writes the example's text, in the folder where it is started")
     where = shlex.quote(one_line(str(path)))
-    click.echo(f"wrote {where}; what it trains and costs: swarmtrain check {where}")
+    echo(f"wrote {where}; what it trains and costs: swarmtrain check {where}")
 
 
 def _not_written(path: Path, error: OSError) -> UserError:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from swarmtrain.cli.common import example
+from swarmtrain.cli.output import echo
 
 __all__ = ["command"]
 
@@ -53,11 +54,11 @@ def command(directory: Path | None, as_json: bool) -> None:
             words = where_it_serves(parse_invite(line))
         if as_json:
             about = {"name": status.name, "run": status.run_name, "note": words}
-            click.echo(json.dumps({"dir": str(folder), "line": line, "invite": line.split()[-1], **about}))
+            echo(json.dumps({"dir": str(folder), "line": line, "invite": line.split()[-1], **about}))
             continue
         if len(found) > 1:
             run = f", run {status.run_name}" if status.run_name else ""
-            click.echo(one_line(f"{status.name or folder.name}{run} ({folder}):"))
-        click.echo(line)
+            echo(one_line(f"{status.name or folder.name}{run} ({folder}):"))
+        echo(line)
         if words:
-            click.echo(f"note: {words}", err=True)
+            echo(f"note: {words}", err=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swarmtrain.cli.common import WhichPeer, example, which_peer
+from swarmtrain.cli.output import echo
 
 if TYPE_CHECKING:
     from swarmtrain.cli.peers import LocalPeer
@@ -40,7 +41,7 @@ def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
             raise
         said = _interrupt(peer)
     said, code = (said, 0) if no_wait else _wait_for_end(peer, process, warnings)
-    click.echo(said)
+    echo(said)
     ctx.exit(code)
 
 
@@ -91,7 +92,7 @@ class _Warnings:
         for notice in status.notices:
             if notice.time >= self._since_s and notice.message not in self._told:
                 self._told.add(notice.message)
-                click.echo(f"warning: {one_line(notice.message)}", err=True)
+                echo(f"warning: {one_line(notice.message)}", err=True)
 
 
 def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[str, int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from swarmtrain.cli.common import WhichPeer, example, finite, limit, which_peer
+from swarmtrain.cli.output import echo
 
 if TYPE_CHECKING:
     from swarmtrain.protocol.limits import Hours
@@ -85,7 +86,7 @@ def command(
         if value is not None:
             setattr(limits, name, value)
     if limits.ByteSize():
-        click.echo(tell(peer, "Limit", limits))
+        echo(tell(peer, "Limit", limits))
         return
     status = ask(peer, "Status", wire.StatusRequest())
-    click.echo(f"{title(status, peer.folder)} may use {limits_in_words(status.limits)}")
+    echo(f"{title(status, peer.folder)} may use {limits_in_words(status.limits)}")

@@ -19,6 +19,7 @@ from swarmtrain.cli.closing_line import model_line
 from swarmtrain.cli.common import example, finite, use_hf_token
 from swarmtrain.cli.device_options import DeviceOptions, device_options
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.output import echo
 from swarmtrain.cli.page_address import CommandWithPage, PageAddress, web_option
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 from swarmtrain.cli.tracker_options import report_to_option
@@ -157,7 +158,7 @@ def command(
             rehearsal = _rehearsal(faults, links, churn, _names(peers))
         most_threads = max(threads, on.device.num_host_ranks)
         if crowded := crowded_in_words(peers, most_threads, slowdowns, _num_cores()):
-            click.echo(with_code(f"warning: {crowded}", "crowded-machine"), err=True)
+            echo(with_code(f"warning: {crowded}", "crowded-machine"), err=True)
         if directory is None:
             directory = Path("runs") / f"{run.run.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         directory.mkdir(parents=True, exist_ok=True)
@@ -170,7 +171,7 @@ def command(
         tracked = [f"--report-to={tracker}" for tracker in report_to]
         common += tracked
         if "tensorboard" in report_to:
-            click.echo(f"curves of all peers: tensorboard --logdir {shlex.quote(str(directory))}", err=True)
+            echo(f"curves of all peers: tensorboard --logdir {shlex.quote(str(directory))}", err=True)
         extra = [common + ([f"--slowdown={factor}"] if slowdowns else []) for factor in slowdowns or peers * (1.0,)]
         extra = [
             each + ([f"--rank={rank}"] if rank else []) for each, rank in zip(extra, ranks or peers * (0,), strict=True)
@@ -181,21 +182,21 @@ def command(
                 trained = _train(plan, stop, page)
                 _show_sample(directory, as_json, on)
                 for part in trained.parts.values():
-                    click.echo(part.line(), err=as_json)
+                    echo(part.line(), err=as_json)
                 line = f"held-out loss {trained.loss}"
                 if compare_alone:
                     try:
                         part, loss = _alone(directory, base, trained, on, stop)
                     except RunTimeError:
-                        click.echo(line, err=as_json)
+                        echo(line, err=as_json)
                         raise
-                    click.echo(part.line(), err=as_json)
+                    echo(part.line(), err=as_json)
                     line += f"; one volunteer alone {loss:.3f}"
         except Interrupted:
-            click.echo(f"stopped; the peers' files are in {directory}; to continue:", err=True)
-            click.echo(f"  {_again(sys.argv[1:], directory)}", err=True)
+            echo(f"stopped; the peers' files are in {directory}; to continue:", err=True)
+            echo(f"  {_again(sys.argv[1:], directory)}", err=True)
             return
-        click.echo(line, err=as_json)
+        echo(line, err=as_json)
 
 
 def _again(words: Sequence[str], directory: Path) -> str:
@@ -446,14 +447,14 @@ def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
     assert published is not None, "the bootstrap kept its run"
     exported = load_for_use(model)
     prompt = sample_prompt(published.run, published.held_out, tokenizer_of(exported))
-    click.echo(f"a sample of up to {_SAMPLE_TOKENS} tokens from the model:", err=True)
+    echo(f"a sample of up to {_SAMPLE_TOKENS} tokens from the model:", err=True)
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
         sampling = Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0])
         text = sample_text(exported, prompt, sampling, advance)
-    click.echo(text, err=as_json)
-    click.echo(model_line(model), err=as_json)
+    echo(text, err=as_json)
+    echo(model_line(model), err=as_json)
     where = shlex.quote(one_line(str(directory)))
-    click.echo(f"to keep how it went: swarmtrain report --dir {where} --to run.html", err=as_json)
+    echo(f"to keep how it went: swarmtrain report --dir {where} --to run.html", err=as_json)
 
 
 def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, stop: StopFlag) -> tuple[_Part, float]:
@@ -464,9 +465,9 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
     import time
 
     import platformdirs
-    from rich.console import Console
     from rich.progress import Progress
 
+    from swarmtrain.cli.lines import TerminalConsole
     from swarmtrain.events import AloneEvent, stamped, to_plain_line
     from swarmtrain.peer.alone import train_alone
     from swarmtrain.peer.lifecycle.folder import PeerFolder
@@ -489,7 +490,7 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
     published = PeerFolder(directory / "bootstrap").kept_run()
     assert published is not None, "the bootstrap kept its run"
     tokens, began_s = trained.most_tokens, time.monotonic()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=TerminalConsole(stderr=True), transient=True) as progress:
         bar = progress.add_task(f"one volunteer alone, {count_in_words(tokens)} tokens", total=tokens)
 
         def advance(num_tokens: int) -> None:

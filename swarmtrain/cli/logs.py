@@ -16,6 +16,7 @@ import click
 
 from swarmtrain.cli.common import WhichPeer, example
 from swarmtrain.cli.option_errors import OptionError
+from swarmtrain.cli.output import echo
 
 __all__ = ["LogReader", "command", "parse_since"]
 
@@ -104,7 +105,7 @@ def command(
     wanted = _Wanted(lines=number, since=since, follows=follow or retry, waits=retry)
     try:
         for line in _read(folder / LOG_NAME, wanted):
-            click.echo(line)
+            echo(line)
     except KeyboardInterrupt:
         return
 
@@ -127,7 +128,7 @@ def _read(path: Path, wanted: _Wanted) -> Iterator[str]:
                 yield from log.new_lines(_Waiting(lives).goes_on, _pause)
             elif wanted.follows:
                 yield from log.new_lines(lives, _pause)
-                click.echo("the peer has ended; with -F this waits until it is started again", err=True)
+                echo("the peer has ended; with -F this waits until it is started again", err=True)
     except OSError as error:
         raise UserError(
             f"{path}: no log to read ({error.strerror}); give the peer's folder with --dir", code="no-log"
@@ -162,7 +163,7 @@ class _Waiting:
         """Return True: the log is followed on."""
         if self._lived != (lives := self._lives()):
             self._lived = lives
-            click.echo("the peer runs again" if lives else "no peer runs here now; waiting for it", err=True)
+            echo("the peer runs again" if lives else "no peer runs here now; waiting for it", err=True)
         return True
 
 

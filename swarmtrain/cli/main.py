@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -18,7 +19,9 @@ import click
 
 from swarmtrain import __version__
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.output import PrintableFormatter, echo
 from swarmtrain.errors import INTERRUPTED, Problem, SwarmtrainError, UserError, with_code
+from swarmtrain.words import one_line, printable
 
 __all__ = ["ALIASES", "COMMANDS", "cli", "main", "run"]
 
@@ -106,7 +109,7 @@ _SETTINGS: dict[str, Any] = {
 def cli(ctx: click.Context) -> None:
     """Train one model together, on ordinary machines, over the internet."""
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        echo(ctx.get_help())
 
 
 def run(arguments: list[str]) -> int:
@@ -115,21 +118,22 @@ def run(arguments: list[str]) -> int:
     A command ends with code 0 by returning None, with another code by `ctx.exit(code)`, with an error by raising a
     `SwarmtrainError`.
     """
+    if logging.lastResort is not None:  # writes warnings to the terminal where a command sets up no log
+        logging.lastResort.setFormatter(PrintableFormatter())
     try:
         returned = cli.main(arguments, prog_name="swarmtrain", standalone_mode=False)
         sys.stdout.flush()
     except SwarmtrainError as error:
         for problem in error.problems:
-            click.echo(with_code(f"error: {' '.join(problem.split())}", problem.code), err=True)
+            _print_error(problem, problem.code)
         return error.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         see = f" (see {context.command_path} --help)" if context is not None else ""
-        line = f"error: {' '.join(error.format_message().split())}{see}"
-        click.echo(with_code(line, getattr(error, "code", "")), err=True)
+        _print_error(f"{error.format_message()}{see}", getattr(error, "code", ""))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        echo("interrupted", err=True)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output is gone; Python would complain again when it flushes at its end.
@@ -137,9 +141,14 @@ def run(arguments: list[str]) -> int:
         return 1
     except Exception as error:  # a bug
         problem = _logged_bug(error)
-        click.echo(with_code(f"error: {' '.join(problem.split())}", problem.code), err=True)
+        _print_error(problem, problem.code)
         return 1
     return returned if isinstance(returned, int) else 0
+
+
+def _print_error(message: str, code: str) -> None:
+    """Print an error in one line, in which nothing controls the terminal, whoever wrote it."""
+    echo(with_code(one_line(" ".join(f"error: {message}".split())), code), err=True)
 
 
 def _logged_bug(error: Exception) -> Problem:
@@ -148,7 +157,7 @@ def _logged_bug(error: Exception) -> Problem:
     import traceback
 
     with tempfile.NamedTemporaryFile("w", prefix="swarmtrain-error-", suffix=".log", delete=False) as log:
-        log.write("".join(traceback.format_exception(error)))
+        log.write(printable("".join(traceback.format_exception(error))))
     from swarmtrain.peer.control.logs import bug_in_words
 
     return bug_in_words(error, log.name)

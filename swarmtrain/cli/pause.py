@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from swarmtrain.cli.common import WhichPeer, example, which_peer
+from swarmtrain.cli.output import echo
 
 __all__ = ["command"]
 
@@ -19,4 +20,4 @@ def command(which: WhichPeer) -> None:
     """
     from swarmtrain.cli.peers import find_running, tell, wire
 
-    click.echo(tell(find_running(which), "Pause", wire.PauseRequest()))
+    echo(tell(find_running(which), "Pause", wire.PauseRequest()))

@@ -9,6 +9,7 @@ import click
 
 from swarmtrain.cli import swarm_options
 from swarmtrain.cli.common import example, finite
+from swarmtrain.cli.output import echo
 from swarmtrain.cli.run_files import GivenRun, run_argument, run_examples
 
 if TYPE_CHECKING:
@@ -97,11 +98,11 @@ def command(
         rows = [dataclasses.asdict(one) for one in worst]
         for row in rows:  # the field keeps the name that programs know
             row["strain"] = row.pop("utilization")
-        click.echo(json.dumps({**table, "hurts": rows}, allow_nan=False))
+        echo(json.dumps({**table, "hurts": rows}, allow_nan=False))
         return
     shared = [] if measured is None else _shared_here(slowdowns, peers, measured)
     for line in (*report(run, found, links), *shared, *_worst(worst)):
-        click.echo(line)
+        echo(line)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _measured(run: RunFile) -> _Measured:
     compute, choice = chosen.compute, chosen.choice
     device = str(compute.device)
     where = f"{device_in_words(device, choice.title)} in {compute.precision}"
-    click.echo(
+    echo(
         f"measuring an inner step on {where} ({choice.why}), for at most {LIMIT_S:.0f} s; --step-s skips this", err=True
     )
     return _Measured(run.tokens_per_step / measure_speed(run, compute=compute), device)

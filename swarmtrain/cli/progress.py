@@ -28,10 +28,11 @@ def long_work(
     if not stream.isatty():
         yield _Lines(what, total, unit, stream, clock).advance
         return
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(file=stream), transient=True) as progress:
+    from swarmtrain.cli.lines import TerminalConsole
+
+    with Progress(console=TerminalConsole(file=stream), transient=True) as progress:
         bar = progress.add_task(what, total=total)
         yield lambda number: progress.advance(bar, number)
 

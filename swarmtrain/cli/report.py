@@ -9,6 +9,7 @@ import click
 
 from swarmtrain.cli.common import WhichPeer, example, which_peer
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.output import echo
 
 if TYPE_CHECKING:
     from swarmtrain.cli.peers import LocalPeer
@@ -79,14 +80,14 @@ def command(which: WhichPeer, target: Path, with_machine: bool, as_json: bool) -
             "points": dict(made.num_points),
             "figures": dict(made.figures),
         }
-        click.echo(json.dumps(told, ensure_ascii=False, allow_nan=False))
+        echo(json.dumps(told, allow_nan=False))
         return
     if made.num_left_out:
-        click.echo(
+        echo(
             f"left out: {made.num_left_out} of this machine's own events, such as warnings; --with-machine adds them",
             err=True,
         )
-    click.echo(f"wrote the report of {one_line(view.status.run_name) or 'the run'} to {target}; open it in a browser")
+    echo(f"wrote the report of {one_line(view.status.run_name) or 'the run'} to {target}; open it in a browser")
 
 
 def check_target(path: Path, option: str) -> None:

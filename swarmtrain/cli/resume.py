@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from swarmtrain.cli.common import WhichPeer, example, which_peer
+from swarmtrain.cli.output import echo
 
 __all__ = ["command"]
 
@@ -18,4 +19,4 @@ def command(which: WhichPeer) -> None:
     """
     from swarmtrain.cli.peers import find_running, tell, wire
 
-    click.echo(tell(find_running(which), "Resume", wire.ResumeRequest()))
+    echo(tell(find_running(which), "Resume", wire.ResumeRequest()))

@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from swarmtrain.cli.common import WhichPeer, example, which_peer
+from swarmtrain.cli.output import echo
 
 __all__ = ["UNDER_LAUNCHD", "agent", "command", "unit"]
 
@@ -72,7 +73,7 @@ def command(which: WhichPeer) -> None:
     words = (*_program(), *(started.command or ("join",)), "--dir", str(folder))
     environment = {key: value for key in _PASSED_ON if (value := os.environ.get(key, "")) and value.isprintable()}
     if sys.platform == "darwin":
-        click.echo(agent(name, words, environment, folder), nl=False)
+        echo(agent(name, words, environment, folder), nl=False)
         path = f"~/Library/LaunchAgents/{name}.plist"
         steps = {
             "write": f"swarmtrain service --dir {shlex.quote(str(folder))} > {path}",
@@ -81,7 +82,7 @@ def command(which: WhichPeer) -> None:
             "remove": f"launchctl bootout gui/$(id -u)/{name}; rm {path}",
         }
     else:
-        click.echo(unit(name, words, environment, folder), nl=False)
+        echo(unit(name, words, environment, folder), nl=False)
         path = f"~/.config/systemd/user/{name}.service"
         steps = {
             "write": f"mkdir -p ~/.config/systemd/user && swarmtrain service --dir {shlex.quote(str(folder))} > {path}",

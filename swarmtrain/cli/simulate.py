@@ -11,6 +11,7 @@ import click
 
 from swarmtrain.cli.common import example
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.output import echo
 from swarmtrain.cli.report import check_target, write_page
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def command(
     with _ended_in_order(), _shown(loaded) as told:
         found = compare(loaded, jobs=jobs or os.cpu_count() or 1, kept=kept, fresh=fresh, told=told)
     for line in table_lines(found):
-        click.echo(line)
+        echo(line)
     if json_file is not None:
         from swarmtrain.network.files import write_atomically
 
@@ -96,7 +97,7 @@ def command(
 
 
 def _say(line: str) -> None:
-    click.echo(line, err=True)
+    echo(line, err=True)
 
 
 def _key_and_value(text: str) -> tuple[str, str]:
@@ -200,16 +201,17 @@ def _ended_in_order() -> Iterator[None]:
 @contextmanager
 def _shown(scenario: Scenario) -> Iterator[Any]:
     """Show a bar with the time left and the growing table on standard error; yields a callback for each finished run."""
-    from rich.console import Console, Group
+    from rich.console import Group
     from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
+    from swarmtrain.cli.lines import TerminalConsole
     from swarmtrain.cli.progress import said_meanwhile
     from swarmtrain.simulate.comparison import Comparison, Play, num_plays
     from swarmtrain.simulate.learning.setting import RunOutcome
 
-    console, found = Console(stderr=True), Comparison(scenario)
+    console, found = TerminalConsole(stderr=True), Comparison(scenario)
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     task = bar.add_task(scenario.scenario.name, total=None)
 
@@ -230,7 +232,7 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
             live.update(picture())
             if not console.is_terminal:
                 loss = "" if outcome.throughput_share is not None else f": {outcome.held_out_loss:.4f} nats/byte"
-                click.echo(f"{done} of {total}: {play.words}{loss}", err=True)
+                echo(f"{done} of {total}: {play.words}{loss}", err=True)
 
         yield told
 

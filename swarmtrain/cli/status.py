@@ -8,6 +8,7 @@ import click
 
 from swarmtrain.cli.common import WhichPeer, example, which_peer
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.output import echo
 
 if TYPE_CHECKING:
     from swarmtrain.cli.peers import View
@@ -49,14 +50,14 @@ def command(which: WhichPeer, everyone: bool, as_json: bool, healthy: bool) -> N
                 code="options-conflict",
             )
         check_health(find_running(which))
-        click.echo("healthy")
+        echo("healthy")
         return
 
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     views = [look(peer) for peer in (find_all(which) if everyone else [find(which)])]
     if as_json:
         for view in views:
-            click.echo(json.dumps(view_as_json(view), ensure_ascii=False, allow_nan=False))
+            echo(json.dumps(view_as_json(view), allow_nan=False))
     elif everyone:
         _print_list(views)
     else:
@@ -70,27 +71,25 @@ def print_page(view: View) -> None:
     """Print all about one peer: cut to the terminal's size, or whole if the output is no terminal."""
     import sys
 
-    from rich.console import Console
-
+    from swarmtrain.cli.lines import TerminalConsole
     from swarmtrain.cli.peers import PeerPhase
     from swarmtrain.cli.screen import UNCUT, draw_status
     from swarmtrain.words import one_line
 
-    console = Console()
+    console = TerminalConsole()
     width, height = console.size if sys.stdout.isatty() else (UNCUT, UNCUT)
     for line in draw_status(view, width, max(6, height - _PAGE_LINES)):
         console.print(line, soft_wrap=True)
     if view.status.invite_line and view.phase is PeerPhase.RUNNING:
-        click.echo(f"others join with:\n{one_line(view.status.invite_line)}")  # uncut: it is meant to be copied
+        echo(f"others join with:\n{one_line(view.status.invite_line)}")  # uncut: it is meant to be copied
 
 
 def _print_list(views: list[View]) -> None:
     import sys
 
-    from rich.console import Console
-
+    from swarmtrain.cli.lines import TerminalConsole
     from swarmtrain.cli.screen import UNCUT, list_peers
 
-    console = Console()
+    console = TerminalConsole()
     for line in list_peers(views, console.width if sys.stdout.isatty() else UNCUT):
         console.print(line, soft_wrap=True)

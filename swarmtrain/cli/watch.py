@@ -9,6 +9,7 @@ import click
 
 from swarmtrain.cli.common import WhichPeer, example, which_peer
 from swarmtrain.cli.option_errors import OptionsError
+from swarmtrain.cli.output import echo
 from swarmtrain.cli.page_address import CommandWithPage, PageAddress, web_option
 
 if TYPE_CHECKING:
@@ -80,20 +81,19 @@ def _watched(peer: LocalPeer, view: View, again: str, as_json: bool) -> View | N
     with listening(news):
         if as_json or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
             return follow(peer, view, _JsonLines() if as_json else _PlainLines(), news, patience)
-        from rich.console import Console
-
+        from swarmtrain.cli.lines import TerminalConsole
         from swarmtrain.cli.peers import title
         from swarmtrain.cli.screen import draw_watch
         from swarmtrain.cli.terminal import drawing
 
-        with drawing(Console()) as draw:
+        with drawing(TerminalConsole()) as draw:
 
             def show(seen: View) -> None:
                 draw(lambda width, height, plain: draw_watch(seen, width, height, again, ascii_only=plain))
 
             last = follow(peer, view, show, news, patience)
     if last is None:
-        click.echo(f"{title(view.status, view.folder)} keeps running; `{again}` shows it again")
+        echo(f"{title(view.status, view.folder)} keeps running; `{again}` shows it again")
     return last
 
 
@@ -111,13 +111,13 @@ def _show_page(peer: LocalPeer, wanted: PageAddress, again: str) -> None:
         keep_page(peer.folder, address.port, key)
     service = PageService(peer, sock, address, key)
     for line in page_lines(address, key):
-        click.echo(line)
-    click.echo("Ctrl-C, or q, closes it; the peer keeps running" if not view.phase.over else "Ctrl-C, or q, closes it")
+        echo(line)
+    echo("Ctrl-C, or q, closes it; the peer keeps running" if not view.phase.over else "Ctrl-C, or q, closes it")
     with listening(service.news):
         open_in_browser(address.url(key))
         service.run()
     if not view.phase.over:
-        click.echo(f"{title(view.status, view.folder)} keeps running; `{again} --web` shows it again")
+        echo(f"{title(view.status, view.folder)} keeps running; `{again} --web` shows it again")
 
 
 def _serve_for_peer(which: WhichPeer, descriptor: int) -> None:
@@ -145,7 +145,7 @@ class _PlainLines:
         news = (state_in_words(view), status.state, status.round, notice, status.pid, waiting)
         if news != self._told:
             self._told = news
-            click.echo(plain_line(view))
+            echo(plain_line(view))
 
 
 class _JsonLines:
@@ -162,7 +162,7 @@ class _JsonLines:
         news = (view.phase, view.status.time)
         if news != self._told:
             self._told = news
-            click.echo(json.dumps(view_as_json(view), ensure_ascii=False, allow_nan=False))
+            echo(json.dumps(view_as_json(view), allow_nan=False))
 
 
 def _training() -> int:

@@ -76,7 +76,7 @@ def test_a_reader_that_is_gone_costs_the_last_line_alone(tmp_path: Path, monkeyp
     (tmp_path / "run.toml").touch()
     said: list[str] = []
 
-    def gone(line: str, err: bool) -> None:
+    def gone(line: str, **how: bool) -> None:
         said.append(line)
         raise BrokenPipeError
 
