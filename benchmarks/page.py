@@ -212,7 +212,7 @@ class Player:
     def __init__(self, day: Day, every_s: float) -> None:
         self.day, self.every_s = day, every_s
         sock = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}/#key={KEY}"
+        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
         self.server = PageServer(sock, lambda name, given: "", KEY, every_s=every_s / 2)
         self.made_s: list[float] = []
         self.played_s = 0.0
@@ -261,6 +261,7 @@ def opened(engine: Any, url: str) -> Iterator[Any]:
     context = engine.new_context(viewport={"width": 1440, "height": 900})
     try:
         context.add_init_script(MARKED)
+        context.add_init_script(f"sessionStorage.setItem('key', '{KEY}')")
         page = context.new_page()
         page.goto(url)
         yield page

@@ -1,5 +1,8 @@
 """Where a peer's page is served: the option `--web`, its socket, and the key of the peer's own user.
 
+An address has no key, since other users of the machine read command lines, and logs keep what is printed: it has a code
+that the page exchanges for the key, once.
+
 page.json in the peer's folder   the port and the key, so that a peer that is started again has the same page: browsers
                                  that show it go on
 """
@@ -30,6 +33,7 @@ __all__ = [
     "bound",
     "keep_page",
     "kept_page",
+    "new_code",
     "page_lines",
     "web_option",
 ]
@@ -69,10 +73,10 @@ class PageAddress:
             host = _own_address(socket.AF_INET if host == "0.0.0.0" else socket.AF_INET6)
         return f"http://{host}:{self.port}/"
 
-    def url(self, key: str = "") -> str:
-        """Return what to open on this machine. With the key, the page may do what its peer's own user may."""
+    def url(self, code: str = "") -> str:
+        """Return what to open on this machine. With a code, the page may do what its peer's own user may."""
         host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(self.host, self.host)
-        return f"http://{host}:{self.port}/" + (f"#key={key}" if key else "")
+        return f"http://{host}:{self.port}/" + (f"#code={code}" if code else "")
 
 
 class CommandWithPage(click.Command):
@@ -141,9 +145,14 @@ def _check_packages() -> None:
         )
 
 
-def page_lines(address: PageAddress, key: str) -> list[str]:
+def new_code() -> str:
+    """Return a code for an address, to be admitted by the page's server."""
+    return secrets.token_urlsafe(24)
+
+
+def page_lines(address: PageAddress, code: str) -> list[str]:
     """Return lines that say where a page is, for its peer's user and for others."""
-    lines = [f"its page: {address.url(key)}"]
+    lines = [f"its page: {address.url(code)}"]
     return [*lines, f"the same for others, to read only: {address.url_for_others}"] if address.is_public else lines
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarmtrain.cli.background import say
-from swarmtrain.cli.page_address import PageAddress, bound, keep_page, kept_page, page_lines
+from swarmtrain.cli.page_address import PageAddress, bound, keep_page, kept_page, new_code, page_lines
 
 if TYPE_CHECKING:
     from swarmtrain.v1.control_pb2 import PeerStatus
@@ -75,7 +75,12 @@ class PageProcess:
         self._socket.close()
         self._socket = None
         threading.Thread(target=self._watch, args=(self._process,), name="page", daemon=True).start()
-        for line in page_lines(self._address, self._key):
+        code = new_code()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(f"{code}\n".encode())
+            self._process.stdin.flush()
+        for line in page_lines(self._address, code):
             say(line)
 
     def started_by(self, look_at: LookAt) -> LookAt:

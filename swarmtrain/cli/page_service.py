@@ -66,6 +66,10 @@ class PageService:
         self._num_readers, self._read_s = number, time.monotonic()
         self.news.put(Signal.REDRAW)
 
+    def admit(self, code: str, for_s: float = 600.0) -> None:
+        """Accept an address with `code` for `for_s` seconds, once."""
+        self._server.admit(code, for_s)
+
     def run(self) -> None:
         """Serve until `Signal.DETACH` arrives; then show how the peer is a last time."""
         self._server.start()
@@ -125,7 +129,8 @@ def serve_until_parent_ends(folder: Path, descriptor: int, key: str) -> None:
     service = PageService(LocalPeer(folder=folder), sock, PageAddress(host=shown_host, port=port), key)
 
     def wait_for_the_end() -> None:
-        sys.stdin.buffer.read()  # nothing is written to it: it ends with the process that holds its other end
+        for line in sys.stdin.buffer:  # ends with the process that holds its other end
+            service.admit(line.decode().strip())
         service.news.put(Signal.DETACH)
 
     threading.Thread(target=wait_for_the_end, name="parent", daemon=True).start()

@@ -99,7 +99,7 @@ def _watched(peer: LocalPeer, view: View, again: str, as_json: bool) -> View | N
 
 def _show_page(peer: LocalPeer, wanted: PageAddress, again: str) -> None:
     """Serve the peer's page, and open it, until the person ends that."""
-    from swarmtrain.cli.page_address import bound, keep_page, kept_page, page_lines
+    from swarmtrain.cli.page_address import bound, keep_page, kept_page, new_code, page_lines
     from swarmtrain.cli.page_service import PageService, open_in_browser
     from swarmtrain.cli.peers import look, title
     from swarmtrain.cli.terminal import listening
@@ -110,11 +110,14 @@ def _show_page(peer: LocalPeer, wanted: PageAddress, again: str) -> None:
     if peer.folder is not None:
         keep_page(peer.folder, address.port, key)
     service = PageService(peer, sock, address, key)
-    for line in page_lines(address, key):
+    printed, opened = new_code(), new_code()
+    service.admit(printed)
+    service.admit(opened, 60.0)  # it is on the browser's command line
+    for line in page_lines(address, printed):
         echo(line)
     echo("Ctrl-C, or q, closes it; the peer keeps running" if not view.phase.over else "Ctrl-C, or q, closes it")
     with listening(service.news):
-        open_in_browser(address.url(key))
+        open_in_browser(address.url(opened))
         service.run()
     if not view.phase.over:
         echo(f"{title(view.status, view.folder)} keeps running; `{again} --web` shows it again")

@@ -5,10 +5,12 @@ takes that user's orders. It knows no peer: whoever starts it fills the feeds an
 
     GET  /               the page; `/static/...`: its parts
     GET  /state          server-sent events; each has a JSON object, see `Feed.since`
+    POST /key            the key, for a one-time code
     POST /order/NAME     an order with a JSON object; only with the key, and only from this machine
 
-Whoever has the key (`Authorization: Bearer KEY`) is the peer's own user: it is in the address that is printed when the
-page is started, after a `#`, so that no browser sends it anywhere else. Over the network the page is read only.
+Whoever has the key (`Authorization: Bearer KEY`) is the peer's own user. The address that is printed or opened has a
+one-time code after a `#`, so that no browser sends it anywhere else; the page exchanges the code for the key. Over the
+network the page is read only.
 
 A browser is anybody's program: a foreign page must neither read the state nor give orders. So requests are refused
 whose `Host` is not a name of this server (a foreign name that leads here: DNS rebinding), or whose `Origin` is another
@@ -23,8 +25,10 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +86,8 @@ class _Site:
     owner: Feed
     order: Order
     key: str
+    codes: dict[str, float]
+    """Codes that may be exchanged for the key once, each with the monotonic time of its end."""
     every_s: float
     """Shortest time between two messages to one reader."""
     on_readers: Callable[[int], None]
@@ -109,12 +115,14 @@ class PageServer:
         every_s: float = 1.0,
     ) -> None:
         self._everybody, self._owner, self._ending = Feed(), Feed(), False
+        self._codes: dict[str, float] = {}
         self._loop = asyncio.new_event_loop()
         site = _Site(
             everybody=self._everybody,
             owner=self._owner,
             order=order,
             key=key,
+            codes=self._codes,
             every_s=every_s,
             on_readers=on_readers,
             ending=lambda: self._ending,
@@ -132,6 +140,10 @@ class PageServer:
         )
         self._server, self._socket = uvicorn.Server(config), sock
         self._thread = threading.Thread(target=self._run, name="page", daemon=True)
+
+    def admit(self, code: str, for_s: float) -> None:
+        """Give the key for `code` once, in the next `for_s` seconds. Thread-safe."""
+        self._codes[code] = time.monotonic() + for_s
 
     def start(self) -> None:
         """Begin to serve."""
@@ -173,6 +185,7 @@ def _application(site: _Site) -> Starlette:
         routes=[
             Route("/", answers.page),
             Route("/state", answers.state),
+            Route("/key", answers.give_key, methods=["POST"]),
             Route("/order/{name}", answers.take_order, methods=["POST"]),
             Mount("/static", _Files(directory=STATIC)),
         ],
@@ -225,6 +238,17 @@ class _Answers:
     def _count(self, change: int) -> None:
         self._num_readers += change
         self.site.on_readers(self._num_readers)
+
+    async def give_key(self, request: Request) -> Response:
+        """Exchange a one-time code for the key."""
+        code = ""
+        with contextlib.suppress(ValueError, ClientDisconnect):
+            code = (await _body(request)).decode()
+        if self.site.codes.pop(code, -math.inf) < time.monotonic():
+            return _refusal(
+                "this address was used before, or is too old; `swarmtrain watch --web` gives a new one", 403
+            )
+        return JSONResponse({"key": self.site.key})
 
     async def take_order(self, request: Request) -> Response:
         """Carry out an order of the peer's own user."""

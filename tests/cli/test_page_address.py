@@ -136,11 +136,11 @@ def test_a_named_port_that_is_taken_is_refused_and_another_is_found_for_no_name(
 
 
 def test_whom_the_lines_are_for() -> None:
-    assert page_lines(PageAddress(host="127.0.0.1", port=DEFAULT_PORT), "k") == [
-        "its page: http://127.0.0.1:7117/#key=k"
+    assert page_lines(PageAddress(host="127.0.0.1", port=DEFAULT_PORT), "c") == [
+        "its page: http://127.0.0.1:7117/#code=c"
     ]
-    mine, others = page_lines(PageAddress(host="0.0.0.0", port=80), "k")
-    assert mine == "its page: http://127.0.0.1:80/#key=k" and "key" not in others and others.endswith(":80/")
+    mine, others = page_lines(PageAddress(host="0.0.0.0", port=80), "c")
+    assert mine == "its page: http://127.0.0.1:80/#code=c" and "code" not in others and others.endswith(":80/")
     assert page_lines(PageAddress(host="localhost", port=80), "k")[1:] == []
     assert (
         PageAddress(host="[::1]", port=80).url() == "http://[::1]:80/"

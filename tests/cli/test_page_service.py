@@ -18,7 +18,7 @@ from codes import raises_code
 from fake_peer import FakePeer, living
 from patience import PATIENCE_S
 
-from swarmtrain.cli import page_service
+from swarmtrain.cli import main, page_service
 from swarmtrain.cli.follow import Signal
 from swarmtrain.cli.page_address import PageAddress, keep_page
 from swarmtrain.cli.page_service import PageService, carry_out
@@ -71,6 +71,13 @@ class Browser:
             self._connection.sock.shutdown(socket.SHUT_RDWR)
         self._thread.join(PATIENCE_S)
         self._connection.close()
+
+
+def exchanged(port: int, code: str) -> str | None:
+    """Return the key that the page gives for a code."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)) as connection:
+        connection.request("POST", "/key", code)
+        return json.loads(connection.getresponse().read()).get("key")  # type: ignore[no-any-return]
 
 
 class Served:
@@ -175,9 +182,12 @@ def test_a_child_process_serves_until_its_peer_is_gone(peer: FakePeer) -> None:
         words += ["--page-socket", str(sock.fileno())]
         child = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=(sock.fileno(),))
     assert child.stdin is not None
+    child.stdin.write(b"a-code\n")
+    child.stdin.flush()
     try:
         with closing(Browser(port, KEY)) as browser:
             browser.wait(lambda seen: seen.panels.get("machine"))
+            assert exchanged(port, "a-code") == KEY
             peer.die()
             child.stdin.close()
             browser.wait(lambda seen: seen.ended)
@@ -186,6 +196,31 @@ def test_a_child_process_serves_until_its_peer_is_gone(peer: FakePeer) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+def test_the_key_is_neither_opened_nor_printed(
+    peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`watch --web`: command lines of a browser are everybody's to read."""
+    keep_page(peer.folder, 7117, KEY)
+    found: list[str | None] = []
+    opened: list[str] = []
+
+    def open_there(url: str) -> None:
+        opened.append(url)
+
+    def run(service: PageService) -> None:
+        port = int(opened[0].split(":")[2].split("/")[0])
+        service._server.start()
+        for url in (opened[0], capsys.readouterr().out.split()[2]):
+            assert KEY not in url
+            found.extend(exchanged(port, url.partition("#code=")[2]) for _ in range(2))
+        service._server.stop()
+
+    monkeypatch.setattr(page_service, "open_in_browser", open_there)
+    monkeypatch.setattr(PageService, "run", run)
+    assert main.run(["watch", "--dir", str(peer.folder), "--web"]) == 0
+    assert found == [KEY, None, KEY, None], "each address once"
 
 
 @pytest.mark.parametrize(

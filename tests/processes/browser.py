@@ -34,11 +34,13 @@ class Browser:
     errors: list[str] = field(default_factory=list)
     """Exceptions in the pages, and what a content security policy refused."""
 
-    def open(self, url: str, *, width: int = 1280) -> Any:
-        """Open a page in a window of its own, which has no part in what other windows know."""
+    def open(self, url: str, *, width: int = 1280, key: str = "") -> Any:
+        """Open a page in a window of its own, which has no part in what other windows know, or which has the key."""
         context = self.engine.new_context(viewport={"width": width, "height": 900}, locale="en-GB")
         context.set_default_timeout(1000 * PATIENCE_S)
         context.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        if key:
+            context.add_init_script(f"sessionStorage.setItem('key', '{key}')")
         page = context.new_page()
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("dialog", lambda dialog: self.errors.append(f"dialog: {dialog.message}"))

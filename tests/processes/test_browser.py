@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 import socket
 import time
@@ -126,12 +127,12 @@ def assert_fits(page: Any) -> None:
         assert wide <= room, f"{width} pixels: {name} is {wide} wide and has {room}"
 
 
-def assert_accessible(browser: Browser, url: str) -> None:
+def assert_accessible(browser: Browser, url: str, key: str) -> None:
     """axe finds nothing on the page, with all that opens open: on a phone by day, and on a desk by night."""
     from axe_playwright_python.sync_playwright import Axe
 
     for width, scheme in ((390, "light"), (1440, "dark")):
-        page = browser.open(url, width=width)
+        page = browser.open(url, width=width, key=key)
         page.emulate_media(color_scheme=scheme)
         page.locator("#here tbody tr").first.wait_for()
         page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
@@ -169,10 +170,9 @@ def assert_read_only(page: Any, key: str) -> None:
         assert status == 403 and "read only over the network" in text
 
 
-def assert_foreign_names_and_pages_are_refused(browser: Browser, own: str) -> None:
+def assert_foreign_names_and_pages_are_refused(browser: Browser, own: str, key: str) -> None:
     """A foreign name that leads here is refused, and a foreign page can neither read nor embed the page, nor order."""
     where = urlsplit(own)
-    key = where.fragment.removeprefix("key=")
     page = browser.open("about:blank")
     reply = page.goto(f"http://{FOREIGN}:{where.port}/")
     assert reply.status == 403 and "not served under that name" in page.inner_text("body")
@@ -212,7 +212,16 @@ def test_a_swarm_is_seen_in_a_browser(swarm: Swarm) -> None:
         page = browser.open(own)
         hosts = {urlsplit(own).netloc}
         mark(page)
-        assert "key" not in page.url, "a copied address does not have the key"
+        until(lambda: "code" not in page.url, "the code is exchanged", page)
+        key = json.loads((anna.folder / "page.json").read_text())["key"]
+        late = browser.open(own)
+        late.get_by_text("`swarmtrain watch --web` gives a new one").wait_for()
+        assert not late.locator("#machine").is_visible()
+        late.context.close()
+        page.locator("#machine").wait_for()
+        page.reload()
+        page.locator("#machine").wait_for()
+        mark(page)
         assert_grows_within_three_rounds(page, anna)
         assert_sorted_by_work(page, {"anna", "bert"}, HOSTILE)
 
@@ -240,17 +249,17 @@ def test_a_swarm_is_seen_in_a_browser(swarm: Swarm) -> None:
 
         assert_paused_and_resumed(page, anna)
         assert_never_reloaded(page)
-        assert_accessible(browser, own)
+        assert_accessible(browser, own.partition("#")[0], key)
         assert browser.hosts == hosts and not browser.errors, (browser.hosts, browser.errors)
 
-        assert_foreign_names_and_pages_are_refused(browser, own)
+        assert_foreign_names_and_pages_are_refused(browser, own, key)
         host = urlsplit(for_others).hostname or ""
         try:
             is_reached = not ipaddress.ip_address(host).is_loopback
         except ValueError:
             is_reached = False
         if is_reached:
-            assert_read_only(browser.open(for_others), urlsplit(own).fragment.removeprefix("key="))
+            assert_read_only(browser.open(for_others), key)
     swarm.interrupt_all([anna, bert, again])
     if not is_reached:
         pytest.skip("all but the page over the network: this machine has no address but its own")
@@ -291,7 +300,8 @@ def test_a_volunteer_reads_who_is_here_and_pauses_on_a_phone() -> None:
     try:
         with browsing() as browser:
             for width in (320, 390, 800, 1024, 1440):
-                page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/#key={'k' * 32}", width=width)
+                server.admit(str(width), 600.0)
+                page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/#code={width}", width=width)
                 page.locator("#here tbody tr").first.wait_for()
                 assert_fits(page)
                 cells = page.locator("#here tbody tr").first.locator("td:visible").all_inner_texts()

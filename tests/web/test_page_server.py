@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from html.parser import HTMLParser
@@ -159,6 +160,20 @@ def test_orders_are_the_peers_own_users(page: Page) -> None:
     assert (status, json.loads(text)["code"]) == (409, "not-a-volunteer")
     assert page.ask("GET", "/order/pause", **key)[0] == 405
     assert len(page.orders) == 1
+
+
+def test_a_code_is_exchanged_for_the_key_once(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    page.server.admit("a-code", 600.0)
+    page.server.admit("another", 60.0)
+    assert page.ask("POST", "/key", "a-code", Origin="http://evil.example")[0] == 403, "and it is still good"
+    status, text, _ = page.ask("POST", "/key", "a-code")
+    assert (status, json.loads(text)) == (200, {"key": KEY})
+    now_s = time.monotonic()
+    monkeypatch.setattr("swarmtrain.web.server.time.monotonic", lambda: now_s + 61.0)
+    for code in ("a-code", "another", "", "x" * 5000, KEY):
+        status, text, _ = page.ask("POST", "/key", code)
+        assert status == 403 and "`swarmtrain watch --web` gives a new one" in json.loads(text)["error"]
+    assert page.ask("GET", "/key")[0] == 405
 
 
 def test_over_the_network_the_page_is_read_only() -> None:

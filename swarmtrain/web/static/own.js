@@ -13,9 +13,9 @@ const FIELDS = [
 ];
 
 export class OwnPeer {
-  constructor(section, key) {
+  constructor(section) {
     this.section = section;
-    this.key = key;
+    this.key = "";
     this.shown = null;
     this.facts = make("dl", { className: "facts" });
     this.more = this.#foldedOnPhones(make("summary", {}, "What it does and uses"), this.facts);

@@ -7,23 +7,26 @@ import { PeerTable, perSecond } from "./table.js";
 
 const get = (id) => document.getElementById(id);
 
-/** Take the key of the peer's own user out of the address, so that a copied address does not have it. */
-function takeKey() {
-  const given = new URLSearchParams(location.hash.slice(1)).get("key");
-  if (given) {
-    sessionStorage.setItem("key", given);
+/** Exchange the one-time code in the address for the key of the peer's own user, which this tab keeps. */
+async function takeKey() {
+  const code = new URLSearchParams(location.hash.slice(1)).get("code");
+  if (code) {
+    const response = await fetch("key", { method: "POST", body: code });
+    const answer = await response.json();
     history.replaceState(null, "", location.pathname);
+    if (response.ok) sessionStorage.setItem("key", answer.key);
+    get("refused").hidden = response.ok || "key" in sessionStorage;
+    setText(get("refused"), answer.error ?? "");
   }
   return sessionStorage.getItem("key") ?? "";
 }
 
-const key = takeKey();
 const state = { panels: {}, rows: new Map(), connection: "", why: "", newsTime: 0 };
 const charts = new LearningCharts();
 const HERE = ["Name", "Share", "Tokens", "Tokens/s", "Doing", "Trains on", "Heard", "Reached"];
 const here = new PeerTable(get("here"), "Peers that are here now, the most work first", HERE);
 const before = new PeerTable(get("before"), "Peers that took part before", ["Name", "Share", "Tokens", "Heard"]);
-const own = new OwnPeer(get("machine"), key);
+const own = new OwnPeer(get("machine"));
 
 // ---------------------------------------------------------------- the parts
 
@@ -204,8 +207,13 @@ setInterval(() => {
   before.tick();
   drawConnection();
 }, 1000);
-follow("state", key, take, (connection, why) => {
-  state.connection = connection;
-  state.why = why;
-  drawConnection();
-});
+takeKey()
+  .catch(() => sessionStorage.getItem("key") ?? "")
+  .then((key) => {
+    own.key = key;
+    follow("state", key, take, (connection, why) => {
+      state.connection = connection;
+      state.why = why;
+      drawConnection();
+    });
+  });
