@@ -15,7 +15,7 @@ async function takeKey() {
     const answer = await response.json();
     history.replaceState(null, "", location.pathname);
     if (response.ok) sessionStorage.setItem("key", answer.key);
-    get("refused").hidden = response.ok || "key" in sessionStorage;
+    get("refused").hidden = response.ok || sessionStorage.getItem("key") !== null;
     setText(get("refused"), answer.error ?? "");
   }
   return sessionStorage.getItem("key") ?? "";
