@@ -80,6 +80,15 @@ def test_what_is_written_to_the_terminal_cannot_control_it() -> None:
         )
 
 
+def test_no_child_process_gets_the_whole_environment() -> None:
+    for module, called, node in calls():
+        if called.startswith("subprocess.") and called != "subprocess.Popen[bytes]":
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert "nvironment" in given.get("env", ""), (
+                f"{module}:{node.lineno} {called}: give it a minimal_environment"
+            )
+
+
 def test_broad_excepts_log_what_they_caught() -> None:
     for name, node in nodes():
         if not isinstance(node, ast.ExceptHandler):

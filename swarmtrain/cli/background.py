@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from swarmtrain.cli.output import echo
+from swarmtrain.environment import BY_TRACKER, PEER, minimal_environment
 from swarmtrain.errors import INTERRUPTED, with_code
 from swarmtrain.words import one_line
 
@@ -118,7 +119,7 @@ def start_in_background(show: Callable[[Event], None], by_folder: bool) -> int:
             stdout=early,
             stderr=early,
             pass_fds=(writing,),
-            env={**os.environ, _PIPE: str(writing)},
+            env={**minimal_environment(" ".join([PEER, *BY_TRACKER.values()])), _PIPE: str(writing)},
             start_new_session=True,
         )
         os.close(writing)

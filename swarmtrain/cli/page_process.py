@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from swarmtrain.cli.background import say
 from swarmtrain.cli.page_address import PageAddress, bound, keep_page, kept_page, new_code, page_lines
+from swarmtrain.environment import minimal_environment
 
 if TYPE_CHECKING:
     from swarmtrain.v1.control_pb2 import PeerStatus
@@ -69,6 +70,7 @@ class PageProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
+                env=minimal_environment(),
                 pass_fds=(self._socket.fileno(),),
                 start_new_session=True,  # Ctrl-C ends the peer, whose page then says so
             )

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from swarmtrain.environment import minimal_environment
 from swarmtrain.words import one_line
 
 __all__ = ["LimitedProcess", "ProcessLimitError", "serve"]
@@ -46,6 +47,7 @@ class LimitedProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env=minimal_environment(),
             process_group=0,  # Ctrl-C is for the peer, which ends it
         )
         assert self._process.stdout is not None

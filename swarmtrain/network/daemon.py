@@ -31,6 +31,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from swarmtrain.environment import DAEMON, minimal_environment
+
 __all__ = [
     "MAX_FRAME_BYTES",
     "hivemind_module",
@@ -163,7 +165,8 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
         def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
             # TLS: processors accelerate AES, but not Noise's cipher, which cost a fifth more in the daemons (decision
             # 23).
-            return owned_process_args([*p2p_class._make_process_args(*args, **kwargs), "-noise=0"])
+            given = [*p2p_class._make_process_args(*args, **kwargs), "-noise=0"]
+            return owned_process_args([*_without_secrets(), *given])
 
         @staticmethod
         def _log_p2pd_message(line: str) -> None:
@@ -179,6 +182,12 @@ async def start_daemon(directory: Path, key_path: Path, **settings: Any) -> tupl
     _mend_control(p2p._client.control)
     _note_connections(p2p._client.control.daemon_connector)
     return p2p, sockets
+
+
+def _without_secrets() -> list[str]:
+    """Return the beginning of a command in a minimal environment, since hivemind gives the daemon this process's."""
+    others = os.environ.keys() - minimal_environment(DAEMON)
+    return [shutil.which("env") or "/usr/bin/env", *(f"-u{name}" for name in others)]
 
 
 def _log_daemon_line(line: str) -> None:

@@ -25,6 +25,7 @@ import torch
 
 from swarmtrain import __version__
 from swarmtrain.data.documents import read_documents
+from swarmtrain.environment import PEER, keep_minimal_environment
 from swarmtrain.errors import UserError
 from swarmtrain.network.files import write_atomically
 from swarmtrain.packages import file_sha256
@@ -246,6 +247,7 @@ def _play_numbered(scenario: Scenario, numbered: tuple[int, Play]) -> tuple[int,
 def _begin() -> None:
     """Prepare a worker process: ignore Ctrl-C, because the process that started it ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_minimal_environment(PEER)
 
 
 def _run(scenario: Scenario, play: Play) -> RunFile:

@@ -321,7 +321,7 @@ class Swarm:
         own = {
             "OMP_NUM_THREADS": "1",
             "SWARMTRAIN_JOIN_ON_BATTERY": "1",  # tests run on laptops, too
-            "SWARMTRAIN_TEST": self.tag,
+            "LC_SWARMTRAIN_TEST": self.tag,  # also in the minimal environments of its children
             "XDG_CACHE_HOME": str(self.folder / "cache"),
             "XDG_DATA_HOME": str(self.folder / "data"),
         }
@@ -389,7 +389,7 @@ class Swarm:
 
     def leftovers(self) -> dict[int, str]:
         """Map live processes of this swarm, daemons included, to their command lines."""
-        mark = f"SWARMTRAIN_TEST={self.tag}".encode()
+        mark = f"LC_SWARMTRAIN_TEST={self.tag}".encode()
         own = {child.process.pid for child in self.children if child.process.poll() is None}
         found = {}
         for path in Path("/proc").glob("[0-9]*/environ"):

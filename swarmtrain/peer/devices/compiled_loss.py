@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.batch import inputs_of, positions_of, with_rows
+from swarmtrain.environment import COMPUTES, minimal_environment
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.model.run_model import build_from_spec, spec_from_json, spec_to_json
 from swarmtrain.peer.devices.compute import CACHE_VARIABLE, ComputeDevice, finish
@@ -116,7 +117,7 @@ class CompiledLoss:
     def _environment(self) -> dict[str, str]:
         """Environment in which torch finds the cache, here and in the process."""
         cache = {} if self.cache_folder is None else {CACHE_VARIABLE: str(self.cache_folder / _CACHE)}
-        return {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", **cache}
+        return {**minimal_environment(COMPUTES), "TORCHINDUCTOR_COMPILE_THREADS": "1", **cache}
 
     def round_ended(self) -> None:
         """Switch to the compiled loss if it is ready, or decide whether it stays; called after a round."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from swarmtrain.algorithm.inner import InnerOptimizer
+from swarmtrain.environment import COMPUTES, minimal_environment
 from swarmtrain.errors import Problem, RunTimeError
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.model.run_model import spec_to_json
@@ -112,6 +113,7 @@ class DataParallelRanks:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
+                env=minimal_environment(COMPUTES),
                 process_group=0,  # Ctrl-C is for rank 0, which lets the others finish what it begins
             )
 

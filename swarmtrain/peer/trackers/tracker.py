@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swarmtrain.environment import BY_TRACKER, minimal_environment
 from swarmtrain.events import Event, TrackerEvent, WarningEvent
 from swarmtrain.peer.trackers.points import Point
 from swarmtrain.peer.trackers.sinks import TrackedPeer
@@ -35,7 +36,6 @@ _MODULE = "swarmtrain.peer.trackers.process"
 MAX_WAITING = 2000
 """Points that wait at most: some hours' worth."""
 _REASON_CHARACTERS = 300
-_OPTIONS = ("SWARMTRAIN_JOIN_", "SWARMTRAIN_BOOTSTRAP_", "SWARMTRAIN_LOCAL_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +141,7 @@ class Tracker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the peer, which ends it
-                # The options of the peer's own command line are nobody's business.
-                env={name: value for name, value in os.environ.items() if not name.startswith(_OPTIONS)},
+                env=minimal_environment(BY_TRACKER[self.kind]),
             )
         assert process.stdin is not None and process.stdout is not None
         with process.stdin, process.stdout:

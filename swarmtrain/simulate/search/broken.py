@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from functools import partial
 
+from swarmtrain.environment import PEER, keep_minimal_environment
 from swarmtrain.simulate.search.play import draw, play
 from swarmtrain.simulate.search.schedule import Violation, WorldKind
 
@@ -40,3 +41,4 @@ def _play_seed(world: WorldKind | None, seed: int) -> tuple[int, list[Violation]
 def _begin() -> None:
     """Prepare a worker process: ignore Ctrl-C, because the process that started it ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_minimal_environment(PEER)
