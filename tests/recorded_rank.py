@@ -16,8 +16,8 @@ from torch.distributed import FileStore
 
 from swarmtrain.peer.devices import rank_process
 
-DIGESTS = "RECORDED_RANK_DIGESTS"
-FITTING = "RECORDED_RANK_FITTING"
+DIGESTS = "TORCH_RECORDED_RANK_DIGESTS"  # of a name that a rank gets from its parent
+FITTING = "TORCH_RECORDED_RANK_FITTING"
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -61,14 +61,11 @@ class PageService:
         self._server = PageServer(
             sock, lambda name, given: carry_out(peer, name, given), key, names=names, on_readers=self._readers_are
         )
+        self.admit = self._server.admit
 
     def _readers_are(self, number: int) -> None:
         self._num_readers, self._read_s = number, time.monotonic()
         self.news.put(Signal.REDRAW)
-
-    def admit(self, code: str, for_s: float = 600.0) -> None:
-        """Accept an address with `code` for `for_s` seconds, once."""
-        self._server.admit(code, for_s)
 
     def run(self) -> None:
         """Serve until `Signal.DETACH` arrives; then show how the peer is a last time."""

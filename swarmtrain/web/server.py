@@ -141,7 +141,7 @@ class PageServer:
         self._server, self._socket = uvicorn.Server(config), sock
         self._thread = threading.Thread(target=self._run, name="page", daemon=True)
 
-    def admit(self, code: str, for_s: float) -> None:
+    def admit(self, code: str, for_s: float = 600.0) -> None:
         """Give the key for `code` once, in the next `for_s` seconds. Thread-safe."""
         self._codes[code] = time.monotonic() + for_s
 

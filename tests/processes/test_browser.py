@@ -300,7 +300,7 @@ def test_a_volunteer_reads_who_is_here_and_pauses_on_a_phone() -> None:
     try:
         with browsing() as browser:
             for width in (320, 390, 800, 1024, 1440):
-                server.admit(str(width), 600.0)
+                server.admit(str(width))
                 page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/#code={width}", width=width)
                 page.locator("#here tbody tr").first.wait_for()
                 assert_fits(page)

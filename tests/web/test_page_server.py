@@ -163,7 +163,7 @@ def test_orders_are_the_peers_own_users(page: Page) -> None:
 
 
 def test_a_code_is_exchanged_for_the_key_once(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    page.server.admit("a-code", 600.0)
+    page.server.admit("a-code")
     page.server.admit("another", 60.0)
     assert page.ask("POST", "/key", "a-code", Origin="http://evil.example")[0] == 403, "and it is still good"
     status, text, _ = page.ask("POST", "/key", "a-code")
