@@ -38,6 +38,7 @@ from swarmtrain.network.snapshots.replies import Replies
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.protocol.membership.dial_budget import may_dial
 from swarmtrain.v1 import snapshot_pb2 as pb
+from swarmtrain.words import one_line
 
 __all__ = ["DAEMON_START_S", "NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "TrafficCount"]
 
@@ -540,12 +541,7 @@ def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if "protocol" in text and "not supported" in text:
         return f"it {NOT_SERVED}"
-    return _printable(text.splitlines()[0][:200])
-
-
-def _printable(text: str) -> str:
-    """Return another peer's text, safe for a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return one_line(text.splitlines()[0][:200])
 
 
 def _start_error(error: Exception, settings: NodeSettings) -> RunTimeError:

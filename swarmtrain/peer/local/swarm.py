@@ -40,7 +40,6 @@ _HAND_OVER_LIMIT_S = 40.0
 """Seconds for volunteers that leave together, which wait until the bootstrap has archived their work; usually two."""
 _GROUP = -1 if sys.platform.startswith("linux") else 0
 """Process group of a child. On Linux each already has a session of its own."""
-_TRACKED = "--report-to="
 _INSIST_S = 3.0
 _ALONE_S = 120.0
 """Seconds for which a bootstrap may look for the work of volunteers that have all ended; usually two. By itself it
@@ -163,7 +162,7 @@ class LocalSwarm:
 
     def _start(self, name: str, command: list[str]) -> None:
         log = self.directory / f"{name}.log"
-        tracked = [BY_TRACKER[word[len(_TRACKED) :]] for word in command if word.startswith(_TRACKED)]
+        tracked = [BY_TRACKER.get(word.removeprefix("--report-to="), "") for word in command]
         with log.open("ab") as errors:
             process = subprocess.Popen(
                 owned_process_args(command),
