@@ -76,7 +76,7 @@ def test_what_is_written_to_the_terminal_cannot_control_it() -> None:
     for module, called, node in calls():
         may_write = ("cli/output.py", "cli/doctor.py", "search/__main__.py")  # a moving line; no text of others
         assert called not in ("click.echo", "click.secho", "Console") or module.endswith(may_write), (
-            f"{module}:{node.lineno} calls {called}; use echo of cli/output.py or TerminalConsole of cli/lines.py"
+            f"{module}:{node.lineno} calls {called}; use echo of cli/output.py or TerminalConsole of cli/terminal.py"
         )
 
 

@@ -23,9 +23,9 @@ from rich.table import Table
 from rich.text import Text
 
 from swarmtrain.cli.facts import contribution_in_words, progress_in_words
-from swarmtrain.cli.lines import TerminalConsole
 from swarmtrain.cli.peers import PeerPhase, View
 from swarmtrain.cli.screen import serving_lines
+from swarmtrain.cli.terminal import TerminalConsole
 from swarmtrain.events import (
     ArrivingEvent,
     AssignedEvent,

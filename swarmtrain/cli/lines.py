@@ -5,34 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len, chop_cells, set_cell_size
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import Segment
 from rich.text import Text
 
-from swarmtrain.words import one_line, printable
+from swarmtrain.words import one_line
 
-__all__ = [
-    "FACT_INDENT",
-    "FACT_LINES",
-    "TerminalConsole",
-    "aligned",
-    "clipped",
-    "cut_line",
-    "fact_lines",
-    "wrap",
-    "wrapped_lines",
-]
+__all__ = ["FACT_INDENT", "FACT_LINES", "aligned", "clipped", "cut_line", "fact_lines", "wrap", "wrapped_lines"]
 
 FACT_LINES = 4
 FACT_INDENT = 14
-
-
-class TerminalConsole(Console):
-    """Console on which no text can control the terminal, whoever wrote it; our own styles are added afterwards."""
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def cut_line(width: int, *parts: str | Text | tuple[str, str]) -> Text:

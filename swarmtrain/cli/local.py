@@ -467,7 +467,7 @@ def _alone(directory: Path, data: Path, trained: _Trained, on: DeviceOptions, st
     import platformdirs
     from rich.progress import Progress
 
-    from swarmtrain.cli.lines import TerminalConsole
+    from swarmtrain.cli.terminal import TerminalConsole
     from swarmtrain.events import AloneEvent, stamped, to_plain_line
     from swarmtrain.peer.alone import train_alone
     from swarmtrain.peer.lifecycle.folder import PeerFolder

@@ -1,6 +1,6 @@
 """Where text goes to the terminal: names, texts and errors in it may be others', and must not control the terminal.
 
-Commands write with `echo`, screens with the `TerminalConsole` of `lines.py`, which adds its styles afterwards.
+Commands write with `echo`, screens with the `TerminalConsole` of `terminal.py`, which adds its styles afterwards.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def long_work(
         return
     from rich.progress import Progress
 
-    from swarmtrain.cli.lines import TerminalConsole
+    from swarmtrain.cli.terminal import TerminalConsole
 
     with Progress(console=TerminalConsole(file=stream), transient=True) as progress:
         bar = progress.add_task(what, total=total)

@@ -206,8 +206,8 @@ def _shown(scenario: Scenario) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
-    from swarmtrain.cli.lines import TerminalConsole
     from swarmtrain.cli.progress import said_meanwhile
+    from swarmtrain.cli.terminal import TerminalConsole
     from swarmtrain.simulate.comparison import Comparison, Play, num_plays
     from swarmtrain.simulate.learning.setting import RunOutcome
 

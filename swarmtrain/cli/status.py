@@ -71,9 +71,9 @@ def print_page(view: View) -> None:
     """Print all about one peer: cut to the terminal's size, or whole if the output is no terminal."""
     import sys
 
-    from swarmtrain.cli.lines import TerminalConsole
     from swarmtrain.cli.peers import PeerPhase
     from swarmtrain.cli.screen import UNCUT, draw_status
+    from swarmtrain.cli.terminal import TerminalConsole
     from swarmtrain.words import one_line
 
     console = TerminalConsole()
@@ -87,8 +87,8 @@ def print_page(view: View) -> None:
 def _print_list(views: list[View]) -> None:
     import sys
 
-    from swarmtrain.cli.lines import TerminalConsole
     from swarmtrain.cli.screen import UNCUT, list_peers
+    from swarmtrain.cli.terminal import TerminalConsole
 
     console = TerminalConsole()
     for line in list_peers(views, console.width if sys.stdout.isatty() else UNCUT):

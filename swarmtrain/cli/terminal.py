@@ -1,4 +1,4 @@
-"""Terminal of `watch`: drawn in place, listens for the key q, and is restored at the end.
+"""Terminal: what is written on it, and the screen of `watch`, which listens for the key q and is restored at the end.
 
 Uses the alternate screen, so that a change of size leaves no debris and the earlier content comes back.
 """
@@ -10,19 +10,20 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from swarmtrain.cli.follow import Signal
+from swarmtrain.words import printable
 
-__all__ = ["Redraw", "drawing", "listening"]
+__all__ = ["Redraw", "TerminalConsole", "drawing", "listening"]
 
 Redraw = Callable[[int, int, bool], list[Text]]
 """Map (width, height, whether only ASCII can be shown) to lines."""
@@ -30,9 +31,19 @@ Redraw = Callable[[int, int, bool], list[Text]]
 _QUIT = frozenset(b"qQ\x03\x04")
 
 
+class TerminalConsole(Console):
+    """Console on which no text can control the terminal, whoever wrote it; our own styles are added afterwards."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
 @contextmanager
 def drawing(console: Console) -> Iterator[Callable[[Redraw], None]]:
     """Yield a function that redraws the whole screen at its current size."""
+    from rich.live import Live
+
     with Live(Text(""), console=console, screen=True, auto_refresh=False) as live:
 
         def draw(picture: Redraw) -> None:

@@ -81,10 +81,9 @@ def _watched(peer: LocalPeer, view: View, again: str, as_json: bool) -> View | N
     with listening(news):
         if as_json or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
             return follow(peer, view, _JsonLines() if as_json else _PlainLines(), news, patience)
-        from swarmtrain.cli.lines import TerminalConsole
         from swarmtrain.cli.peers import title
         from swarmtrain.cli.screen import draw_watch
-        from swarmtrain.cli.terminal import drawing
+        from swarmtrain.cli.terminal import TerminalConsole, drawing
 
         with drawing(TerminalConsole()) as draw:
 

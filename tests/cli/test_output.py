@@ -12,9 +12,9 @@ import pytest
 from rich.text import Text
 
 from swarmtrain.cli.display import PeerDisplay
-from swarmtrain.cli.lines import TerminalConsole
 from swarmtrain.cli.main import cli, run
 from swarmtrain.cli.output import echo
+from swarmtrain.cli.terminal import TerminalConsole
 from swarmtrain.errors import UserError
 from swarmtrain.events import WarningEvent, to_json_line
 from swarmtrain.model.export import export_model
