@@ -52,7 +52,7 @@ class SourceKeys(Section):
             'For "jsonl", "parquet" and "datasets": what a row holds, and what of it is learnt.',
             {
                 "text": "A text, all of which is learnt.",
-                "chat": "A conversation, a list of `{role, content}`, written by the tokenizer's chat template; the assistant's turns are learnt.",
+                "chat": "A conversation, a list of `{role, content}`, written by the tokenizer's chat template with the row's `tools`, if it has some; the assistant's turns are learnt.",
                 "prompt-completion": "A `prompt` and a `completion`, of which the completion is learnt.",
             },
         ),

@@ -2,8 +2,8 @@
 
 A template is a program in Jinja from a stranger. It runs in Jinja's sandbox, which gives it the conversation and
 nothing else, and in a process of its own (`template_process.py`), which has little memory and is ended when it takes
-long: the sandbox bounds neither. Filters and functions are those that `transformers` gives to templates, so that the
-text is the same; only the date is a fixed one, so that it is the same for every peer.
+long: the sandbox bounds neither. Filters, functions and fields are those that `transformers` gives to templates, so
+that the text is the same; only the date is a fixed one, so that it is the same for every peer.
 
 Where the assistant's turns are, the template says itself (`{% generation %}`), or it is found from outside: the turn is
 what the conversation up to it has more than the prompt for it. That is exactly what the model will be asked to write.
@@ -75,6 +75,17 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+_Messages = Sequence[Mapping[str, Any]]
+_Tools = Sequence[Mapping[str, Any]] | None
+
+
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message with what it thought under each name that templates read."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    found = next((message[name] for name in names if message.get(name) is not None), None)
+    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
+
+
 class ChatTemplate:
     """Template, compiled. `special_tokens` are its variables besides the conversation, such as `eos_token`."""
 
@@ -87,13 +98,14 @@ class ChatTemplate:
         environment.globals.update(raise_exception=_refuse, strftime_now=_TODAY.strftime, namespace=_Namespace)
         self._template, self._special_tokens = environment.from_string(source), dict(special_tokens)
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], *, asks: bool = False) -> str:
+    def _rendered(self, messages: _Messages, tools: _Tools = None, *, asks: bool = False) -> str:
         """Return the text of messages, marks included; with `asks`, and the beginning of the assistant's next turn."""
+        known = [_with_reasoning(message) for message in messages]
         return self._template.render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=asks, **self._special_tokens
+            messages=known, tools=tools, documents=None, add_generation_prompt=asks, **self._special_tokens
         )
 
-    def write(self, messages: Sequence[Mapping[str, Any]]) -> list[RenderedText]:
+    def write(self, messages: _Messages, tools: _Tools = None) -> list[RenderedText]:
         """Return the texts of a conversation, which together have each turn of the assistant once; none without one.
 
         Raises TemplateError, or whatever else the template's expressions raise.
@@ -102,23 +114,23 @@ class ChatTemplate:
         if not turns:
             return []
         messages = messages[: turns[-1] + 1]  # a question without an answer teaches nothing
-        whole = self._rendered(messages)
+        whole = self._rendered(messages, tools)
         if _BEGIN in whole:
             return [_with_spans(whole)]
-        alone = [self._turn(messages, turn) for turn in turns]
+        alone = [self._turn(messages, tools, turn) for turn in turns]
         if all(whole.startswith(each.text) for each in alone):
             return [RenderedText(whole, [span for each in alone for span in each.spans])]
         return alone
 
-    def _turn(self, messages: Sequence[Mapping[str, Any]], turn: int) -> RenderedText:
+    def _turn(self, messages: _Messages, tools: _Tools, turn: int) -> RenderedText:
         """Return the conversation up to a turn of the assistant, which alone is marked."""
         try:
-            before = self._rendered(messages[:turn], asks=True)
+            before = self._rendered(messages[:turn], tools, asks=True)
         except jinja2.exceptions.TemplateError:
             if turn:
                 raise
             before = ""  # it does not write a conversation of nothing
-        text = self._rendered(messages[: turn + 1])
+        text = self._rendered(messages[: turn + 1], tools)
         if not text.startswith(before):
             raise jinja2.exceptions.TemplateError(
                 "it does not write an assistant's turn as it asks for one, and has no generation tag"

@@ -41,7 +41,7 @@ MIN_PIECE_BYTES = 512  # a shorter piece would not be recognised in its document
 HELD_OUT_ONE_IN = 8  # the held-out text is at most one part in so many of the corpus
 LEAST_HELD_OUT = 1024
 _ALIGNED_BYTES = 8
-_CACHE_FORM = 2  # increases whenever the same files give another corpus
+_CACHE_FORM = 3  # increases whenever the same files give another corpus
 
 
 @dataclass(frozen=True)

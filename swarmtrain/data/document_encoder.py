@@ -118,7 +118,7 @@ class DocumentEncoder:
             return []
         assert self._templates is not None and isinstance(tokenizer, TokenizerFile)
         try:
-            texts = self._templates.write(conversation["messages"])
+            texts = self._templates.write(conversation["messages"], conversation.get("tools"))
         except TemplateError as error:
             raise RunFileError(
                 f"data.format: the tokenizer's chat template refuses {self._name_of(sample)}: {error}; correct the "

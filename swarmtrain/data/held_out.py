@@ -85,12 +85,18 @@ def held_out_parts(run: RunFile, text: bytes, tokenizer: Tokenizer) -> dict[str,
 
 
 def learnt_text(sample: bytes) -> bytes:
-    """Return what is to be learnt of a sample: its completion, or what the assistant says."""
+    """Return what is to be learnt of a sample: its completion, or what the assistant says, its calls of tools as JSON
+    included."""
     table = json.loads(sample)
     if "completion" in table:
         return str(table["completion"]).encode()
-    turns = (message.get("content", "") for message in table["messages"] if message["role"] == "assistant")
-    return "".join(turns).encode()
+    said = list[str]()
+    for message in table["messages"]:
+        if message["role"] == "assistant":
+            content, calls = message.get("content", ""), message.get("tool_calls")
+            said += [content] if isinstance(content, str) else [str(part.get("text", "")) for part in content]
+            said += [json.dumps(calls, ensure_ascii=False)] if calls else []
+    return "".join(said).encode()
 
 
 def _sample_batches(corpus: EncodedCorpus, context_tokens: int, batch_sequences: int) -> Iterator[torch.Tensor]:

@@ -23,12 +23,12 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from swarmtrain.data.below import below, is_plain_name
-from swarmtrain.data.rows import columns_of, no_such_field, text_of_row
+from swarmtrain.data.rows import columns_of, no_such_field, text_of_row, without_absent
 from swarmtrain.errors import RunFileError, SwarmtrainError
 from swarmtrain.extras import install_in_words
 from swarmtrain.hub_login import hub_token
@@ -326,7 +326,7 @@ def _only_columns(rows: Any, section: SourceKeys, library: Any) -> Any:
     """Select the columns that are read alone: a column of images opens the files that its rows name."""
     if rows.features is None:
         return rows  # such rows are strings, numbers, lists and tables, as they are in the file
-    columns = columns_of(section)
+    columns = columns_of(section, rows.features)
     for name in columns:
         if name not in rows.features:
             raise no_such_field(name, section, f'"{section.dataset}"', rows.features)
@@ -343,7 +343,7 @@ def _only_columns(rows: Any, section: SourceKeys, library: Any) -> Any:
                 "the text",
                 code="field-not-text",
             )
-    return rows.select_columns(list(columns))
+    return rows.select_columns(columns)
 
 
 def _is_plain(kind: Any, library: Any) -> bool:
@@ -357,16 +357,17 @@ def _is_plain(kind: Any, library: Any) -> bool:
     return isinstance(kind, library.Value) or type(kind).__name__ == "Json"
 
 
-def _texts(rows: Iterable[Mapping[str, Any]], section: SourceKeys) -> Iterator[bytes]:
+def _texts(rows: Any, section: SourceKeys) -> Iterator[bytes]:
     """Yield the document of each row that has some text: public data sets have rows without."""
     return filter(None, _all_texts(rows, section))
 
 
-def _all_texts(rows: Iterable[Mapping[str, Any]], section: SourceKeys) -> Iterator[bytes]:
+def _all_texts(rows: Any, section: SourceKeys) -> Iterator[bytes]:
     """Yield the document of each row; b"" for a row without text."""
     with _errors_in_words(section):
+        as_json = [name for name, kind in (rows.features or {}).items() if "Json(" in str(kind)]
         for number, row in enumerate(rows):
-            yield text_of_row(row, section, f'row {number} of "{section.dataset}"')
+            yield text_of_row(without_absent(row, as_json), section, f'row {number} of "{section.dataset}"')
 
 
 # ---------------------------------------------------------------- the library

@@ -17,11 +17,13 @@ more than 8 documents and in more than one document of 200 (licence headers, tem
 sampled window is dropped if each of its lines of 16 bytes or more is a line of the held-out text.
 
 A *sample*, such as a conversation, is a document of one line that is never taken apart: it is dropped as a whole for a
-held-out passage too, and always if the same line is held out.
+held-out passage too, and always if the same line is held out. Conversations are compared without their tools, which
+many share and nobody learns, and in whatever order their keys are.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -108,6 +110,7 @@ class HeldOutIndex:
     """Windows of a held-out text; removes from documents what must not be trained on because of them."""
 
     def __init__(self, held_out: bytes) -> None:
+        held_out = b"\n".join(map(_compared, held_out.split(b"\n")))
         text = np.frombuffer(held_out, np.uint8)
         found = [(p, h) for p, h in sampled_windows(text)]
         hashes = np.empty(0, np.uint64)
@@ -122,7 +125,7 @@ class HeldOutIndex:
 
     def cut(self, texts: Sequence[bytes], *, are_samples: bool = False) -> Cut:
         """Return the documents without what they share with the held-out text, by the rules of this module."""
-        joined, ends = _join(texts)
+        joined, ends = _join([_compared(text) for text in texts] if are_samples else texts)
         hits, num_windows = self._hits(joined, ends)
         documents = np.searchsorted(ends, hits[:, 0], side="right")
         num_documents_with = np.bincount(_distinct(documents, hits[:, 1])[1], minlength=len(self._hashes))
@@ -184,9 +187,11 @@ class HeldOutIndex:
         documents = np.searchsorted(ends, hits[:, 0], side="right")
         num_shared = np.bincount(_distinct(documents, hits[:, 1])[0], minlength=len(ends))
         dropped |= num_shared >= PASSAGE_WINDOWS
-        dropped |= np.array([text.rstrip(b"\n") in self._lines for text in texts], np.bool_)
-        lengths = np.where(dropped, 0, ends - starts)
-        text = joined[np.repeat(~dropped, ends - starts)] if dropped.any() else joined
+        dropped |= np.array([line in self._lines for line in joined.tobytes().split(b"\n")[:-1]], np.bool_)
+        joined, ends = _join(texts)
+        sizes = np.diff(ends, prepend=0)
+        lengths = np.where(dropped, 0, sizes)
+        text = joined[np.repeat(~dropped, sizes)] if dropped.any() else joined
         return Cut(
             text=text,
             ends=np.cumsum(lengths),
@@ -206,6 +211,16 @@ class HeldOutIndex:
             lines = [line for line in joined[begin:end].tobytes().split(b"\n") if len(line) >= LINE_BYTES]
             dropped[document] = bool(lines) and self._lines.issuperset(lines)
         return dropped
+
+
+def _compared(line: bytes) -> bytes:
+    """Return a conversation as it is compared, without tools and its keys sorted; any other line as it is."""
+    try:
+        table = {"messages": json.loads(line)["messages"]}
+        text = json.dumps(table, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return line
+    return text.encode(errors="replace")
 
 
 def _distinct(places: Indices, numbers: Indices) -> tuple[Indices, Indices]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from swarmtrain.data.rows import columns_of, no_such_field, text_of_row
+from swarmtrain.data.rows import columns_of, no_such_field, text_of_row, without_absent
 from swarmtrain.errors import RunFileError
 from swarmtrain.extras import install_in_words
 from swarmtrain.run import SourceKeys
@@ -20,15 +20,15 @@ _ROWS = 1024
 
 def read_texts(path: Path, section: SourceKeys) -> Iterator[tuple[int, bytes]]:
     """Yield (row number from 1, document) for each row of `path` that is not empty. Raises RunFileError."""
-    arrow, columns = _library(), list(columns_of(section))
+    arrow = _library()
     with _opened(path, arrow) as file:
         _check_columns(path, file, section, arrow)
-        number = 0
+        columns, number = columns_of(section, file.schema_arrow.names), 0
         try:
             for batch in file.iter_batches(_ROWS, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
-                    if text := text_of_row(row, section, f"row {number} of {path}"):
+                    if text := text_of_row(without_absent(row), section, f"row {number} of {path}"):
                         yield number, text
         except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise RunFileError(
@@ -40,9 +40,10 @@ def read_texts(path: Path, section: SourceKeys) -> Iterator[tuple[int, bytes]]:
 
 def column_bytes(path: Path, section: SourceKeys) -> int:
     """Return the approximate size of the columns that are read, in bytes, by the file's index. Raises RunFileError."""
-    arrow, wanted = _library(), columns_of(section)
+    arrow = _library()
     with _opened(path, arrow) as file:
         _check_columns(path, file, section, arrow)
+        wanted = columns_of(section, file.schema_arrow.names)
         groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
         columns = (group.column(number) for group in groups for number in range(group.num_columns))
         return sum(

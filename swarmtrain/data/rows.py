@@ -1,27 +1,33 @@
 """Turn a row of a data file into the text of a document: its text field, or a sample as one line of JSON.
 
 A conversation (`data.format = "chat"`) or a prompt with its completion stays JSON until it is encoded, so that it is
-cut, compared with the held-out text and cached as any text is; it is never taken apart. The JSON is canonical: equal
-samples are equal lines, whatever file they come from.
+cut, compared with the held-out text and cached as any text is; it is never taken apart. Of a conversation it has what
+transformers gives to the chat template for that row: the keys in their order, and `tools`.
+
+JSON lines say which fields a row has. Parquet files, and data sets made of structs, hold each field of a struct in
+every row, in one order, and null where the row had none: there a null field is left out, as if it were absent.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import SourceKeys
 
-__all__ = ["columns_of", "has_turns", "no_such_field", "text_of_row"]
+__all__ = ["columns_of", "has_turns", "no_such_field", "text_of_row", "without_absent"]
 
-_PROMPT, _COMPLETION = "prompt", "completion"
+_PROMPT, _COMPLETION, _TOOLS = "prompt", "completion", "tools"
+_MOST_DEPTH = 64
 
 
-def columns_of(section: SourceKeys) -> tuple[str, ...]:
-    """Return the fields of a row that are read."""
-    return (_PROMPT, _COMPLETION) if section.format == "prompt-completion" else (section.field,)
+def columns_of(section: SourceKeys, has: Iterable[str] = ()) -> list[str]:
+    """Return the fields that a row must have, and those of `has` that are read besides: a conversation's tools."""
+    if section.format == "prompt-completion":
+        return [_PROMPT, _COMPLETION]
+    return [section.field, *({_TOOLS} & set(has) if section.format == "chat" else ())]
 
 
 def no_such_field(name: str, section: SourceKeys, where: str, has: Iterable[str], kind: str = "field") -> RunFileError:
@@ -60,7 +66,13 @@ def text_of_row(row: Mapping[str, Any], section: SourceKeys, where: str) -> byte
                 code="field-not-text",
             )
         return text.encode(errors="replace")  # JSON can spell lone surrogates, UTF-8 cannot
-    sample = _conversation(row[section.field]) if section.format == "chat" else _pair(row)
+    sample: dict[str, Any] | None
+    if section.format == "chat":
+        sample = _conversation(row[section.field])
+        if sample is not None and (tools := _tools(row.get(_TOOLS), where)) is not None:
+            sample["tools"] = tools
+    else:
+        sample = _pair(row)
     if sample is None and section.format == "chat":
         raise RunFileError(
             f'data.format: "{section.field}" in {where} is not a conversation; write [{{"role": "user", "content": '
@@ -72,24 +84,26 @@ def text_of_row(row: Mapping[str, Any], section: SourceKeys, where: str) -> byte
             f"data.format: prompt and completion in {where} are not two strings; write a string in each",
             code="not-a-sample",
         )
-    return json.dumps(sample, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode(errors="replace")
+    return json.dumps(sample, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def _pair(row: Mapping[str, Any]) -> dict[str, str] | None:
-    pair = {name: row[name] for name in (_PROMPT, _COMPLETION)}
+    pair = {name: row[name] for name in (_COMPLETION, _PROMPT)}
     return pair if all(isinstance(text, str) for text in pair.values()) else None
 
 
 def _conversation(messages: Any) -> dict[str, Any] | None:
-    """Return the sample of a conversation, without fields that are null; None if it is none."""
+    """Return the sample of a conversation, its messages without fields that are null, as transformers leaves them out;
+    None if it is none."""
     if not isinstance(messages, list) or not messages:
         return None
     kept = []
     for message in messages:
         if not isinstance(message, Mapping):
             return None
-        found = _without_null(message)
-        if not isinstance(found.get("role"), str) or not isinstance(found.get("content", ""), str):
+        found = {name: each for name, each in message.items() if each is not None}
+        content = found.get("content", "")
+        if not isinstance(found.get("role"), str) or (not isinstance(content, str) and not _are_tables(content)):
             return None
         if "content" not in found and len(found) == 1:
             return None
@@ -97,8 +111,32 @@ def _conversation(messages: Any) -> dict[str, Any] | None:
     return {"messages": kept} if _is_json(kept, 0) else None
 
 
+def _tools(tools: Any, where: str) -> list[Any] | None:
+    """Return the tools of a row, which may be JSON in a string; None without any. Raises RunFileError."""
+    try:
+        found = json.loads(tools or "null") if isinstance(tools, str) else tools
+    except (ValueError, RecursionError):
+        found = tools
+    if found is None or (_are_tables(found) and _is_json(found, 0)):
+        return found
+    raise RunFileError(
+        f'data.format: "{_TOOLS}" in {where} is not a list of tools; write [{{"type": "function", "function": '
+        "{...}}], or the same as a JSON string",
+        code="not-a-sample",
+    )
+
+
+def _are_tables(part: Any) -> bool:
+    return isinstance(part, list) and all(isinstance(each, Mapping) for each in part)
+
+
+def without_absent(row: Mapping[str, Any], as_json: Collection[str] = ()) -> dict[str, Any]:
+    """Return a row of a table without the null fields of its structs; columns `as_json` have none."""
+    return {name: value if name in as_json else _without_null(value) for name, value in row.items()}
+
+
 def _without_null(part: Any) -> Any:
-    """Return the same without null fields: a Parquet file has each field in every row."""
+    """Return the same without null fields."""
     if isinstance(part, Mapping):
         return {str(name): _without_null(each) for name, each in part.items() if each is not None}
     return [_without_null(each) for each in part] if isinstance(part, list) else part
@@ -106,9 +144,9 @@ def _without_null(part: Any) -> Any:
 
 def _is_json(part: Any, depth: int) -> bool:
     if isinstance(part, dict):
-        return depth < 16 and all(_is_json(each, depth + 1) for each in part.values())
+        return depth < _MOST_DEPTH and all(_is_json(each, depth + 1) for each in part.values())
     if isinstance(part, list):
-        return depth < 16 and all(_is_json(each, depth + 1) for each in part)
+        return depth < _MOST_DEPTH and all(_is_json(each, depth + 1) for each in part)
     return part is None or isinstance(part, str | int | float | bool)
 
 

@@ -42,7 +42,9 @@ class TemplateProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def write(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[int, int]]]]:
+    def write(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[tuple[str, list[tuple[int, int]]]]:
         """Return the texts of a conversation and the spans of the assistant's turns; see `ChatTemplate.write`.
 
         Raises TemplateError if the template refuses it, RunFileError if the template itself is unusable.
@@ -50,7 +52,7 @@ class TemplateProcess:
         if self._process is None:
             self._process = self._started()
         try:
-            answer = self._process.ask({"messages": messages})
+            answer = self._process.ask({"messages": messages, "tools": tools})
         except ProcessLimitError as error:
             self.close()
             raise TemplateError(str(error)) from None
@@ -97,7 +99,7 @@ def _prepared(task: dict[str, Any]) -> tuple[dict[str, Any], Callable[[dict[str,
     template = ChatTemplate(task["template"], task["special_tokens"])
 
     def write(question: dict[str, Any]) -> dict[str, Any]:
-        texts = template.write(question["messages"])
+        texts = template.write(**question)
         if sum(len(each.text) for each in texts) > _MOST_LETTERS:
             raise ValueError(f"it writes more than {_MOST_LETTERS} characters")
         return {"texts": texts}

@@ -15,7 +15,7 @@ from swarmtrain.errors import RunFileError
 from swarmtrain.run import DataSection, parse_run
 
 CHAT = [{"role": "user", "content": "how ☃?"}, {"role": "assistant", "content": "well"}]
-CANONICAL = '{"messages":[{"content":"how ☃?","role":"user"},{"content":"well","role":"assistant"}]}'.encode()
+WRITTEN = '{"messages":[{"role":"user","content":"how ☃?"},{"role":"assistant","content":"well"}]}'.encode()
 
 
 def section(source: str, format: str, **keys: Any) -> DataSection:
@@ -36,11 +36,11 @@ def documents_of(folder: Path, wanted: DataSection, rows: list[dict[str, Any]]) 
 
 
 @pytest.mark.parametrize("source", ["jsonl", "parquet", "datasets"])
-def test_a_conversation_is_one_canonical_line_whatever_it_comes_from(tmp_path: Path, source: str) -> None:
+def test_a_conversation_is_the_same_line_whatever_it_comes_from(tmp_path: Path, source: str) -> None:
     more = {"role": "assistant", "content": "w", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
     rows = [{"id": 1, "messages": CHAT}, {"id": 2, "messages": [*CHAT, more]}]
     first, second = documents_of(tmp_path, section(source, "chat"), rows)
-    assert first == CANONICAL, "fields that other rows have are null here, and left out"
+    assert first == WRITTEN, "fields that other rows have are null here, and left out"
     assert json.loads(second) == {"messages": [*CHAT, more]}
 
 
@@ -58,7 +58,7 @@ def test_a_prompt_and_its_completion_are_one_line(tmp_path: Path, source: str) -
         ("chat", {"messages": "x"}, "not-a-sample", "is not a conversation"),
         ("chat", {"messages": []}, "not-a-sample", '"role": "user"'),
         ("chat", {"messages": [{"from": "human", "value": "x"}]}, "not-a-sample", "conversation"),
-        ("chat", {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "not-a-sample", ""),
+        ("chat", {"messages": [{"role": "user", "content": ["x"]}]}, "not-a-sample", ""),
         ("chat", {"messages": [{"role": "user"}]}, "not-a-sample", ""),
         ("chat", {"messages": ["x"]}, "not-a-sample", ""),
         ("chat", {"messages": None}, "not-a-sample", ""),
