@@ -46,10 +46,10 @@ _LOOK_WEIGHTS_BYTES = 1 << 30
 def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool) -> None:
     """Print what RUN.toml trains, what it costs, and warnings.
 
-    Reads the text as `bootstrap` does, of a Hugging Face data set the first documents; and the weights of a model in a
-    folder, up to 1 GB. Names the device that this machine would train on by its memory, without trying it. An error is
-    what `bootstrap` would refuse; with any, the exit code is 2. A warning is about what is allowed, but perhaps not
-    meant.
+    Reads the text as `bootstrap` does, of a Hugging Face data set the first documents; writes all conversations of
+    files of up to 4 MB by the chat template; and reads the weights of a model in a folder, up to 1 GB. Names the device
+    that this machine would train on by its memory, without trying it. An error is what `bootstrap` would refuse; with
+    any, the exit code is 2. A warning is about what is allowed, but perhaps not meant.
     """
     import dataclasses
     import json

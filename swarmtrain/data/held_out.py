@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,13 +57,15 @@ class HeldOutTokens:
 
 
 @functools.lru_cache(8)
-def held_out_tokens(format: str, text: bytes, tokenizer: Tokenizer) -> HeldOutTokens:
+def held_out_tokens(
+    format: str, text: bytes, tokenizer: Tokenizer, name_of: Callable[[bytes], str] = lambda sample: "a conversation"
+) -> HeldOutTokens:
     """Encode a held-out text, or samples in lines of JSON. Raises RunFileError as `DocumentEncoder` does."""
     if format == "text":
         corpus, counted = EncodedCorpus(tokenizer.encode(text)), text
     else:
         samples = [line for line in text.split(b"\n") if line]
-        with DocumentEncoder(format, tokenizer) as encoder:
+        with DocumentEncoder(format, tokenizer, name_of) as encoder:
             corpus = joined_documents(encoder.encode(samples))
         counted = b"".join(learnt_text(sample) for sample in samples)
     return HeldOutTokens(

@@ -71,7 +71,7 @@ __all__ = [
 
 STREAM_SAMPLE_BYTES = 1 << 25  # bytes that the bootstrap reads of a streamed data set; more for a large held-out text
 LOOK_DOCUMENTS = 8  # documents read of a data set that is only looked at
-LOOK_BPE_BYTES = 1 << 22  # learning a tokenizer from more takes many seconds
+LOOK_BYTES = 1 << 22  # learning a tokenizer from more, or writing more conversations, takes many seconds
 _MOST_UNSPELT = 0.1  # share of the held-out text that a named tokenizer may not know
 
 
@@ -165,9 +165,9 @@ def publishable_data(run: RunFile, base: Path, model_files: Path | None = None) 
         tokenizer = named.tokenizer
     else:
         tokenizer = _learnt(run, held_out.text, kept) if is_learnt else ByteTokenizer()
-    for source, part in zip(data.mixture, parts, strict=True):
+    for source, part, revision in zip(data.mixture, parts, revisions, strict=True):
         with _naming(source):
-            _check_held_out(source, part.text, tokenizer)
+            _check_held_out(source, part.text, tokenizer, functools.partial(_name_of, source, base, revision))
     name = run.model.tokenizer if named is None else named.name
     return PublishableData(held_out, tokenizer.to_bytes(), tuple(revisions), name)
 
@@ -191,9 +191,9 @@ def _named_tokenizer(run: RunFile, base: Path, model_files: Path | None) -> Name
     return found
 
 
-def _check_held_out(source: DataSource, text: bytes, tokenizer: Tokenizer) -> None:
+def _check_held_out(source: DataSource, text: bytes, tokenizer: Tokenizer, name_of: Callable[[bytes], str]) -> None:
     """Raise RunFileError unless the tokenizer can write the held-out text or samples."""
-    held_out = held_out_tokens(source.format, text, tokenizer)
+    held_out = held_out_tokens(source.format, text, tokenizer, name_of)
     if held_out.unspelt_bytes > _MOST_UNSPELT * held_out.num_bytes:
         share = percent_in_words(held_out.unspelt_bytes, held_out.num_bytes)
         raise RunFileError(
@@ -268,13 +268,13 @@ def first_look(run: RunFile, base: Path, model_files: Path | None = None) -> Fir
             else _look_at_files(source, base, limit, run.run.seed)
         )
         if look.held_out and (named is not None or source.has_samples):
-            look = _looked_at_by(source, look, ByteTokenizer() if named is None else named.tokenizer)
+            look = _looked_at_by(source, look, ByteTokenizer() if named is None else named.tokenizer, base)
         looks.append(look)
         problems += _named(source, look.problems)
         unseen += [f"source {source.name}: {each}" if source.name else each for each in look.unseen]
     if run.model.tokenizer == "bpe" and not any(look.problems for look in looks):
         texts = [look.texts for look in looks if look.texts is not None]
-        if can_learn and len(texts) == len(looks) and sum(len(t) for each in texts for t in each) <= LOOK_BPE_BYTES:
+        if can_learn and len(texts) == len(looks) and sum(len(t) for each in texts for t in each) <= LOOK_BYTES:
             try:
                 _learnt(run, b"".join(look.held_out for look in looks), texts)
             except RunFileError as error:
@@ -285,10 +285,16 @@ def first_look(run: RunFile, base: Path, model_files: Path | None = None) -> Fir
     return FirstLook(sizes, tuple(problems), tuple(unseen), any(look.is_estimated for look in looks))
 
 
-def _looked_at_by(source: DataSource, look: _SourceLook, tokenizer: Tokenizer) -> _SourceLook:
-    """Return the findings, and what the tokenizer finds in the held-out text."""
+def _looked_at_by(source: DataSource, look: _SourceLook, tokenizer: Tokenizer, base: Path) -> _SourceLook:
+    """Return the findings, and what the tokenizer finds in the held-out text and all conversations of small files."""
+    texts, name_of = look.texts or [], functools.partial(_name_of, source, base, "")
     try:
-        _check_held_out(source, look.held_out, tokenizer)
+        if source.format == "chat" and sum(map(len, texts)) > LOOK_BYTES:
+            look = dataclasses.replace(look, unseen=("what the chat template makes of all conversations",))
+        elif source.format == "chat":
+            with DocumentEncoder(source.format, tokenizer, name_of) as encoder:
+                joined_documents(encoder.encode(texts))
+        _check_held_out(source, look.held_out, tokenizer, name_of)
     except RunFileError as error:
         return dataclasses.replace(look, problems=(*look.problems, *error.problems))
     return look

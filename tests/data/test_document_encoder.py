@@ -14,6 +14,7 @@ from swarmtrain.data.document_encoder import DocumentEncoder, EncodedCorpus, joi
 from swarmtrain.data.held_out import held_out_tokens
 from swarmtrain.data.tokenizer_file import TokenizerBundle, TokenizerFile
 from swarmtrain.data.tokens import BpeTokenizer, ByteTokenizer, Tokenizer
+from swarmtrain.error_codes import CODES
 from swarmtrain.errors import RunFileError
 
 TEXTS = [b"how are you?\n", b"\n", b"the sun shines\n\n"]
@@ -91,6 +92,15 @@ def test_of_a_conversation_the_turns_of_the_assistant_are_learnt() -> None:
 def test_conversations_need_a_chat_template(tokenizer: Tokenizer) -> None:
     with raises_code("no-chat-template", RunFileError, 'data.format = "chat"', "model.tokenizer"):
         encoded("chat", tokenizer, [conversation("how", "well")])
+
+
+def test_who_has_no_chat_template_is_offered_prompts_with_completions_first_and_no_other_model() -> None:
+    with pytest.raises(RunFileError) as raised:
+        encoded("chat", TokenizerFile(TokenizerBundle(tokenizer_json())), [conversation("how", "well")])
+    (problem,) = raised.value.problems
+    for said in (problem, CODES["no-chat-template"].do):
+        offered = [said.index('data.format = "prompt-completion"'), said.index("model.tokenizer")]
+        assert offered == sorted(offered) and "chat model" not in said and "model.base" not in said
 
 
 def test_a_conversation_that_the_template_refuses_is_named() -> None:

@@ -245,6 +245,34 @@ def test_a_conversation_that_a_template_refuses_is_named_by_its_file_and_line(tm
         training_data(run, tmp_path, published.held_out.text, published.tokenizer_bytes, None)
 
 
+def test_a_refusal_is_named_by_its_file_and_line_in_the_held_out_text_too_and_check_goes_through_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses = "{% if messages[1].content.startswith('tools') %}{{ raise_exception('no tools') }}{% endif %}"
+    write_tokenizer(tmp_path / "base", refuses + MARKED)
+    rows, run = [chat(number) for number in range(300)], run_of(CHAT)
+
+    def write(number: int) -> None:
+        changed = json.loads(json.dumps(rows))
+        changed[number]["messages"][1]["content"] = "tools, please"
+        (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, changed)))
+
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = publishable_data(run, tmp_path).held_out.text.decode().splitlines()
+    held_out = next(number for number, row in enumerate(rows) if row == json.loads(lines[0]))
+    write(held_out)
+    with raises_code("chat-refused", RunFileError, f"chat.jsonl:{held_out + 1}:", "no tools"):
+        publishable_data(run, tmp_path)
+    trained_on = next(number for number, row in enumerate(rows) if row not in map(json.loads, lines))
+    write(trained_on)
+    publishable_data(run, tmp_path)
+    (problem,) = first_look(run, tmp_path).problems
+    assert problem.code == "chat-refused" and f"chat.jsonl:{trained_on + 1}:" in problem
+    monkeypatch.setattr("swarmtrain.data.prepare.LOOK_BYTES", 1000)
+    look = first_look(run, tmp_path)
+    assert not look.problems and look.unseen == ("what the chat template makes of all conversations",)
+
+
 def test_a_text_for_a_tokenizer_with_an_end_token_ends_with_it_in_a_stream_too(folder: Path) -> None:
     _, data = prepared(run_of(TEXTS), folder)
     encoded = data.sources[0].encoded
