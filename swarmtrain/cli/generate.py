@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +38,7 @@ minutes."""
         "swarmtrain generate runs/first/bootstrap/model --prompt 'def '",
         "swarmtrain generate MODEL --tokens 500 --temperature 0",
         "swarmtrain generate MODEL --device cpu",
+        "swarmtrain generate MODEL --chat",
         "swarmtrain generate INVITE --prompt 'Once upon a time'",
         "swarmtrain generate --dir FOLDER",
     ),
@@ -51,8 +54,13 @@ minutes."""
 @click.option(
     "--prompt",
     metavar="TEXT",
-    show_default="the first words of the model's held-out text",
-    help="Text to continue.",
+    show_default="the first words of the model's held-out text; with a chat template Hello!",
+    help="Text to continue, or what to ask a model that has a chat template.",
+)
+@click.option(
+    "--chat/--raw",
+    default=None,
+    help="Go on with the conversation, until an empty line, Ctrl-D or Ctrl-C; or continue the prompt as plain text.",
 )
 @click.option(
     "--tokens",
@@ -93,6 +101,7 @@ def command(
     source: str | None,
     directory: Path | None,
     prompt: str | None,
+    chat: bool | None,
     tokens: int,
     temperature: float,
     seed: int,
@@ -101,7 +110,9 @@ def command(
     device: DeviceRequest,
     accept_clock: bool,
 ) -> None:
-    """Continue a prompt with a model.
+    """Continue a prompt with a model, or ask a chat model.
+
+    A model that has a chat template is asked by it, and its answer printed; --raw continues the prompt instead.
 
     MODEL is its folder, an export or any model of Hugging Face. With INVITE, takes the newest state from any live peer of the run, as `export` does.
 
@@ -113,7 +124,7 @@ def command(
     from swarmtrain.cli.progress import long_work
     from swarmtrain.data.sample_prompt import typed_prompt
     from swarmtrain.errors import UserError
-    from swarmtrain.peer.checkpoints.export import Sampling, sample_text
+    from swarmtrain.peer.checkpoints.export import Sampling, chat_prompt, sample_text
     from swarmtrain.peer.lifecycle.folder_lock import is_in_use
     from swarmtrain.protocol.devices import DeviceRequest
 
@@ -129,10 +140,26 @@ def command(
     exported = (
         _of_peer(directory, model_dir, accept_clock) if source is None else _named(source, model_dir, accept_clock)
     )
-    with long_work("writing", tokens, "tokens") as advance:
-        asked = typed_prompt(exported.held_out) if prompt is None else prompt
-        text = sample_text(exported, asked, Sampling(tokens, temperature, seed, threads or 0, device), advance, say)
-    echo(text)
+    messages: list[dict[str, str]] = []
+    typed = itertools.chain([prompt] if prompt else [], iter(_typed, ""))
+    with contextlib.suppress(EOFError, KeyboardInterrupt) if chat else contextlib.nullcontext():
+        for question in typed if chat else [prompt]:
+            messages.append({"role": "user", "content": question or "Hello!"})
+            turn = None if chat is False else chat_prompt(exported, messages)
+            if chat and turn is None:
+                raise UserError("the model has no chat template; leave out --chat", code="no-chat-template")
+            asked, ends = turn or (question or typed_prompt(exported.held_out), ())
+            sampling = Sampling(tokens, temperature, seed, threads or 0, device, ends)
+            with long_work("writing", tokens, "tokens") as advance:
+                text = sample_text(exported, asked, sampling, advance, say)
+            messages.append({"role": "assistant", "content": text})
+            echo(text if turn else f"{asked}{text}")
+
+
+def _typed() -> str:
+    """Return the line that a person types. Raises EOFError at Ctrl-D."""
+    echo("> ", nl=False, err=True)
+    return input().strip()
 
 
 def _give_way() -> None:

@@ -446,12 +446,13 @@ def _show_sample(directory: Path, as_json: bool, on: DeviceOptions) -> None:
     published = PeerFolder(directory / "bootstrap").kept_run()
     assert published is not None, "the bootstrap kept its run"
     exported = load_for_use(model)
-    prompt = sample_prompt(published.run, published.held_out, tokenizer_of(exported))
+    tokenizer = tokenizer_of(exported)
+    prompt = sample_prompt(published.run, published.held_out, tokenizer)
     echo(f"a sample of up to {_SAMPLE_TOKENS} tokens from the model:", err=True)
     with long_work("a sample", _SAMPLE_TOKENS, "tokens") as advance:
         sampling = Sampling(_SAMPLE_TOKENS, 0.7, seed=0, device=on.device.each[0])
         text = sample_text(exported, prompt, sampling, advance)
-    echo(text, err=as_json)
+    echo(tokenizer.decode(prompt).decode(errors="replace") + text, err=as_json)
     echo(model_line(model), err=as_json)
     where = shlex.quote(one_line(str(directory)))
     echo(f"to keep how it went: swarmtrain report --dir {where} --to run.html", err=as_json)

@@ -146,6 +146,9 @@ class ModelCard:
                 f"base = AutoModelForCausalLM.from_pretrained({of})",
                 'model = PeftModel.from_pretrained(base, "FOLDER")  # this folder, or owner/name of the hub',
             ]
+        # A tokenizer of another model may have a chat template, by which nobody has trained.
+        how = " --raw`" if self.run.model.tokenizer not in ("bytes", "bpe") else "`"
+        how = "`, which asks it by its chat template (`--chat` goes on)" if self._is_chat else how
         return "\n".join(
             [
                 "## Use",
@@ -157,8 +160,8 @@ class ModelCard:
                 "print(tokenizer.decode(model.generate(**tokens)[0]))",
                 "```",
                 "",
-                f"Or `swarmtrain generate FOLDER --prompt {shlex.quote(self._prompt)}`, and `swarmtrain eval FOLDER` "
-                "for its loss.",
+                f"Or `swarmtrain generate FOLDER --prompt {shlex.quote(self._prompt)}{how}, and `swarmtrain eval "
+                "FOLDER` for its loss.",
                 *(["`swarmtrain export --dir FOLDER --merge --to MODEL` makes one model of both."] * self._is_adapter),
                 "",
             ]

@@ -150,6 +150,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
             "[MODEL|INVITE]",
             "--dir",
             "--prompt",
+            "--chat",
             "--tokens",
             "--temperature",
             "--seed",

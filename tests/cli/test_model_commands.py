@@ -13,6 +13,7 @@ import pytest
 import torch
 from codes import codes_in
 from fake_peer import FakePeer, living
+from made_tokenizers import ASSISTANT, END, PLAIN, bundle, made_tokenizer
 
 from swarmtrain.cli.main import run
 from swarmtrain.cli.progress import long_work, said_meanwhile
@@ -35,6 +36,84 @@ def model(tmp_path: Path) -> str:
     folder, made = tmp_path / "model", build_model(SECTION, seed=1)
     export_model(folder, dict(made.named_parameters()), made.spec, 1, {"held-out.txt": b"some text " * 8})
     return str(folder)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have every model write "fine", the end of its turn and more; return what each is asked."""
+    prompts, made = list[str](), made_tokenizer()
+
+    def generate(model: object, prompt: list[int], *settings: object) -> list[int]:
+        prompts.append(made.decode(prompt).decode())
+        written, goes_on = list[int](), settings[-1]
+        for token in made.encode_spans(f"fine{'' if 'Hi' in prompts[-1] else ASSISTANT}{END}no", ())[0].tolist():
+            written.append(token)
+            if not goes_on(token):  # type: ignore[operator]
+                break
+        return written
+
+    monkeypatch.setattr(export, "generate", generate)
+    return prompts
+
+
+@pytest.fixture
+def chat_model(tmp_path: Path) -> str:
+    """Export a model whose template ends a turn with another token than the one that ends a text."""
+    template = PLAIN.replace("{{ eos_token }}", ASSISTANT)
+    section = SECTION.model_copy(update={"tokenizer": "a/tokenizer.json", "vocabulary_size": 300})
+    made = build_model(section, seed=1)
+    files = {"held-out.txt": b"some text " * 8, **bundle(template).files(16)}
+    export_model(tmp_path / "chat", dict(made.named_parameters()), made.spec, 1, files)
+    return str(tmp_path / "chat")
+
+
+def question(text: str) -> str:
+    return f"<|user|>{text}{ASSISTANT}\n<|assistant|>"
+
+
+def test_a_model_with_a_chat_template_is_asked_by_it_unless_a_plain_text_is_wanted(
+    chat_model: str, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--prompt", "how?"], ["--prompt", "Hi"], [], ["--raw", "--prompt", "how?"], ["--raw"]):
+        assert run(["generate", chat_model, *words]) == 0
+    assert asked == [*map(question, ("how?", "Hi", "Hello!")), "how?", "some text some text some text"]
+    out = capsys.readouterr().out.splitlines()
+    assert out == ["fine", "fine", "fine", f"how?fine{ASSISTANT}", f"some text some text some textfine{ASSISTANT}"]
+
+
+def test_a_conversation_keeps_its_turns_until_the_input_ends(
+    chat_model: str, asked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = f"{question('how?')}fine{ASSISTANT}\n{question('and é?')}"
+    for ending in ("", " \nnever asked\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"how?\nand é?\n{ending}"))
+        assert run(["generate", chat_model, "--chat"]) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines() == ["fine", "fine"] and err.replace("\n", "") == "> > > "
+        assert asked == [question("how?"), both]
+        asked.clear()
+    monkeypatch.setattr("sys.stdin", io.StringIO("and é?\n"))
+    assert run(["generate", chat_model, "--chat", "--prompt", "how?"]) == 0 and asked == [question("how?"), both]
+
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert run(["generate", chat_model, "--chat"]) == 0, "as at the end of the input"
+
+
+def test_a_conversation_needs_a_chat_template_that_takes_it(
+    model: str, tmp_path: Path, chat_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", model, "--chat", "--prompt", "how?"]) == 2
+    template = Path(chat_model) / "chat_template.jinja"
+    template.write_text("{{ raise_exception('no Hello') }}")
+    assert run(["generate", chat_model]) == 2
+    template.write_text("{% for %}")
+    assert run(["generate", chat_model]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "no Hello; give --raw" in err
+    assert codes_in(err) == ["no-chat-template", "chat-refused", "bad-chat-template"]
 
 
 @pytest.mark.parametrize("command", [["eval"], ["generate", "--tokens", "3"]])

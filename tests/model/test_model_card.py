@@ -79,6 +79,10 @@ def test_the_model_that_it_comes_from_is_named_and_its_shape_is_not_the_readers_
 def test_who_loads_a_model_for_chat_is_shown_a_conversation() -> None:
     text = card(run_file(data={"source": "jsonl", "paths": ("a.jsonl",), "format": "chat"}))
     assert "apply_chat_template(messages" in text and "apply_chat_template" not in card(run_file())
+    use = "Or `swarmtrain generate FOLDER --prompt"
+    assert f"{use} 'Hello!'`, which asks it by its chat template (`--chat` goes on), and" in text
+    assert f"{use} 'def '`, and" in card(run_file())
+    assert f"{use} 'def ' --raw`, and" in card(run_file(model={"tokenizer": "owner/name"})), "it may have a template"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from swarmtrain.data.template_process import TemplateError, TemplateProcess
+from swarmtrain.data.tokenizer_file import TokenizerFile
 from swarmtrain.data.tokenizer_json import own_tokenizer, tokenizer_json
 from swarmtrain.data.tokenizer_source import bundle_of_files
 from swarmtrain.data.tokens import Tokenizer, Tokens, tokenizer_from_bytes_untrusted
@@ -66,6 +68,7 @@ from swarmtrain.words import ago_in_words, counted
 __all__ = [
     "Sampling",
     "cast_model",
+    "chat_prompt",
     "continuation",
     "export_from_folder",
     "export_from_swarm",
@@ -78,6 +81,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16
+_ANSWER = "\ue000"
+"""Character that stands for an answer, to see what a chat template writes around one."""
 _LOOKS = 3
 """Times that checkpoints are looked for, while a running peer replaces them."""
 
@@ -372,6 +377,8 @@ class Sampling:
     seed: int
     threads: int = 0
     device: DeviceRequest = field(default_factory=DeviceRequest)
+    ends: tuple[int, ...] = ()
+    """Tokens at which to stop, besides the one that ends a text."""
 
 
 def sample_text(
@@ -381,8 +388,8 @@ def sample_text(
     advance: Callable[[int], None] = lambda number: None,
     tell: Callable[[str], None] = lambda words: None,
 ) -> str:
-    """Return the prompt and what the model writes after it, up to the token that ends a text. `prompt` may be tokens
-    (n,). `advance` is called with 1 for each token, `tell` with why a device was passed over.
+    """Return what the model writes after the prompt, up to a token that ends it. `prompt` may be tokens (n,). `advance`
+    is called with 1 for each token, `tell` with why a device was passed over.
 
     Raises UserError if the device asked for is not there or does not work.
     """
@@ -395,18 +402,35 @@ def sample_text(
         advance(1)
         return True
 
-    asked = prompt.encode() if isinstance(prompt, str) else tokenizer.decode(tokens)
-    return (asked + continuation(exported.model, tokenizer, tokens, sampling, goes_on)).decode(errors="replace")
+    return continuation(exported.model, tokenizer, tokens, sampling, goes_on).decode(errors="replace")
+
+
+def chat_prompt(exported: ExportedModel, messages: list[dict[str, str]]) -> tuple[Tokens, tuple[int, ...]] | None:
+    """Return the tokens (n,) with which the model's chat template asks for the assistant's next turn, and the one that
+    ends a turn if it is one; None without a template. Raises UserError if it refuses the conversation."""
+    tokenizer = tokenizer_of(exported)
+    if not isinstance(tokenizer, TokenizerFile) or not (template := tokenizer.bundle.chat_template):
+        return None
+    with TemplateProcess(template, tokenizer.bundle.special_tokens) as process:
+        try:
+            text, spans = process.write([*messages, {"role": "assistant", "content": _ANSWER}])[-1]
+        except TemplateError as error:
+            raise UserError(
+                f"the model's chat template refuses this: {error}; give --raw to continue a text", code="chat-refused"
+            ) from None
+    parts = text[: spans[-1][0]], text.rpartition(_ANSWER)[2].strip()
+    asked, end = (tokenizer.encode_spans(part, ())[0] for part in parts)
+    return asked, tuple(end.tolist()) if len(end) == 1 else ()
 
 
 def continuation(
     model: LanguageModel, tokenizer: Tokenizer, prompt: Tokens, sampling: Sampling, goes_on: Callable[[], bool]
 ) -> bytes:
-    """Return what the model writes after the prompt's tokens (n,), up to the token that ends a text; that one is not
-    among it. `goes_on` is called after each token, and ends it by returning False. The model computes where it is:
+    """Return what the model writes after the prompt's tokens (n,), up to a token that ends it; that one is not among
+    it. `goes_on` is called after each token, and ends it by returning False. The model computes where it is:
     `threads` and `device` of `sampling` are left alone.
     """
-    ends = tokenizer.document_end[-1:]
+    ends = (*tokenizer.document_end[-1:], *sampling.ends)
 
     def is_wanted(token: int) -> bool:
         return goes_on() and token not in ends
