@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from codes import raises_code
-from made_tokenizers import SPECIAL, made_tokenizer
+from made_tokenizers import QWEN, SPECIAL, made_tokenizer
 
 from swarmtrain.data.document_encoder import DocumentEncoder
 from swarmtrain.data.documents import read_documents
@@ -17,63 +17,6 @@ from swarmtrain.data.held_out import learnt_text
 from swarmtrain.data.overlap import HeldOutIndex
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import DataSection
-
-QWEN = """\
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].role == 'system' %}
-        {{- messages[0].content + '\\n\\n' }}
-    {%- endif %}
-    {{- "# Tools\\n\\nYou may call one or more functions.\\n<tools>" }}
-    {%- for tool in tools %}
-        {{- "\\n" }}
-        {{- tool | tojson }}
-    {%- endfor %}
-    {{- "\\n</tools><|im_end|>\\n" }}
-{%- elif messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- set ns = namespace(found=false, last_query_index=messages|length - 1) %}
-{%- for message in messages[::-1] %}
-    {%- if message.role == "user" and not ns.found %}
-        {%- set ns.found = true %}
-        {%- set ns.last_query_index = (messages|length - 1) - loop.index0 %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.content is string %}
-        {%- set content = message.content %}
-    {%- elif message.content %}
-        {%- set content = message.content | map(attribute='text') | join('') %}
-    {%- else %}
-        {%- set content = '' %}
-    {%- endif %}
-    {%- if message.role == "user" or (message.role == "system" and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
-    {%- elif message.role == "assistant" %}
-        {{- '<|im_start|>assistant\\n' }}
-        {%- if message.reasoning_content is defined and loop.index0 > ns.last_query_index %}
-            {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
-        {%- endif %}
-        {{- content }}
-        {%- for tool_call in message.tool_calls or [] %}
-            {%- if tool_call.function %}
-                {%- set tool_call = tool_call.function %}
-            {%- endif %}
-            {{- '\\n<tool_call>\\n{"name": "' + tool_call.name + '", "arguments": ' }}
-            {{- tool_call.arguments if tool_call.arguments is string else tool_call.arguments | tojson }}
-            {{- '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif message.role == "tool" %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response><|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-"""In the style of Qwen and Hermes."""
 
 LLAMA = """\
 {{- bos_token }}
