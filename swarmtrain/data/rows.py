@@ -10,6 +10,7 @@ every row, in one order, and null where the row had none: there a null field is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -19,15 +20,14 @@ from swarmtrain.run import SourceKeys
 
 __all__ = ["columns_of", "has_turns", "no_such_field", "text_of_row", "without_absent"]
 
-_PROMPT, _COMPLETION, _TOOLS = "prompt", "completion", "tools"
-_MOST_DEPTH = 64
+_PROMPT, _COMPLETION = "prompt", "completion"
 
 
 def columns_of(section: SourceKeys, has: Iterable[str] = ()) -> list[str]:
     """Return the fields that a row must have, and those of `has` that are read besides: a conversation's tools."""
     if section.format == "prompt-completion":
         return [_PROMPT, _COMPLETION]
-    return [section.field, *({_TOOLS} & set(has) if section.format == "chat" else ())]
+    return [section.field, *(name for name in has if name == "tools" and section.format == "chat")]
 
 
 def no_such_field(name: str, section: SourceKeys, where: str, has: Iterable[str], kind: str = "field") -> RunFileError:
@@ -66,13 +66,7 @@ def text_of_row(row: Mapping[str, Any], section: SourceKeys, where: str) -> byte
                 code="field-not-text",
             )
         return text.encode(errors="replace")  # JSON can spell lone surrogates, UTF-8 cannot
-    sample: dict[str, Any] | None
-    if section.format == "chat":
-        sample = _conversation(row[section.field])
-        if sample is not None and (tools := _tools(row.get(_TOOLS), where)) is not None:
-            sample["tools"] = tools
-    else:
-        sample = _pair(row)
+    sample = _conversation(row[section.field]) if section.format == "chat" else _pair(row)
     if sample is None and section.format == "chat":
         raise RunFileError(
             f'data.format: "{section.field}" in {where} is not a conversation; write [{{"role": "user", "content": '
@@ -84,6 +78,8 @@ def text_of_row(row: Mapping[str, Any], section: SourceKeys, where: str) -> byte
             f"data.format: prompt and completion in {where} are not two strings; write a string in each",
             code="not-a-sample",
         )
+    if section.format == "chat" and (tools := _tools(row.get("tools"), where)) is not None:
+        sample = {**sample, "tools": tools}
     return json.dumps(sample, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
@@ -111,16 +107,14 @@ def _conversation(messages: Any) -> dict[str, Any] | None:
     return {"messages": kept} if _is_json(kept, 0) else None
 
 
-def _tools(tools: Any, where: str) -> list[Any] | None:
+def _tools(tools: Any, where: str) -> Any:
     """Return the tools of a row, which may be JSON in a string; None without any. Raises RunFileError."""
-    try:
-        found = json.loads(tools or "null") if isinstance(tools, str) else tools
-    except (ValueError, RecursionError):
-        found = tools
-    if found is None or (_are_tables(found) and _is_json(found, 0)):
-        return found
+    with contextlib.suppress(ValueError, RecursionError):
+        tools = json.loads(tools or "null") if isinstance(tools, str) else tools
+    if tools is None or (_are_tables(tools) and _is_json(tools, 0)):
+        return tools
     raise RunFileError(
-        f'data.format: "{_TOOLS}" in {where} is not a list of tools; write [{{"type": "function", "function": '
+        f'data.format: "tools" in {where} is not a list of tools; write [{{"type": "function", "function": '
         "{...}}], or the same as a JSON string",
         code="not-a-sample",
     )
@@ -144,9 +138,9 @@ def _without_null(part: Any) -> Any:
 
 def _is_json(part: Any, depth: int) -> bool:
     if isinstance(part, dict):
-        return depth < _MOST_DEPTH and all(_is_json(each, depth + 1) for each in part.values())
+        return depth < 64 and all(_is_json(each, depth + 1) for each in part.values())
     if isinstance(part, list):
-        return depth < _MOST_DEPTH and all(_is_json(each, depth + 1) for each in part)
+        return depth < 64 and all(_is_json(each, depth + 1) for each in part)
     return part is None or isinstance(part, str | int | float | bool)
 
 
