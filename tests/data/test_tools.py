@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from codes import raises_code
-from made_tokenizers import QWEN, SPECIAL, made_tokenizer
+from made_tokenizers import QWEN, SPECIAL, made_tokenizer, tokenizer_json
+from tokenizers import Tokenizer
 
 from swarmtrain.data.document_encoder import DocumentEncoder
 from swarmtrain.data.documents import read_documents
 from swarmtrain.data.held_out import learnt_text
 from swarmtrain.data.overlap import HeldOutIndex
+from swarmtrain.data.tokenizer_file import TokenizerFile
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import DataSection
 
@@ -182,7 +184,7 @@ def section(source: str) -> DataSection:
 
 def by_transformers(template: str) -> Callable[[dict[str, Any]], str]:
     transformers = pytest.importorskip("transformers")
-    library = transformers.PreTrainedTokenizerFast(tokenizer_object=made_tokenizer()._encoder, **SPECIAL)
+    library = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json()), **SPECIAL)
 
     def write(row: dict[str, Any]) -> str:
         last = max(number for number, message in enumerate(row["messages"]) if message["role"] == "assistant")
@@ -197,10 +199,10 @@ def by_transformers(template: str) -> Callable[[dict[str, Any]], str]:
     return write
 
 
-def text_trained_on(encoder: DocumentEncoder, sample: bytes, template: str) -> str:
+def text_trained_on(encoder: DocumentEncoder, sample: bytes, tokenizer: TokenizerFile) -> str:
     """Return the text of a sample with all its turns."""
     (documents,) = encoder.encode([sample])
-    return made_tokenizer(template).decode(documents[-1].tokens).decode()
+    return tokenizer.decode(documents[-1].tokens).decode()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -209,16 +211,16 @@ def test_the_text_of_a_row_is_what_transformers_writes_for_it(tmp_path: Path, na
     assert len(ROWS) == 20
     write = by_transformers(template)
     samples = [each.text for each in read_documents(row_file(tmp_path, ROWS), tmp_path)]
-    with DocumentEncoder("chat", made_tokenizer(template)) as encoder:
+    with DocumentEncoder("chat", tokenizer := made_tokenizer(template)) as encoder:
         for row, sample in zip(ROWS, samples, strict=True):
             try:
                 expected = write(row)
             except Exception:
                 num_refused += 1
                 with raises_code("chat-refused", RunFileError):
-                    text_trained_on(encoder, sample, template)
+                    text_trained_on(encoder, sample, tokenizer)
             else:
-                assert text_trained_on(encoder, sample, template) == expected, row
+                assert text_trained_on(encoder, sample, tokenizer) == expected, row
     assert num_refused <= 3, "each conversation is one for most templates"
 
 

@@ -208,5 +208,6 @@ def test_a_folder_that_others_wrote_is_measured_and_continued_by_its_tokenizer(
         loss = library_model(tokens, labels=tokens).loss
     assert found["tokens"] == tokens.shape[1] - 1 and found["run_tokens"] == 0
     assert found["bits_per_byte"] == pytest.approx(float(loss) * found["tokens"] / 24 / math.log(2), rel=1e-5)
-    assert main(["generate", str(tmp_path / "llama"), "--prompt", "how", "--tokens", "5", "--device", "cpu"]) == 0
+    command = ["generate", str(tmp_path / "llama"), "--raw", "--prompt", "how", "--tokens", "5", "--device", "cpu"]
+    assert main(command) == 0
     assert capsys.readouterr().out.startswith("how")
