@@ -1,20 +1,20 @@
-"""Cut a Hugging Face causal language model into stages: Llama, Qwen2, Qwen3 and GPT-2, from a seed or a checkpoint.
+"""Cut a causal language model of transformers into stages, from a seed or a checkpoint.
 
 As in `stages.py`, whose names it keeps: a stage holds the blocks between two places where the model is cut, the first
-one the embedding too, the last one the final norm and the head. Only that part is ever built or read. The blocks are
-the library's own, so a stage computes what the whole model does, and its parameters have the whole model's names
-(decision 25).
+one the embeddings too, the last one what comes after the blocks. Only that part takes memory or is read. A stage is the
+library's own model, in which the parts that other stages hold only pass on what they are given. So it computes what the
+whole model does, and its parameters have the whole model's names (decision 25).
 
-Nothing of a checkpoint is executed: its configuration is checked first (`huggingface_config.py`), and its tensors are
-read from safetensors. The library `transformers` is imported when a stage is built or counted, and never contacts the
-hub here.
+Llama, Qwen2, Qwen3 and GPT-2 are tested by this project. Stages of any other family are compared with the whole first,
+on the small model of `huggingface_probe.py`.
 
 Shapes: B batch, T time (tokens), D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import importlib
+import copy
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,15 +24,31 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from swarmtrain.errors import UserError
-from swarmtrain.extras import install_in_words
 from swarmtrain.model import stages
 from swarmtrain.model.gpt import uniform_weight
 from swarmtrain.model.head_loss import mean_loss
-from swarmtrain.model.huggingface_config import HuggingFaceModel, read_config, untie
+from swarmtrain.model.huggingface_library import (
+    library_config,
+    library_model_of_stage,
+    load_library_model,
+    tensor_files,
+)
+from swarmtrain.model.huggingface_probe import (
+    TESTED,
+    ModelTraits,
+    is_near,
+    logits_of,
+    place_of,
+    problem_of,
+    small_model,
+    traits_of,
+)
+from swarmtrain.model.language_model import check_length
 from swarmtrain.run import ModelSection
 from swarmtrain.words import one_line
 
@@ -40,13 +56,78 @@ __all__ = [
     "HuggingFaceModel",
     "HuggingFaceShape",
     "HuggingFaceStage",
+    "blocks_of",
     "build_stage",
+    "initial_weight",
     "load_stage",
-    "read_config",
+    "model_to_cut",
     "stage_shapes",
-    "tensor_files",
-    "untie",
 ]
+
+
+@dataclass(frozen=True, eq=False)
+class HuggingFaceModel:
+    """Model that can be cut into stages. `model_to_cut` makes it."""
+
+    config: Any
+    """The library's configuration; the head is a matrix of its own."""
+    traits: ModelTraits
+    head_is_copy: bool = False
+    """True if the head is read from the embedding's tensor of a checkpoint, as a copy that is then trained apart."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return cast(int, self.config.get_text_config().num_hidden_layers)
+
+
+def model_to_cut(data: Mapping[str, Any], origin: str) -> HuggingFaceModel:
+    """Return the model of a configuration (`huggingface_config.whole_config`) with a head of its own.
+
+    From a checkpoint, the head of a tied model begins as a copy of the embedding, and the two are trained apart. From a
+    seed, they begin apart. Raises UserError, which names `origin`, if its stages do not compute what the whole does.
+    """
+    traits, config = traits_of(data, origin), library_config(data, origin)
+    if config.model_type not in TESTED and (problem := _problem_of_stages(json.dumps(data, sort_keys=True), origin)):
+        raise UserError(
+            f"{origin}: model_type: {one_line(config.model_type)[:60]} cannot be cut into stages: {problem}; set "
+            "pipeline.stages = 1, with an [adapter] if the whole model takes too much memory",
+            code="model-family",
+        )
+    is_tied = bool(config.tie_word_embeddings)
+    config.tie_word_embeddings = False
+    return HuggingFaceModel(config, traits, is_tied)
+
+
+@functools.lru_cache(8)
+def _problem_of_stages(data: str, origin: str) -> str:
+    """Return how stages of a small model differ from the whole; empty if loss and gradients are the same."""
+    traits = traits_of(json.loads(data), origin)
+    whole, tokens = small_model(json.loads(data) | {"tie_word_embeddings": False}, origin)
+    model = HuggingFaceModel(copy.deepcopy(whole.config), traits)
+    return problem_of(lambda: _difference(whole, model, tokens))
+
+
+def _difference(whole: Any, model: HuggingFaceModel, tokens: Tensor) -> str:
+    # The embedding, each block, and the head, apart.
+    parts = [HuggingFaceStage(shape) for shape in stage_shapes(model, range(model.num_layers + 1))]
+    for part in parts:
+        part.load_state_dict({name: whole.get_parameter(name) for name, _ in part.named_parameters()}, assign=True)
+    x, targets = tokens[:, :-1], tokens[:, 1:]
+    expected = F.cross_entropy(logits_of(whole, x).flatten(0, 1), targets.flatten())
+    for part in parts[:-1]:
+        x = part(x)
+    loss = parts[-1].loss(x, targets)
+    if not is_near(loss, expected):
+        return "its loss is another one"
+    for each in (loss, expected):
+        each.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: parameter.grad for part in parts for name, parameter in part.named_parameters()}
+    for name, parameter in whole.named_parameters():
+        gradient = gradients.get(name)
+        if gradient is None or not is_near(gradient, parameter.grad):
+            return f"the gradient of {one_line(name)[:100]} is another one"
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +144,7 @@ class HuggingFaceShape:
     @cached_property
     def num_parameters(self) -> int:
         """Number of parameters, computed without memory for weights. Raises UserError without the extra `hf`."""
-        ends, with_one = (
-            sum(p.numel() for p in HuggingFaceStage(replace(self, first_block=0, last_block=last)).parameters())
-            for last in (0, 1)
-        )
-        return ends + (self.last_block - self.first_block) * (with_one - ends)
+        return sum(parameter.numel() for parameter in HuggingFaceStage(self).parameters())
 
 
 def stage_shapes(model: HuggingFaceModel, boundaries: Sequence[int]) -> list[HuggingFaceShape]:
@@ -93,16 +170,26 @@ def stage_shapes(model: HuggingFaceModel, boundaries: Sequence[int]) -> list[Hug
 class HuggingFaceStage(nn.Module):
     """Part of a model. `build_stage` and `load_stage` build it; the constructor alone takes no memory for weights."""
 
-    lm_head: nn.Linear
+    library_model: Any
+    _entry: nn.Module
+    """Block that takes the output of the stage before."""
+    copied: Mapping[str, str]
+    """Map the head, if it is read from the embedding's tensor of a checkpoint, to that one's name."""
 
     def __init__(self, shape: HuggingFaceShape) -> None:
         super().__init__()
-        self.shape, model = shape, shape.model
-        # Body and head have the names that they have in the whole model.
-        body: nn.Module = (_Gpt2Body if model.family == "gpt2" else _RotaryBody)(shape)
-        self.add_module(_BODIES[model.family], body)
-        if shape.has_head:
-            self.lm_head = nn.Linear(model.width, model.vocabulary_size, bias=False, device="meta")
+        self.shape = shape
+        library_model = library_model_of_stage(copy.deepcopy(shape.model.config))
+        names = {module: name for name, module in library_model.named_modules()}
+        head, embedding = library_model.get_output_embeddings(), library_model.get_input_embeddings()
+        self.copied = {f"{names[head]}.weight": f"{names[embedding]}.weight"} if shape.model.head_is_copy else {}
+        _cut(library_model, shape)
+        blocks = blocks_of(library_model)
+        # Not a part of this module, whose parts are its parts: so parameters have the names that the library gives.
+        object.__setattr__(self, "library_model", library_model)
+        object.__setattr__(self, "_entry", blocks[min(shape.first_block, len(blocks) - 1)])
+        for name, part in library_model.named_children():
+            self.add_module(name, part)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the next stage's input (B, T, D), or the last stage's logits (B, T, V).
@@ -110,103 +197,76 @@ class HuggingFaceStage(nn.Module):
         `x` is tokens (B, T), int64, for the first stage, else the output of the stage before, (B, T, D). Raises
         ValueError when it is longer than the context.
         """
-        x = self._features(x)
-        return cast(Tensor, self.lm_head(x)) if self.shape.has_head else x
+        if self.shape.has_head:
+            return cast(Tensor, self._called(self.library_model, x).logits)
+        return self._features(x)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return the last stage's loss: mean nats per token, a scalar, of predicting targets (B, T), int64."""
-        return mean_loss(self.lm_head, self._features(x), targets)
+        if self.shape.model.traits.has_plain_head:
+            return mean_loss(self.library_model.get_output_embeddings(), self._features(x), targets)
+        return F.cross_entropy(self(x).flatten(0, 1).float(), targets.flatten())
 
     def _features(self, x: Tensor) -> Tensor:
         """Return the head's input, or in other stages the next stage's (B, T, D)."""
-        T, context_tokens = x.shape[1], self.shape.model.context_tokens
-        if context_tokens < T:
-            raise ValueError(f"{T} tokens are more than the context of {context_tokens}")
-        return cast(Tensor, self.get_submodule(_BODIES[self.shape.model.family])(x))
+        features: Tensor = self._called(self.library_model.base_model, x).last_hidden_state
+        return features.as_subclass(Tensor)
 
-
-_BODIES = {"llama": "model", "qwen2": "model", "qwen3": "model", "gpt2": "transformer"}
-_NAMES_IN_CODE = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt2": "GPT2"}
-
-
-class _RotaryBody(nn.Module):
-    """`model` of a Llama, Qwen2 or Qwen3. Each stage computes the rotary table itself."""
-
-    def __init__(self, shape: HuggingFaceShape) -> None:
-        super().__init__()
-        code, config = _library(shape.model)
-        with torch.device("meta"):
-            if shape.has_embedding:
-                self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-            self.layers = _blocks(shape, code("DecoderLayer"), config)
-            if shape.has_head:
-                self.norm = code("RMSNorm")(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = code("RotaryEmbedding")(config=config)
-        self.shape = shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        positions = torch.arange(x.shape[1], device=x.device)[None]
+    def _called(self, part: Any, x: Tensor) -> Any:
+        most = getattr(self.shape.model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(most, int):
+            check_length(x.shape[1], most)
         if self.shape.has_embedding:
-            x = self.embed_tokens(x)
-        rotary = self.rotary_emb(x, positions)
-        for block in self.layers.values():
-            x = _hidden(block(x, position_embeddings=rotary))
-        return cast(Tensor, self.norm(x)) if self.shape.has_head else x
+            return part(input_ids=x, use_cache=False)
+        # What comes before the blocks may scale it, which the first stage has done.
+        with self._entry.register_forward_pre_hook(
+            lambda _, args, kwargs: ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x}),
+            with_kwargs=True,
+        ):
+            return part(inputs_embeds=x, use_cache=False)
 
 
-class _Gpt2Body(nn.Module):
-    """`transformer` of a GPT-2. Positions are learnt, and added once, by the first stage."""
+def _cut(library_model: Any, shape: HuggingFaceShape) -> None:
+    """Take the parts that other stages hold out of the library's model."""
+    blocks = blocks_of(library_model)
+    inside = {module for block in blocks for module in block.modules()}
+    for n in range(len(blocks)):
+        if not shape.first_block <= n < shape.last_block:
+            blocks[n] = _Elsewhere(blocks[n])
+    for name, module in list(library_model.named_modules()):
+        is_held = shape.has_embedding if isinstance(module, nn.Embedding) else shape.has_head
+        if not is_held and module not in inside and any(True for _ in module.parameters(recurse=False)):
+            library_model.set_submodule(name, _Elsewhere(module))
 
-    def __init__(self, shape: HuggingFaceShape) -> None:
+
+class _Elsewhere(nn.Module):
+    """Part that another stage holds: gives on the hidden states (B, T, D) that it is given, or else adds nothing."""
+
+    def __init__(self, part: nn.Module) -> None:
         super().__init__()
-        code, config = _library(shape.model)
-        with torch.device("meta"):
-            if shape.has_embedding:
-                self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-                self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-            self.h = _blocks(shape, code("Block"), config)
-            if shape.has_head:
-                self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.shape = shape
+        vars(self).update({**vars(part), **vars(self)})  # the whole may ask a block for its kind
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.shape.has_embedding:
-            x = self.wte(x) + self.wpe(torch.arange(x.shape[1], device=x.device)[None])
-        for block in self.h.values():
-            x = _hidden(block(x))
-        return cast(Tensor, self.ln_f(x)) if self.shape.has_head else x
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor) and x.dim() == 3 and x.is_floating_point():
+                return x.as_subclass(_HiddenStates)
+        return torch.zeros(())
 
 
-def _blocks(shape: HuggingFaceShape, block: Any, config: Any) -> nn.ModuleDict:
-    blocks = nn.ModuleDict({str(n): block(config, layer_idx=n) for n in range(shape.first_block, shape.last_block)})
-    for module in blocks.modules():
-        for name, _ in list(module.named_buffers(recurse=False)):
-            delattr(module, name)  # the causal masks of another attention implementation, unused
-    return blocks
+class _HiddenStates(Tensor):
+    """Output of a block in both forms that the library has: hidden states, or a tuple that begins with them."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.as_subclass(Tensor)
 
 
-def _hidden(output: Any) -> Tensor:
-    """Return the hidden states of a block's output, which before version 5 is a tuple."""
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
-
-
-def _library(model: HuggingFaceModel) -> tuple[Any, Any]:
-    """Return (function from a short name to the family's class, the library's configuration of `model`).
-
-    Without a mask, "sdpa" is causal by itself, with the same kernel that the whole model runs. Raises UserError without
-    the extra `hf`.
-    """
-    family, prefix = model.family, _NAMES_IN_CODE[model.family]
-    try:
-        configurations = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
-        code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    except ImportError as error:
-        reason = one_line(str(error))[:200]
-        raise UserError(
-            f"a Hugging Face model needs transformers: {install_in_words('hf')} ({reason})", code="package-missing"
-        ) from None
-    config = getattr(configurations, f"{prefix}Config")(**model.as_json(), attn_implementation="sdpa")
-    return (lambda name: getattr(code, prefix + name)), config
+def blocks_of(library_model: Any) -> nn.ModuleList:
+    """Return the blocks: the first list of modules that has as many as the configuration says."""
+    number = library_model.config.get_text_config().num_hidden_layers
+    lists = (part for part in library_model.modules() if isinstance(part, nn.ModuleList) and len(part) == number)
+    return next(lists, nn.ModuleList())
 
 
 # ---------------------------------------------------------------- weights from a seed
@@ -217,30 +277,34 @@ def build_stage(shape: HuggingFaceShape, seed: int) -> HuggingFaceStage:
 
     They are the same bits on every machine (see `gpt.uniform_weight`). Raises UserError without the extra `hf`.
     """
-    stage = HuggingFaceStage(shape)
-    weights = {name: initial_weight(name, p.shape, seed, shape.model) for name, p in stage.named_parameters()}
+    stage, model = HuggingFaceStage(shape), shape.model
+    weights = {
+        name: initial_weight(name, p.shape, seed, model.config, model.traits) for name, p in stage.named_parameters()
+    }
     stage.load_state_dict(weights, assign=True)
     return stage
 
 
-def initial_weight(name: str, shape: torch.Size, seed: int, model: HuggingFaceModel) -> Tensor:
-    """Return the initial value of a parameter: norms 1, biases 0, others with mean 0 and deviation `initializer_range`.
+def initial_weight(name: str, shape: torch.Size, seed: int, config: Any, traits: ModelTraits) -> Tensor:
+    """Return the initial value of a parameter: the family's constant, or mean 0 and deviation `initializer_range`.
 
-    In GPT-2, matrices whose output is added to the residual stream have it divided by the root of the number of such
-    sums, as the library does.
+    Constants of families that are tested are 1 for norms, 0 for biases. In GPT-2, matrices whose output is added to the
+    residual stream have the deviation divided by the root of the number of such sums, as the library does.
     """
-    if len(shape) == 1:
-        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
-    deviation = model.config.initializer_range
-    if model.family == "gpt2" and name.endswith(".c_proj.weight"):
-        deviation /= math.sqrt(2 * model.num_layers)
+    constant = None if traits.constants is None else traits.constants.get(place_of(name))
+    if traits.constants is None and len(shape) == 1:
+        constant = 0.0 if name.endswith(".bias") else 1.0
+    if constant is not None:
+        return torch.full(shape, constant)
+    text = config.get_text_config()
+    deviation = float(getattr(text, "initializer_range", None) or 0.02)
+    if config.model_type == "gpt2" and name.endswith(".c_proj.weight"):
+        deviation /= math.sqrt(2 * text.num_hidden_layers)
     return uniform_weight(name, shape, seed, deviation)
 
 
 # ---------------------------------------------------------------- weights from a checkpoint
 
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_MAX_INDEX_BYTES = 67_108_864
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
 
@@ -252,7 +316,8 @@ def load_stage(shape: HuggingFaceShape, folder: Path) -> HuggingFaceStage:
     stage = HuggingFaceStage(shape)
     wanted = {name: parameter.shape for name, parameter in stage.named_parameters()}
     weights: dict[str, Tensor] = {}
-    for path, names in _places(folder, wanted, shape.model).items():
+    places = _places(folder, wanted, stage)
+    for path, names in places.items():
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name, stored in names.items():
@@ -261,62 +326,36 @@ def load_stage(shape: HuggingFaceShape, folder: Path) -> HuggingFaceStage:
             raise UserError(
                 f"{_shown(path)}: cannot be read: {one_line(str(error))}; fetch it again", code="file-unreadable"
             ) from None
+    if not places:
+        weights = _loaded_by_library(shape, folder, wanted, stage.copied)
     stage.load_state_dict(weights, assign=True)
     return stage
 
 
-def _places(folder: Path, wanted: Iterable[str], model: HuggingFaceModel) -> dict[Path, dict[str, str]]:
-    """Return, by file, the wanted parameters in it and their names there. Raises UserError if one is missing."""
-    files = tensor_files(folder)
-    body = _BODIES[model.family]
+def _places(folder: Path, wanted: Iterable[str], stage: HuggingFaceStage) -> dict[Path, dict[str, str]]:
+    """Return, by file, the wanted parameters in it and their names there; nothing if one has another name there."""
+    files, body = tensor_files(folder), stage.library_model.base_model_prefix
     places: dict[Path, dict[str, str]] = {}
     for name in wanted:
-        source = name
-        if name == "lm_head.weight" and model.head_is_copy:
-            source = f"{body}.wte.weight" if model.family == "gpt2" else f"{body}.embed_tokens.weight"
+        source = stage.copied.get(name, name)
         # A checkpoint of the body alone leaves its name out: GPT-2's own is one.
         stored = next((known for known in (source, source.removeprefix(f"{body}.")) if known in files), None)
         if stored is None:
-            hint = (
-                "if its head is tied to its embedding, cut it with swarmtrain.model.huggingface.untie"
-                if name == "lm_head.weight"
-                else "give the folder of the checkpoint whose config.json this is"
-            )
-            raise UserError(f"{_shown(folder)}: has no tensor {source}; {hint}", code="checkpoint-mismatch")
+            return {}
         places.setdefault(folder / files[stored], {})[name] = stored
     return places
 
 
-def tensor_files(folder: Path) -> Mapping[str, str]:
-    """Return the name of the file that holds each tensor. Raises UserError."""
-    whole, index = folder / _WHOLE, folder / _INDEX
-    try:
-        if whole.is_file():
-            with safe_open(whole, framework="pt", device="cpu") as file:
-                return dict.fromkeys(file.keys(), _WHOLE)
-        with index.open("rb") as stream:
-            content = stream.read(_MAX_INDEX_BYTES + 1)
-        if len(content) > _MAX_INDEX_BYTES:
-            raise ValueError(f"more than {_MAX_INDEX_BYTES} bytes")
-        files = json.loads(content)["weight_map"]
-        if not isinstance(files, dict) or not all(_is_plain(file) for file in files.values()):
-            raise ValueError("weight_map does not name files of this folder")
-    except FileNotFoundError:
-        raise UserError(
-            f"{_shown(folder)}: has neither {_WHOLE} nor {_INDEX}; other formats can execute what they hold and are "
-            "not read: save it as safetensors",
-            code="not-safetensors",
-        ) from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        path = whole if whole.is_file() else index
-        raise UserError(
-            f"{_shown(path)}: cannot be read: {one_line(str(error))}; fetch it again", code="file-unreadable"
-        ) from None
-    return files
-
-
-def _is_plain(file: object) -> bool:
-    return isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\:\0")
+def _loaded_by_library(
+    shape: HuggingFaceShape, folder: Path, wanted: Iterable[str], copied: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Return a stage's weights from a checkpoint with other names, or other tensors, than the model has."""
+    config, is_tied = copy.deepcopy(shape.model.config), shape.has_head and bool(copied)
+    config.tie_word_embeddings = is_tied
+    loaded = replace(shape, has_embedding=shape.has_embedding or is_tied)
+    library_model = load_library_model(config, folder, lambda model: _cut(model, loaded))
+    weights = {name: library_model.get_parameter(name).detach() for name in wanted}
+    return weights | {name: weights[name].clone() for name in copied if name in weights}
 
 
 def _tensor(file: Any, stored: str, shape: torch.Size, path: Path) -> Tensor:

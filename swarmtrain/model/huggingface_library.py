@@ -12,17 +12,18 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from swarmtrain.errors import UserError
 from swarmtrain.extras import install_in_words
-from swarmtrain.model.huggingface import tensor_files
 from swarmtrain.model.huggingface_config import FLOAT_KEY
 from swarmtrain.words import one_line
 
@@ -30,11 +31,17 @@ __all__ = [
     "cache_argument",
     "empty_library_model",
     "library_config",
+    "library_model_of_stage",
     "load_library_model",
     "parameters_of",
     "random_library_model",
     "shape_keys",
+    "tensor_files",
 ]
+
+
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAX_INDEX_BYTES = 67_108_864
 
 
 def _library() -> Any:
@@ -69,6 +76,10 @@ def library_config(data: Mapping[str, Any], origin: str) -> Any:
             "convert this one to such a family",
             code="model-family",
         )
+    rope = data.get("rope_parameters")
+    if library.__version__ < "5" and isinstance(rope, dict) and "rope_theta" in rope:  # as only version 5 reads it
+        scaling = None if rope.get("rope_type") in (None, "default") else rope
+        data = {**rope, "rope_scaling": scaling, **data}
     with _refused_in_words(origin):
         config = known[family].from_dict(json.loads(json.dumps(data), object_hook=_number_or_object))
     if type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -138,6 +149,28 @@ def empty_library_model(config: Any, *, on_meta: bool = False) -> Any:
     return model
 
 
+def library_model_of_stage(config: Any) -> Any:
+    """Return the library's model in fp32, whose parameters take no memory, but whose tables (of positions) are there.
+
+    Raises UserError if the library cannot build it.
+    """
+    with _without_initial_weights(), _ParametersOnMeta():
+        model = _built(config)
+    for module in model.modules():
+        for name, table in list(module.named_buffers(recurse=False)):
+            if table.is_meta:
+                delattr(module, name)  # the causal masks of another attention implementation, unused
+    return model
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """Makes tensors that have no numbers yet, or all the same, on "meta": parameters are, tables are computed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_made = func in (torch.empty, torch.ones, torch.zeros)
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if is_made else {}))
+
+
 def random_library_model(config: Any, seed: int) -> Any:
     """Return the library's model with the weights that the library itself begins with."""
     with torch.random.fork_rng(devices=[]):
@@ -154,15 +187,57 @@ def _built(config: Any) -> Any:
     return model.eval()
 
 
-def load_library_model(config: Any, folder: Path) -> Any:
+def tensor_files(folder: Path) -> Mapping[str, str]:
+    """Return the name of the file that holds each tensor. Raises UserError."""
+    whole, index = folder / _WHOLE, folder / _INDEX
+    try:
+        if whole.is_file():
+            with safe_open(whole, framework="pt", device="cpu") as file:
+                return dict.fromkeys(file.keys(), _WHOLE)
+        with index.open("rb") as stream:
+            content = stream.read(_MAX_INDEX_BYTES + 1)
+        if len(content) > _MAX_INDEX_BYTES:
+            raise ValueError(f"more than {_MAX_INDEX_BYTES} bytes")
+        files = json.loads(content)["weight_map"]
+        if not isinstance(files, dict) or not all(_is_plain(file) for file in files.values()):
+            raise ValueError("weight_map does not name files of this folder")
+    except FileNotFoundError:
+        raise UserError(
+            f"{one_line(str(folder))}: has neither {_WHOLE} nor {_INDEX}; other formats can execute what they hold and "
+            "are not read: save it as safetensors",
+            code="not-safetensors",
+        ) from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        path = whole if whole.is_file() else index
+        raise UserError(
+            f"{one_line(str(path))}: cannot be read: {one_line(str(error))}; fetch it again", code="file-unreadable"
+        ) from None
+    return files
+
+
+def _is_plain(file: object) -> bool:
+    return isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\:\0")
+
+
+def load_library_model(config: Any, folder: Path, cut: Callable[[Any], None] | None = None) -> Any:
     """Return the library's model in fp32 with the weights in `folder`, which must be the configuration's, one by one.
 
-    Raises UserError, one line, if they are missing, torn, of other shapes, more than the model has, or not finite.
+    `cut` takes parts out of the model before it is loaded; their weights are not read. Raises UserError, one line, if
+    weights are missing, torn, of other shapes, more than the whole model has, or not finite.
     """
     library, origin = _library(), one_line(str(folder))
+    kind: Any = library.AutoModelForCausalLM
+    if cut is not None:
+        whole = library.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+        def build(self: Any, *args: Any, **kwargs: Any) -> None:
+            whole.__init__(self, *args, **kwargs)
+            cut(self)
+
+        kind = type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__})
     names = set(tensor_files(folder).values())
     with _only_weights(folder, names) as shown, _refused_in_words(origin, "checkpoint-mismatch"):
-        model, told = library.AutoModelForCausalLM.from_pretrained(
+        model, told = kind.from_pretrained(
             shown,
             config=config,
             attn_implementation=_attention(config),
@@ -179,6 +254,8 @@ def load_library_model(config: Any, folder: Path) -> Any:
         ("missing_keys", "has no tensor {}"),
         ("unexpected_keys", "has a tensor {}, which config.json does not describe"),
     ):
+        if cut is not None and key == "unexpected_keys":
+            continue
         if found := sorted(map(_in_words, told.get(key) or ())):
             raise UserError(
                 f"{origin}: {what.format(*found[0])}; give the folder of the checkpoint whose config.json this is",

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from swarmtrain.algorithm.batch import inputs_of, positions_of
 from swarmtrain.errors import UserError
-from swarmtrain.model.gpt import uniform_weight
-from swarmtrain.model.huggingface import initial_weight, tensor_files
-from swarmtrain.model.huggingface_config import HuggingFaceModel, untie, whole_config
+from swarmtrain.model.huggingface import HuggingFaceModel, blocks_of, initial_weight, model_to_cut
+from swarmtrain.model.huggingface_config import whole_config
 from swarmtrain.model.huggingface_library import (
     cache_argument,
     empty_library_model,
@@ -29,8 +28,9 @@ from swarmtrain.model.huggingface_library import (
     load_library_model,
     parameters_of,
     shape_keys,
+    tensor_files,
 )
-from swarmtrain.model.huggingface_probe import ModelTraits, place_of, traits_of
+from swarmtrain.model.huggingface_probe import ModelTraits, traits_of
 from swarmtrain.model.key_value_cache import KeyValueCache
 from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length, with_targets
 from swarmtrain.run import AdapterSection, ModelSection
@@ -60,7 +60,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         object.__setattr__(self, "traits", traits)
         for name, part in library_model.named_children():
             self.add_module(name, part)
-        object.__setattr__(self, "_blocks", _blocks_of(library_model))
+        object.__setattr__(self, "_blocks", tuple(blocks_of(library_model)))
         for block in self._blocks:
             block.forward = _recomputable(block.forward, self)
         self.eval()
@@ -137,13 +137,6 @@ def _recomputable(forward: Callable[..., Any], model: LanguageModel) -> Callable
     return call
 
 
-def _blocks_of(library_model: Any) -> tuple[nn.Module, ...]:
-    """Return the blocks: the first list of modules that has as many as the configuration says."""
-    number = library_model.config.get_text_config().num_hidden_layers
-    lists = (part for part in library_model.modules() if isinstance(part, nn.ModuleList) and len(part) == number)
-    return tuple(next(lists, ()))
-
-
 # ---------------------------------------------------------------- what its files say
 
 
@@ -155,21 +148,23 @@ def resolved_keys(folder: Path, *, is_cut: bool) -> dict[str, Any]:
     UserError, one line, if the model cannot be trained so.
     """
     data, origin = whole_config(folder), _origin(folder)
-    if is_cut:
-        data = untie(folder).as_json()
-    keys = shape_keys(library_config(data, origin), origin)
-    number = parameters_of(empty_library_model(library_config(data, origin), on_meta=True))
-    if not is_cut:
-        traits = traits_of(data, origin)
-        keys |= {"constants_sha256": traits.constants_sha256, "keeps_documents_apart": traits.keeps_documents_apart}
+    config = library_config(data, origin)
+    config.tie_word_embeddings &= not is_cut
+    keys = shape_keys(config, origin)
+    number = parameters_of(empty_library_model(config, on_meta=True))
+    traits = model_to_cut(data, origin).traits if is_cut else traits_of(data, origin)
+    keys |= {"constants_sha256": traits.constants_sha256, "keeps_documents_apart": traits.keeps_documents_apart}
     return {**keys, "num_parameters": number}
 
 
 def cut_model(spec: ModelSpec) -> HuggingFaceModel:
     """Return the model of a run that is cut into stages, which is as the run says it is. Raises UserError."""
+    _checked_config(spec)
     folder = _folder(spec)
-    _check_keys(spec.section, library_config(whole_config(folder), _origin(folder)), _origin(folder))
-    return untie(folder)
+    model = model_to_cut(whole_config(folder), _origin(folder))
+    if spec.section.from_scratch:
+        _check_beginning(spec, model.traits, model.config)
+    return model
 
 
 def _checked_config(spec: ModelSpec) -> tuple[Any, ModelTraits]:
@@ -256,10 +251,10 @@ def _whole_model(spec: ModelSpec, seed: int) -> HuggingFaceLanguageModel:
         return HuggingFaceLanguageModel(spec, library_model, traits)
     config.tie_word_embeddings = spec.section.tied_embeddings
     model = HuggingFaceLanguageModel(spec, empty_library_model(config), traits)
-    begins = _beginning_of(model, _folder(spec))
+    _check_beginning(spec, traits, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(begins(name, parameter.shape, seed))
+            parameter.copy_(initial_weight(name, parameter.shape, seed, config, traits))
     return model
 
 
@@ -303,28 +298,17 @@ def _untie(library_model: Any) -> None:
     library_model.config.tie_word_embeddings = False
 
 
-def _beginning_of(model: HuggingFaceLanguageModel, folder: Path) -> Callable[[str, torch.Size, int], Tensor]:
-    """Return a function from a parameter's name and shape, and a seed, to its initial value."""
-    constants, config = model.traits.constants, model.library_model.config
-    if constants is None:  # a listed family
-        listed = untie(folder)
-        return lambda name, shape, seed: initial_weight(name, shape, seed, listed)
-    if model.traits.constants_sha256 != model.section.constants_sha256:
+def _check_beginning(spec: ModelSpec, traits: ModelTraits, config: Any) -> None:
+    """Raise UserError if a run's model cannot begin from a seed with the same weights everywhere."""
+    if traits.constants_sha256 != spec.section.constants_sha256:
         raise UserError(
-            f"{_origin(folder)}: parameters of this {one_line(config.model_type)[:60]} begin with other constants here "
-            "than for the run's publisher, who has another version of transformers; install that one",
+            f"{_origin(_folder(spec))}: parameters of this {one_line(config.model_type)[:60]} begin with other "
+            "constants here than for the run's publisher, who has another version of transformers; install that one",
             code="checkpoint-mismatch",
         )
-    if model.traits.patterns:
+    if traits.patterns:
         raise UserError(
-            f"model.from_scratch: {one_line(min(model.traits.patterns))[:100]} of this model begins with numbers that "
+            f"model.from_scratch: {one_line(min(traits.patterns))[:100]} of this model begins with numbers that "
             "may differ between machines; leave model.from_scratch out, or give a model of another family",
             code="model-refused",
         )
-    deviation = float(getattr(config.get_text_config(), "initializer_range", None) or 0.02)
-
-    def begins(name: str, shape: torch.Size, seed: int) -> Tensor:
-        constant = constants.get(place_of(name))
-        return uniform_weight(name, shape, seed, deviation) if constant is None else torch.full(shape, constant)
-
-    return begins

@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swarmtrain.errors import UserError
-from swarmtrain.model.huggingface_config import CUTTABLE, untie
 from swarmtrain.model.huggingface_library import empty_library_model, library_config, random_library_model
 from swarmtrain.words import count_in_words, one_line
 
-__all__ = ["ModelTraits", "place_of", "traits_of"]
+__all__ = ["TESTED", "ModelTraits", "is_near", "logits_of", "place_of", "problem_of", "small_model", "traits_of"]
+
+TESTED = ("llama", "qwen2", "qwen3", "gpt2")
+"""Families, by `model_type`, that this project tests."""
 
 _log = logging.getLogger(__name__)
 _LAYERS = 2
@@ -72,29 +74,30 @@ def place_of(name: str) -> str:
 def traits_of(data: Mapping[str, Any], origin: str) -> ModelTraits:
     """Return the traits of a model by its configuration (`huggingface_config.whole_config`).
 
-    A family that is not listed, or a configuration that its stages would not compute, is tried. Raises UserError, which
-    names `origin` and the reason, if the model cannot be trained.
+    A family that is not tested is tried. Raises UserError, which names `origin` and the reason, if the model cannot be
+    trained.
     """
-    if data["model_type"] in CUTTABLE:
-        try:
-            untie(data)
-        except UserError:
-            pass  # the library may compute what a stage does not
-        else:
-            return ModelTraits()
+    is_plain = data.get("is_causal") in (None, True) and not data.get("add_cross_attention")
+    if data["model_type"] in TESTED and is_plain:
+        _check_number(_small(library_config(data, origin)), origin, is_made=False)
+        return ModelTraits()
     return _tried(json.dumps(data, sort_keys=True), origin)
+
+
+def small_model(data: Mapping[str, Any], origin: str, seed: int = 0) -> tuple[Any, Tensor]:
+    """Return the library's model of two layers, and tokens (B, T + 1) for it. Raises UserError if it is too large."""
+    config = _small(library_config(data, origin))
+    _check_number(config, origin)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.get_text_config().vocab_size, (_SEQUENCES, _TOKENS + 1), generator=generator)
+    return random_library_model(config, seed), tokens
 
 
 @functools.lru_cache(8)
 def _tried(data: str, origin: str) -> ModelTraits:
-    config = _small(library_config(json.loads(data), origin))
-    _check_number(config, origin)
-    first, second = (random_library_model(config, seed) for seed in (0, 1))
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.get_text_config().vocab_size, (_SEQUENCES, _TOKENS + 1), generator=generator)
-    problem = _problem(first, tokens)
-    if problem:
-        raise _refused(origin, config, problem)
+    (first, tokens), (second, _) = (small_model(json.loads(data), origin, seed) for seed in (0, 1))
+    if problem := problem_of(lambda: _problem(first, tokens)):
+        raise _refused(origin, first.config, problem)
     constants, patterns = _beginnings(first, second)
     return ModelTraits(
         keeps_documents_apart=_keeps_apart(first, tokens[:, 1:]),
@@ -104,10 +107,14 @@ def _tried(data: str, origin: str) -> ModelTraits:
     )
 
 
-def _check_number(config: Any, origin: str) -> None:
-    """Raise UserError if the small model would take too much memory, which it does not take yet."""
+def _check_number(config: Any, origin: str, *, is_made: bool = True) -> None:
+    """Raise UserError if the small model would take too much memory, which it does not take yet.
+
+    If it is not made, only tables count, which each stage has.
+    """
     empty = empty_library_model(copy.deepcopy(config), on_meta=True)
-    number = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
+    made = empty.parameters() if is_made else ()
+    number = sum(tensor.numel() for tensor in (*made, *empty.buffers()))
     if number > _MOST_NUMBERS:
         raise _refused(origin, config, f"two layers of it, {count_in_words(number)} numbers, are too many to try it")
 
@@ -115,7 +122,7 @@ def _check_number(config: Any, origin: str) -> None:
 def _refused(origin: str, config: Any, problem: str) -> UserError:
     return UserError(
         f"{origin}: model_type: {one_line(config.model_type)[:60]} cannot be trained: {problem}; give a model of "
-        f"another family, such as {', '.join(CUTTABLE)}",
+        f"another family, such as {', '.join(TESTED)}",
         code="model-refused",
     )
 
@@ -131,6 +138,8 @@ def _small(config: Any) -> Any:
         if isinstance(value, list) and len(value) == num_layers:
             setattr(text, name, [value[0], value[other]])
     text.num_hidden_layers = _LAYERS
+    if isinstance(getattr(text, "sliding_window", None), int):
+        text.sliding_window = _TOKENS // 4  # so that these tokens show which layer has it
     if text.vocab_size > _VOCABULARY:
         text.vocab_size = _VOCABULARY
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -138,19 +147,20 @@ def _small(config: Any) -> Any:
     return config
 
 
-def _problem(model: Any, tokens: Tensor) -> str:
-    """Return why a model cannot be trained on tokens (B, T + 1); empty if it can."""
+def problem_of(look: Callable[[], str]) -> str:
+    """Return what `look` finds, or in a line why it fails."""
     try:
-        return _seen_problem(model, tokens)
+        return look()
     except Exception as error:
         # Whatever the library raises: a model that cannot be called cannot be trained.
         _log.info("a small model of this family fails", exc_info=error)
         return one_line((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
 
 
-def _seen_problem(model: Any, tokens: Tensor) -> str:
+def _problem(model: Any, tokens: Tensor) -> str:
+    """Return why a model cannot be trained on tokens (B, T + 1); empty if it can."""
     inputs = tokens[:, :-1]
-    logits = _logits(model, inputs)
+    logits = logits_of(model, inputs)
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     if not torch.isfinite(loss):
         return "its loss is not finite"
@@ -160,21 +170,23 @@ def _seen_problem(model: Any, tokens: Tensor) -> str:
     if unreached:
         return f"no gradient reaches {one_line(unreached[0])[:100]}"
     with torch.no_grad():
-        if not _is_near(_logits(model, inputs), logits):
+        if not is_near(logits_of(model, inputs), logits):
             return "the same tokens do not give the same numbers"
         changed = inputs.clone()
         changed[:, -1] = (changed[:, -1] + 1) % logits.shape[-1]
-        if not _is_near(_logits(model, changed)[:, :-1], logits[:, :-1]):
+        if not is_near(logits_of(model, changed)[:, :-1], logits[:, :-1]):
             return "a token sees those that come after it"
     return ""
 
 
-def _logits(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+def logits_of(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Return the logits (B, T, V) of the library's model."""
     out: Tensor = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
     return out.float()
 
 
-def _is_near(one: Tensor, other: Tensor) -> bool:
+def is_near(one: Tensor, other: Tensor) -> bool:
+    """Return whether numbers differ by no more than rounding makes."""
     return bool((one - other).abs().max() <= _TOLERANCE * other.abs().max().clamp(min=1e-6))
 
 
@@ -184,11 +196,11 @@ def _has_plain_head(model: Any, tokens: Tensor) -> bool:
     of small logits a cap does nothing."""
     head = model.get_output_embeddings()
     bias: Tensor | None = getattr(head, "bias", None)
-    if not isinstance(head, nn.Linear) or bias is not None:
+    if not isinstance(head, nn.Linear) or bias is not None or model.base_model is model:
         return False
-    head.weight *= _LARGE_LOGITS / _logits(model, tokens).abs().max()
+    head.weight *= _LARGE_LOGITS / logits_of(model, tokens).abs().max()
     features = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    return features.shape[-1] == head.in_features and _is_near(head(features).float(), _logits(model, tokens))
+    return features.shape[-1] == head.in_features and is_near(head(features).float(), logits_of(model, tokens))
 
 
 @torch.no_grad()
@@ -197,8 +209,8 @@ def _keeps_apart(model: Any, tokens: Tensor) -> bool:
     half = tokens.shape[1] // 2
     positions = torch.arange(half).repeat(2).expand(len(tokens), -1)
     try:
-        together = _logits(model, tokens[:, : 2 * half], positions)[:, half:]
-        return _is_near(together, _logits(model, tokens[:, half : 2 * half]))
+        together = logits_of(model, tokens[:, : 2 * half], positions)[:, half:]
+        return is_near(together, logits_of(model, tokens[:, half : 2 * half]))
     except (TypeError, ValueError, RuntimeError) as error:  # it takes no positions
         _log.info("this family takes no positions: %s", error)
         return False

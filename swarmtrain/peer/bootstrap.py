@@ -29,7 +29,8 @@ from swarmtrain.errors import ClockError, RunTimeError, SwarmtrainError, UserErr
 from swarmtrain.events import DoneEvent, WarningEvent
 from swarmtrain.methods import load_object
 from swarmtrain.model.base import changed_keys, published_base, resolved_run
-from swarmtrain.model.huggingface_config import is_tied
+from swarmtrain.model.huggingface_model import cut_model
+from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.model.run_model import build_run_model
 from swarmtrain.model.run_stages import check_weights
@@ -207,7 +208,7 @@ def _published(run: RunFile, base: Path, folder: PeerFolder, place: FilesPlace) 
         model = pin_base(run, base, place)
         published = publish_run(run, base, datetime.datetime.now(datetime.UTC), me, model)
         folder.keep_run(published)
-        if model is not None and run.pipeline.stages > 1 and is_tied(model.folder):
+        if model is not None and run.pipeline.stages > 1 and cut_model(ModelSpec(run.model, model.folder)).head_is_copy:
             begins = "has numbers of its own" if run.model.from_scratch else "begins as a copy of it"
             message = f"the head of this model is its embedding; in stages it {begins}, and the two are trained apart"
             place.emit(WarningEvent(message=message, code="tied-embeddings"))

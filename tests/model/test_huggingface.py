@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -25,10 +26,11 @@ from swarmtrain.model.huggingface import (
     HuggingFaceStage,
     build_stage,
     load_stage,
-    read_config,
+    model_to_cut,
     stage_shapes,
-    untie,
 )
+from swarmtrain.model.huggingface_config import whole_config
+from swarmtrain.model.huggingface_model import resolved_keys
 from swarmtrain.model.stages import joined_weights
 
 pytestmark = pytest.mark.slow  # importing the library alone takes seconds
@@ -58,8 +60,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = list(CONFIGS)
+_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+_WINDOW = {**_ROTARY, "head_dim": 8, "sliding_window": 6}
+# Not named in the code: what comes before the blocks, in them and after them differs.
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt_neox": _ROTARY,
+    "opt": {**_ROTARY, "ffn_dim": 48, "word_embed_proj_dim": 32},  # learnt positions
+    "gemma": {**_ROTARY, "head_dim": 8},  # a scaled embedding
+    "gemma2": {**_WINDOW, "final_logit_softcapping": 2.0},  # windows in every second layer, capped logits
+    "gemma3_text": {**_WINDOW, "layer_types": _KINDS},  # two rotary tables
+    "phi3": {**_ROTARY, "pad_token_id": 0},
+    "phi": _ROTARY,  # a head with a bias
+    "starcoder2": _ROTARY,
+    "mistral": {**_ROTARY, "sliding_window": 6},
+    "mixtral": {**_ROTARY, "num_local_experts": 4},
+    "granite": {**_ROTARY, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    "falcon": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},  # tuples
+}
+CONFIGS |= {family: {"model_type": family, **config, "tie_word_embeddings": False} for family, config in OTHERS.items()}
 # Nowhere, at each place, and at several.
 CUTS = [(), (0,), (1,), (2,), (3,), (1, 2), (0, 3), (0, 1, 2, 3)]
+
+
+def _model(config: dict[str, Any]) -> HuggingFaceModel:
+    return model_to_cut(config, "the configuration")
+
+
+def _model_in(folder: Path) -> HuggingFaceModel:
+    return model_to_cut(whole_config(folder), "config.json")
 
 
 def _stages(model: HuggingFaceModel, boundaries: tuple[int, ...], seed: int = 3) -> list[HuggingFaceStage]:
@@ -74,10 +102,10 @@ def _whole(model: HuggingFaceModel, weights: dict[str, Tensor], attention: str =
     """Build the model by transformers, with these weights."""
     import transformers
 
-    config = transformers.AutoConfig.for_model(**model.as_json())
+    config = copy.deepcopy(model.config)
     whole = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     whole.load_state_dict(weights)
-    return whole
+    return whole.eval()
 
 
 def _batch() -> Tensor:
@@ -96,7 +124,7 @@ def _moved_stages(model: HuggingFaceModel, boundaries: tuple[int, ...]) -> list[
 @functools.cache
 def _expected(config: str, attention: str) -> tuple[float, dict[str, Tensor]]:
     """Return the loss and the gradients of the whole model."""
-    model, batch = read_config(json.loads(config)), _batch()
+    model, batch = _model(json.loads(config)), _batch()
     whole = _whole(model, _joined(_moved_stages(model, ())), attention)
     logits = whole(input_ids=batch[:, :-1]).logits
     loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -106,7 +134,7 @@ def _expected(config: str, attention: str) -> tuple[float, dict[str, Tensor]]:
 
 def _check_against_whole(config: dict[str, Any], boundaries: tuple[int, ...], attention: str = "sdpa") -> None:
     loss, expected = _expected(json.dumps(config), attention)
-    stages = _moved_stages(read_config(config), boundaries)
+    stages = _moved_stages(_model(config), boundaries)
     assert there_and_back(stages, _batch()) == pytest.approx(loss, rel=0, abs=1e-6)
     gradients = joined_weights({name: p.grad for name, p in stage.named_parameters()} for stage in stages)
     assert gradients.keys() == expected.keys()
@@ -121,6 +149,30 @@ def _check_against_whole(config: dict[str, Any], boundaries: tuple[int, ...], at
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cut_anywhere_loss_and_gradients_are_those_of_the_whole(family: str, boundaries: tuple[int, ...]) -> None:
     _check_against_whole(CONFIGS[family], boundaries)
+
+
+@pytest.mark.parametrize("boundaries", [(), (1,), (1, 2), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("family", OTHERS)
+def test_stages_of_other_families_give_the_loss_and_gradients_of_the_whole(
+    family: str, boundaries: tuple[int, ...]
+) -> None:
+    _check_against_whole(CONFIGS[family], boundaries, "eager" if family == "gemma2" else "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            {"model_type": "bloom", "n_layer": 3, "n_head": 4},
+            "bloom cannot be cut into stages: its loss is another one",
+        ),
+        ({**CONFIGS["opt"], "word_embed_proj_dim": 16}, "opt cannot be cut into stages"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_a_family_whose_stages_compute_something_else_is_refused(config: dict[str, Any], says: str) -> None:
+    with raises_code("model-family", UserError, "the configuration: model_type: ", says, "pipeline.stages = 1"):
+        _model({"vocab_size": 96, "hidden_size": 32} | config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,14 +198,15 @@ _LLAMA3 = {
         {"rope_scaling": _LLAMA3},
         {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "rms_norm_eps": 0.01, "head_dim": 6},
         {"num_key_value_heads": None},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 12}},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_a_configuration_says_is_computed(changes: dict[str, Any]) -> None:
     _check_against_whole(CONFIGS["llama"] | changes, (1,))
-    standard = _stages(read_config(CONFIGS["llama"]), ())
+    standard = _stages(_model(CONFIGS["llama"]), ())
     assert there_and_back(standard, _batch()) != there_and_back(
-        _stages(read_config(CONFIGS["llama"] | changes), ()), _batch()
+        _stages(_model(CONFIGS["llama"] | changes), ()), _batch()
     )
 
 
@@ -161,19 +214,20 @@ def test_rotary_parameters_of_transformers_5_are_those_of_4() -> None:
     old = CONFIGS["llama"] | {"rope_theta": 500.0, "rope_scaling": {**_LINEAR, "type": "linear"}}
     new = CONFIGS["llama"] | {"rope_parameters": {**_LINEAR, "rope_theta": 500.0}}
     plain = CONFIGS["llama"] | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
-    assert read_config(old) == read_config(new)
-    assert read_config(plain) == read_config(CONFIGS["llama"])
+    losses = [there_and_back(_stages(_model(config), (1,)), _batch()) for config in (old, new, plain, CONFIGS["llama"])]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
 
 
 def test_dropout_is_left_out() -> None:
     dropout = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
-    (stage,) = _stages(read_config(CONFIGS["gpt2"] | dropout), ())
-    tokens = _batch()
-    assert stage.training and torch.equal(stage(tokens), stage(tokens))
+    for config in (CONFIGS["gpt2"] | dropout, CONFIGS["opt"] | {"dropout": 0.5, "layerdrop": 0.5}):
+        (stage,) = _stages(_model(config), ())
+        tokens, before = _batch(), stage(_batch())
+        assert torch.equal(stage.train()(tokens), before) and torch.equal(stage(tokens), before)
 
 
 def test_more_tokens_than_the_context_are_refused_by_every_stage() -> None:
-    first, last = _stages(read_config(CONFIGS["gpt2"]), (2,))
+    first, last = _stages(_model(CONFIGS["gpt2"]), (2,))
     with pytest.raises(ValueError, match="25 tokens are more than the context of 24"):
         first(torch.zeros((1, 25), dtype=torch.int64))
     with pytest.raises(ValueError, match="25 tokens"):
@@ -182,7 +236,7 @@ def test_more_tokens_than_the_context_are_refused_by_every_stage() -> None:
 
 def test_boundaries_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="ascend from 0 to 3"):
-        stage_shapes(read_config(CONFIGS["qwen2"]), (4,))
+        stage_shapes(_model(CONFIGS["qwen2"]), (4,))
 
 
 # ---------------------------------------------------------------- weights from a seed
@@ -190,7 +244,7 @@ def test_boundaries_that_are_none_are_refused() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initial_weights_do_not_depend_on_the_cut(family: str) -> None:
-    model = read_config(CONFIGS[family])
+    model = _model(CONFIGS[family])
     state = torch.random.get_rng_state()
     whole = _joined(_stages(model, ()))
     for boundaries in ((1,), (0, 2), (0, 1, 2, 3)):
@@ -202,13 +256,13 @@ def test_initial_weights_do_not_depend_on_the_cut(family: str) -> None:
 
 
 def test_initial_weights_have_the_deviation_that_the_configuration_says() -> None:
-    (llama,) = _stages(read_config(CONFIGS["llama"] | {"initializer_range": 0.5, "attention_bias": True}), ())
+    (llama,) = _stages(_model(CONFIGS["llama"] | {"initializer_range": 0.5, "attention_bias": True}), ())
     weights = llama.state_dict()
     assert weights["model.layers.1.mlp.up_proj.weight"].std() == pytest.approx(0.5, rel=0.03)
     assert weights["model.embed_tokens.weight"].mean() == pytest.approx(0, abs=0.03)
     assert torch.equal(weights["model.layers.1.input_layernorm.weight"], torch.ones(32))
     assert torch.equal(weights["model.layers.1.self_attn.q_proj.bias"], torch.zeros(32))
-    (gpt2,) = _stages(read_config(CONFIGS["gpt2"]), ())
+    (gpt2,) = _stages(_model(CONFIGS["gpt2"]), ())
     weights = gpt2.state_dict()
     assert weights["transformer.h.0.mlp.c_fc.weight"].std() == pytest.approx(0.02, rel=0.03)
     assert weights["transformer.h.0.mlp.c_proj.weight"].std() == pytest.approx(0.02 / 6**0.5, rel=0.03)
@@ -217,7 +271,7 @@ def test_initial_weights_have_the_deviation_that_the_configuration_says() -> Non
 
 def test_a_stage_of_a_model_that_no_machine_can_hold_is_built() -> None:
     vast = {"vocab_size": 4_194_304, "hidden_size": 65_536, "head_dim": 2, "intermediate_size": 1}
-    model = read_config(CONFIGS["llama"] | vast | {"num_attention_heads": 1, "num_key_value_heads": 1})
+    model = _model(CONFIGS["llama"] | vast | {"num_attention_heads": 1, "num_key_value_heads": 1})
     first, middle, last = stage_shapes(model, (1, 2))
     assert first.num_parameters - middle.num_parameters == 4_194_304 * 65_536
     assert last.num_parameters - first.num_parameters == 65_536
@@ -228,7 +282,7 @@ def test_a_stage_of_a_model_that_no_machine_can_hold_is_built() -> None:
 @pytest.mark.parametrize("boundaries", [(), (1, 3), (0, 1, 2, 3)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_counted_without_building_them(family: str, boundaries: tuple[int, ...]) -> None:
-    model = read_config(CONFIGS[family])
+    model = _model(CONFIGS[family])
     for shape in stage_shapes(model, boundaries):
         assert shape.num_parameters == sum(p.numel() for p in build_stage(shape, 0).parameters())
     whole = _whole(model, _joined(_stages(model, ())))
@@ -257,7 +311,7 @@ def test_a_stage_opens_only_the_shards_of_its_tensors(tmp_path: Path, family: st
     kept.mkdir()
     for path in tmp_path.glob("*.safetensors"):
         path.rename(kept / path.name)
-    for shape in stage_shapes(read_config(tmp_path), (1, 2)):
+    for shape in stage_shapes(_model_in(tmp_path), (1, 2)):
         needed = {places[name] for name in HuggingFaceStage(shape).state_dict()}
         assert needed < set(places.values())
         for number, name in enumerate(sorted(set(places.values()))):
@@ -270,10 +324,20 @@ def test_a_stage_opens_only_the_shards_of_its_tensors(tmp_path: Path, family: st
             assert torch.equal(weight, whole[name]), name
 
 
+@pytest.mark.parametrize(("family", "is_tied"), [("gpt_neox", False), ("mixtral", False), ("mixtral", True)])
+def test_a_checkpoint_whose_tensors_have_other_names_is_read_in_stages(
+    tmp_path: Path, family: str, is_tied: bool
+) -> None:
+    whole = _checkpoint(tmp_path, CONFIGS[family] | {"tie_word_embeddings": is_tied}, max_shard_size="16KB")
+    stages = [load_stage(shape, tmp_path) for shape in stage_shapes(_model_in(tmp_path), (0, 2))]
+    weights, expected = _joined(stages), whole.state_dict()
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 def test_one_file_in_half_precision_becomes_fp32_in_memory_of_its_own(tmp_path: Path) -> None:
     whole = _checkpoint(tmp_path, CONFIGS["llama"])
     whole.to(torch.bfloat16).save_pretrained(tmp_path)
-    (stage,) = (load_stage(shape, tmp_path) for shape in stage_shapes(read_config(tmp_path), ()))
+    (stage,) = (load_stage(shape, tmp_path) for shape in stage_shapes(_model_in(tmp_path), ()))
     (tmp_path / "model.safetensors").write_bytes(b"")  # a mapped file would now end the process
     for name, weight in stage.state_dict().items():
         assert weight.dtype == torch.float32 and torch.equal(weight, whole.state_dict()[name].float()), name
@@ -281,15 +345,13 @@ def test_one_file_in_half_precision_becomes_fp32_in_memory_of_its_own(tmp_path: 
 
 @pytest.mark.parametrize("is_body_alone", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_tied_checkpoint_is_explained_and_can_be_untied(tmp_path: Path, family: str, is_body_alone: bool) -> None:
+def test_of_a_tied_checkpoint_the_head_begins_as_a_copy(tmp_path: Path, family: str, is_body_alone: bool) -> None:
     config = CONFIGS[family] | {"tie_word_embeddings": True}
     whole = _checkpoint(tmp_path, config)
     if is_body_alone:  # as GPT-2 itself was published
         whole.base_model.save_pretrained(tmp_path)
     assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
-    with raises_code("tied-embeddings", UserError, "huggingface.untie"):
-        read_config(tmp_path)
-    stages = [load_stage(shape, tmp_path) for shape in stage_shapes(untie(tmp_path), (1, 3))]
+    stages = [load_stage(shape, tmp_path) for shape in stage_shapes(_model_in(tmp_path), (1, 3))]
     weights = _joined(stages)
     embedding = next(weight for name, weight in weights.items() if "wte" in name or "embed_tokens" in name)
     assert torch.equal(weights["lm_head.weight"], embedding)
@@ -302,32 +364,30 @@ def test_a_tied_checkpoint_is_explained_and_can_be_untied(tmp_path: Path, family
 
 def test_gpt2_is_tied_unless_its_configuration_says_otherwise() -> None:
     config = {key: value for key, value in CONFIGS["gpt2"].items() if key != "tie_word_embeddings"}
-    with raises_code("tied-embeddings", UserError, "by default"):
-        read_config(config)
-    assert untie(config).config == read_config(CONFIGS["gpt2"]).config
-    assert not untie(CONFIGS["gpt2"]).head_is_copy
+    assert _model(config).head_is_copy and not _model(config).config.tie_word_embeddings
+    assert not _model(CONFIGS["gpt2"]).head_is_copy
     llama = {key: value for key, value in CONFIGS["llama"].items() if key != "tie_word_embeddings"}
-    assert read_config(llama) == read_config(CONFIGS["llama"])
+    assert not _model(llama).head_is_copy
 
 
 def test_a_checkpoint_without_a_head_is_not_untied_unasked(tmp_path: Path) -> None:
     _checkpoint(tmp_path, CONFIGS["gpt2"] | {"tie_word_embeddings": True})
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["gpt2"]))
-    first, last = stage_shapes(read_config(tmp_path), (1,))
+    first, last = stage_shapes(_model_in(tmp_path), (1,))
     load_stage(first, tmp_path)
-    with raises_code("checkpoint-mismatch", UserError, "lm_head.weight", "untie"):
+    with raises_code("checkpoint-mismatch", UserError, "lm_head.weight"):
         load_stage(last, tmp_path)
 
 
 def _small(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """Write a one-file checkpoint without transformers; returns the file and its content."""
-    weights = _joined(_stages(read_config(CONFIGS["qwen3"]), ()))
+    weights = _joined(_stages(_model(CONFIGS["qwen3"]), ()))
     save_file(weights, folder / "model.safetensors")
     return folder / "model.safetensors", weights
 
 
 def _load(folder: Path) -> None:
-    for shape in stage_shapes(read_config(CONFIGS["qwen3"]), (1,)):
+    for shape in stage_shapes(_model(CONFIGS["qwen3"]), (1,)):
         load_stage(shape, folder)
 
 
@@ -404,63 +464,25 @@ def test_what_executes_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "code", "says"),
     [
-        ({"model_type": "mamba"}, "model-family", 'model_type: "mamba"'),
-        ({"model_type": None}, "model-family", "model_type: null"),
-        ({"model_type": ["llama"]}, "model-family", 'model_type: ["llama"]'),
-        ({"tie_word_embeddings": "no"}, "wrong-type", 'tie_word_embeddings: "no"'),
-        ({"hidden_size": 10**30}, "bad-value", "65536"),
-        ({"vocab_size": 0}, "bad-value", "vocab_size: 0 "),
-        ({"num_hidden_layers": True}, "bad-value", "num_hidden_layers: true "),
+        ({"model_type": "none"}, "model-family", "model_type: none"),
+        ({"model_type": None}, "not-a-config", "model_type: null"),
+        ({"model_type": ["llama"]}, "not-a-config", 'model_type: ["llama"]'),
+        ({"hidden_size": 10**30}, "model-refused", "refuses"),
         ({"num_hidden_layers": 5000}, "bad-value", "num_hidden_layers: 5000 "),
-        ({"num_attention_heads": 5}, "keys-disagree", "num_key_value_heads: 2 "),
-        ({"num_attention_heads": 6}, "keys-disagree", "num_attention_heads: 6 "),
-        ({"num_attention_heads": 6, "head_dim": 8}, "keys-disagree", "num_attention_heads: 6 "),
-        ({"initializer_range": 2}, "bad-value", "initializer_range: 2 "),
-        ({"eos_token_id": [1, 10**30]}, "bad-value", "configuration: eos_token_id: [1, 10000"),
-        ({"num_attention_heads": 32}, "keys-disagree", "odd"),
-        ({"head_dim": 7}, "keys-disagree", "odd"),
-        ({"hidden_act": "os.system"}, "bad-value", 'hidden_act: "os.system" '),
-        ({"rms_norm_eps": float("nan")}, "bad-value", "rms_norm_eps: NaN "),
-        ({"rope_theta": 0}, "bad-value", "rope_theta: 0 "),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "bad-value", "'linear', 'llama3'"),
-        ({"rope_scaling": "linear"}, "bad-value", 'rope_scaling: "linear" '),
-        ({"rope_scaling": {**_LINEAR, "mscale": 1}}, "bad-value", "rope_scaling.linear.mscale: 1 "),
-        ({"rope_parameters": {**_LLAMA3, "high_freq_factor": 1}}, "keys-disagree", "rope_scaling.high_freq_factor"),
-        (
-            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-            "bad-value",
-            "partial_rotary_factor: 0.5",
-        ),
-        ({"use_sliding_window": True}, "bad-value", "use_sliding_window: true "),
-        ({"layer_types": ["sliding_attention"]}, "bad-value", 'layer_types.0: "sliding_attention" '),
-        ({"quantization_config": {"bits": 4}}, "bad-value", "quantization_config: "),
-        ({"pad_token_id": 96}, "keys-disagree", "pad_token_id: 96 "),
-        ({"initializer_range": "\x1b[31m" + "x" * 99}, "bad-value", r'initializer_range: "\u001b[31mxxx'),
+        ({"hidden_act": "os.system"}, "model-refused", "os.system"),
+        ({"quantization_config": {"bits": 4}}, "model-quantised", "quantization_config: "),
+        ({"is_causal": False}, "model-refused", "a token sees those that come after it"),
+        ({"rope_scaling": {**_LINEAR, "partial_rotary_factor": 1e12}}, "model-refused", "too many to try it"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_configurations_that_stages_cannot_follow_are_one_line(changes: dict[str, Any], code: str, says: str) -> None:
+def test_configurations_that_stages_cannot_follow_are_one_line(
+    tmp_path: Path, changes: dict[str, Any], code: str, says: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"] | changes))
     with raises_code(code, UserError, says) as caught:
-        read_config(CONFIGS["llama"] | changes)
+        resolved_keys(tmp_path, is_cut=True)
     assert str(caught.value).isprintable()
-
-
-def test_configurations_of_the_other_families_are_checked_too() -> None:
-    for code, family, key, value in (
-        ("keys-disagree", "qwen2", "head_dim", 10),
-        ("keys-disagree", "gpt2", "n_head", 5),
-        ("bad-value", "gpt2", "add_cross_attention", True),
-        ("bad-value", "gpt2", "scale_attn_by_inverse_layer_idx", True),
-    ):
-        with raises_code(code, UserError, f"configuration: {key}"):
-            read_config(CONFIGS[family] | {key: value})
-    deep: list[Any] = []
-    for _ in range(100_000):
-        deep = [deep]
-    with raises_code("bad-value", UserError, "vocab_size: a deeply nested value"):
-        read_config(CONFIGS["qwen2"] | {"vocab_size": deep})
-    with raises_code("missing-key", UserError, "hidden_size"):
-        read_config({key: value for key, value in CONFIGS["qwen2"].items() if key != "hidden_size"})
 
 
 @pytest.mark.parametrize(
@@ -482,23 +504,15 @@ def test_a_file_that_is_no_configuration_is_one_line(
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with raises_code(code, UserError, "config.json: ", says):
-        read_config(tmp_path)
-
-
-def test_keys_that_would_fetch_or_run_code_are_left_behind() -> None:
-    code = {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "attn_implementation": "someone/kernels"}
-    model = read_config(CONFIGS["llama"] | code | {"_attn_implementation": "someone/kernels"})
-    assert model == read_config(CONFIGS["llama"])
-    assert not model.as_json().keys() & {"auto_map", "attn_implementation", "_attn_implementation"}
+        whole_config(tmp_path)
 
 
 # ---------------------------------------------------------------- the extra
 
 
 def test_without_the_extra_the_next_step_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (shape,) = stage_shapes(_model(CONFIGS["llama"]), ())
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setitem(sys.modules, "transformers.models.llama.configuration_llama", None)
-    (shape,) = stage_shapes(read_config(CONFIGS["llama"]), ())
     with raises_code("package-missing", UserError, "pip install 'transformers>="):
         build_stage(shape, 0)
 
