@@ -31,7 +31,6 @@ from torch import Tensor
 
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
-from swarmtrain.model.huggingface_config import CUTTABLE
 from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.run_model import build_run_model, empty_model
 from swarmtrain.model.run_stages import build_run_stage, run_stage_shapes
@@ -270,8 +269,6 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for family in arguments.families:
         for form in arguments.rows:
-            if form.endswith("stages") and family not in CUTTABLE:
-                continue
             with tempfile.TemporaryDirectory(prefix="st-") as name:
                 try:
                     cells = measured(family, form, Path(name)).cells()

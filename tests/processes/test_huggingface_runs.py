@@ -1,4 +1,4 @@
-"""Runs of a small Llama among real processes: trained by volunteers, measured, saved, and loaded by transformers."""
+"""Runs of small models among real processes: trained by volunteers, measured, saved, and loaded by transformers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 from preloaded import Preloaded
+from small_models import saved
 from swarm import PATIENCE_S, Swarm
 from test_model_files import write_tuning_run
 
@@ -92,6 +93,26 @@ def test_a_run_whose_bootstrap_has_left_has_held_out_values_to_its_end(swarm: Sw
     measured = [0, *(point.run_tokens for point in history.points if point.held_out_loss), total]
     assert max(after - before for before, after in itertools.pairwise(measured)) < total / 3, measured
     assert len(first.all(EvalEvent)) > len(other.all(EvalEvent)), "one of them measures"
+
+
+@pytest.mark.long
+def test_two_volunteers_train_two_stages_of_a_gpt_neox_and_transformers_loads_it(swarm: Swarm) -> None:
+    saved("gpt_neox", swarm.folder / "neox")
+    sections = {
+        "model": {"source": "huggingface", "base": "neox", "context_tokens": 32, "tokenizer": "bytes"},
+        "pipeline": {"stages": 2},
+    }
+    bootstrap = swarm.bootstrap(_short_run(swarm.folder, **sections))
+    first, last = (swarm.join(f"v{n}", bootstrap.invite.invite, f"--first-stages={n}") for n in range(2))
+    for peer in (first, last, bootstrap):
+        assert peer.wait(2 * PATIENCE_S) == 0, peer.story()
+    done = bootstrap.all(DoneEvent)[-1]
+    assert done.reason == "total_tokens" and done.held_out_loss is not None
+    assert done.held_out_loss < math.log(288) - 0.5
+    model = bootstrap.folder / "model"
+    held_out = (model / "held-out.txt").read_bytes()
+    assert _loss_by_transformers(model, held_out) == pytest.approx(done.held_out_loss, abs=1e-4)
+    assert json.loads((model / "config.json").read_text())["model_type"] == "gpt_neox"
 
 
 @pytest.mark.evidence
