@@ -16,7 +16,7 @@ __all__ = ["PROTOCOL", "UPDATE", "WIRE_SHA256", "protocol_mismatch"]
 PROTOCOL = 3
 """Protocol that this version speaks: in a published run, in an invite and in every answer to a greeting."""
 
-WIRE_SHA256 = "7a072e7316cb13d5d3a76f78ea978389acc82975b57027c2f9547dcf720ad811"
+WIRE_SHA256 = "921493e76a7a61ac2fbd6de1bc74986ef43c3eee5bae27ba921ea8d7f468ed55"
 
 _VERSION = re.compile(r"[0-9A-Za-z.+-]{1,32}")
 UPDATE = "update it where you installed it from, in a clone of its repository by `git pull` and `pip install .`"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmtrain.cli.common import PEERS_ASSUMED, addresses, example, peer_name, user_directory
+from swarmtrain.cli.common import addresses, example, peer_name, user_directory
 
 if TYPE_CHECKING:
     from swarmtrain.peer.doctor.doctor import DoctorSettings
@@ -31,7 +31,6 @@ _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 )
 @click.option("--listen", callback=addresses, multiple=True, metavar="ADDRESS", help="Address at which the peer would listen; may be repeated.  [default: any free port]")  # fmt: skip
 @click.option("--announce", callback=addresses, multiple=True, metavar="ADDRESS", help="Address that the peer would advertise, such as a router's forwarded port; may be repeated.")  # fmt: skip
-@click.option("--data", type=click.Path(file_okay=False, exists=True, path_type=Path), metavar="FOLDER", help="Folder of your own text, for runs that train on text or JSON lines.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object for each check.")
 def command(
     invite: str | None,
@@ -39,17 +38,14 @@ def command(
     name: str,
     listen: tuple[str, ...],
     announce: tuple[str, ...],
-    data: Path | None,
     as_json: bool,
 ) -> None:
     """Check this machine and its connection to a run.
 
     For each check, prints whether all is well and, if not, what to do. Joins no run, leaves nothing behind, and ends
-    within half a minute. The exit code is 1 if there is a problem.
+    within half a minute. The exit code is 1 if there is a problem. What a run takes of this machine, and whether its
+    text is here, `join` says before it fetches anything large.
     """
-    import platformdirs
-
-    from swarmtrain.cli.estimate import estimate
     from swarmtrain.peer.control.logs import log_to_terminal
     from swarmtrain.peer.doctor.doctor import DoctorSettings
 
@@ -57,12 +53,8 @@ def command(
     settings = DoctorSettings(
         invite=invite,
         directory=directory or user_directory("volunteer", name),
-        cache_folder=platformdirs.user_cache_path("swarmtrain"),
-        memory_of=lambda run, num_parameters: estimate(run, num_parameters, PEERS_ASSUMED).memory_bytes,
-        peers_assumed=PEERS_ASSUMED,
         listen=listen,
         announce=announce,
-        data_folder=data,
     )
     if examine(settings, as_json):
         click.get_current_context().exit(1)

@@ -120,7 +120,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
         "SCENARIO.toml",
         *("--seed", "--method", "--sweep", "--set", "--jobs", "--fresh", "--plot", "--json"),
     ),
-    "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--data", "--json"),
+    "doctor": ("[INVITE]", "--dir", "--name", "--listen", "--announce", "--json"),
     "export": (
         "[INVITE]",
         "--dir",

@@ -28,7 +28,7 @@ Doctor._start = held
 
 def doctor(swarm: Swarm, *arguments: str, prelude: str = "") -> Child:
     """Run `doctor` with JSON, with its temporary files below the swarm's folder."""
-    own = ["--json", "--dir", str(swarm.folder / "patient"), "--data", str(swarm.folder)]
+    own = ["--json", "--dir", str(swarm.folder / "patient")]
     swarm.temporary = swarm.folder / "temporary"
     swarm.temporary.mkdir(exist_ok=True)
     return swarm.start("doctor", ["doctor", *own, *arguments], prelude=prelude)
@@ -62,12 +62,11 @@ def test_all_is_well_in_a_healthy_swarm(swarm: Swarm) -> None:
     assert {event.level for events in found.values() for event in events} == {"ok"}, found
     assert list(found) == [
         "python", "torch", "daemon", "ports", "addresses", "invite", "peers", "run", "clock",
-        "data", "memory", "device", "disk", "cache", "speed", "reachable",
+        "device", "speed", "reachable",
     ]  # fmt: skip
     assert {event.found.split()[0] for event in found["peers"]} == {"anna", "bootstrap"}
     assert all(" ms at /ip4/127.0.0.1/tcp/" in event.found for event in found["peers"])
     assert found["run"][0].found.startswith("tiny, ")
-    assert "12 files" in found["data"][0].found
     assert "could dial this machine at /ip4/127.0.0.1/tcp/" in found["reachable"][0].found
     assert_nothing_left(swarm, bootstrap, anna)
 

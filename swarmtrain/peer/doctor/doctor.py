@@ -1,5 +1,7 @@
 """`swarmtrain doctor`: examine this machine, and with an invite the run and the way to it, without joining.
 
+What `join` says itself before it fetches anything large (text, packages, memory, disk) is not looked at here.
+
 The examination is a list of steps; each ends within its own time limit and yields findings. Nothing is left behind: its
 folders are temporary, and its nodes end with it.
 """
@@ -7,7 +9,6 @@ folders are temporary, and its nodes end with it.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import math
 import re
@@ -26,11 +27,8 @@ from swarmtrain.errors import (
     InviteError,
     NewerRunError,
     PeerError,
-    RunFileError,
     SwarmtrainError,
-    UserError,
 )
-from swarmtrain.extras import install_in_words
 from swarmtrain.machine_memory import machine_memory
 from swarmtrain.model.base import base_in_words
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, parse_invite
@@ -43,9 +41,6 @@ from swarmtrain.peer.doctor.machine import (
     DiskPlace,
     Finding,
     check_addresses,
-    check_cache,
-    check_disk,
-    check_memory,
     check_ports,
     check_power,
     check_python,
@@ -54,13 +49,11 @@ from swarmtrain.peer.doctor.machine import (
     place_of,
     version_of,
 )
-from swarmtrain.peer.estimate import disk_bytes
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.folder_lock import holder_pid
 from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, ProbeResult, fastest_precision, matching_devices
 from swarmtrain.protocol.membership.dial_budget import MAX_PORTS
-from swarmtrain.protocol.pinned_files.file_list import PinnedFiles, files_of_run_untrusted
-from swarmtrain.run import MAX_RUN_FILE_BYTES, DataSource, RunFile, parse_published_untrusted, run_sha256
+from swarmtrain.run import MAX_RUN_FILE_BYTES, RunFile, parse_published_untrusted, run_sha256
 from swarmtrain.words import count_in_words, counted, short_peer, size_in_words, time_in_words
 
 if TYPE_CHECKING:
@@ -82,7 +75,7 @@ _ASK_S = 20.0
 _MAX_OTHERS = 6
 _MAX_HELPERS = 3
 _NEARNESS: dict[DiskPlace | None, int] = {"public": 0, "provider": 1, "private": 2, None: 3, "loopback": 4}
-_NEED_TORCH = frozenset({"daemon", "peers", "model", "data", "device", "speed"})
+_NEED_TORCH = frozenset({"daemon", "peers", "device", "speed"})
 """Daemon and peers too: hivemind imports torch."""
 _ANYWHERE = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
 _LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
@@ -90,19 +83,12 @@ _LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorSettings:
-    """Settings of an examination; addresses are multiaddresses.
-
-    `memory_of` returns the memory that a peer of a run needs, in a swarm of `peers_assumed` peers.
-    """
+    """Settings of an examination; addresses are multiaddresses."""
 
     invite: str | None
     directory: Path
-    cache_folder: Path
-    memory_of: Callable[[RunFile, int], int]
-    peers_assumed: int = 0
     listen: tuple[str, ...] = ()
     announce: tuple[str, ...] = ()
-    data_folder: Path | None = None
 
 
 DoctorStep = tuple[str, Callable[[], Iterable[Finding]]]
@@ -174,17 +160,7 @@ class Doctor:
             ("clock", self.look_at_clock),
         ]
         cost: list[DoctorStep] = [
-            ("model", self.look_at_model),
-            ("data", self.look_at_data),
-            ("memory", lambda: [self.look_at_memory()]),
             ("device", self.look_at_devices),
-            (
-                "disk",
-                lambda: [
-                    check_disk("disk", self.settings.directory, self._needed(lambda run, number: disk_bytes(number)))
-                ],
-            ),
-            ("cache", lambda: [check_cache(self.settings.cache_folder)]),
             ("speed", self.look_at_speed),
         ]
         if self.settings.invite is None:
@@ -362,28 +338,18 @@ class Doctor:
 
     # ------------------------------------------------------------- what the run costs
 
-    def _needed(self, bytes_of: Callable[[RunFile, int], int]) -> int | None:
-        """Return `bytes_of` for the run and the number of parameters that it trains; None without a run."""
-        if self.run is None or not self.has_torch:
-            return None
-        from swarmtrain.model.parameter_count import num_trained_parameters
-
-        return bytes_of(self.run, num_trained_parameters(self.run))
-
-    def look_at_memory(self) -> Finding:
-        """Check whether the run fits into the free memory of this machine."""
-        return check_memory(machine_memory(), self._needed(self.settings.memory_of), self.settings.peers_assumed)
-
     def look_at_devices(self) -> Iterator[Finding]:
         """List the devices to train on; with a run at hand, try the best card. Then look whether it can be watched."""
+        from swarmtrain.model.parameter_count import num_trained_parameters
         from swarmtrain.peer.devices.card_usage import card_problem
         from swarmtrain.peer.devices.choice import precisions_of
         from swarmtrain.peer.devices.machine import find_devices, least_bytes, missing_card, probe_device
         from swarmtrain.peer.doctor.devices import check_card, check_card_watch, check_devices
 
-        found = find_devices(self._needed(lambda run, number: number) or 0)
+        run = self.run
+        found = find_devices(0 if run is None else num_trained_parameters(run))
         yield check_devices(found, missing_card())
-        run, best = self.run, matching_devices(DeviceRequest(), found, "")[0]
+        best = matching_devices(DeviceRequest(), found, "")[0]
         if not best.is_card:
             return
 
@@ -398,57 +364,20 @@ class Doctor:
             yield finding
         yield check_card_watch(best.name, card_problem(best.name))
 
-    def look_at_model(self) -> Iterator[Finding]:
-        """Check whether the library and the files of the run's model are here, or can be fetched."""
-        run = self.run
-        if run is None or run.published is None or not run.published.model_files_sha256:
-            return
-        yield from check_model(run)
-        files = self._model_files(run, run.published.model_files_sha256, run.published.model_files_bytes)
-        if files is None:
-            found = "nobody who answers delivers the list of the model's files"
-            yield Finding("model", "warning", found, "try again when other peers are there")
-            return
-        from swarmtrain.peer.doctor.model_files import check_model_files, find_model_files
-
-        yield check_model_files(run, find_model_files(run, files, self.settings.cache_folder), len(self.answers))
-
-    def _model_files(self, run: RunFile, sha256: str, num_bytes: int) -> PinnedFiles | None:
-        """Return the list of the model's files, as a peer delivers it or the folder keeps it; None without one."""
-        for answer in self.answers[:3]:
-            assert self._caller is not None and self.invite is not None
-            calls = PeerCalls(self._caller, self.invite.run_sha256)
-            try:
-                data = self.network.run(calls.blob_untrusted(answer.peer, sha256, num_bytes), _FETCH_S)
-                return files_of_run_untrusted(data, run.model.num_parameters)
-            except (PeerError, TimeoutError) as error:
-                _log.debug("fetching the list of files from %s failed: %s", answer.peer, error)
-        try:
-            kept = PeerFolder(self.settings.directory).kept_run()
-        except (UserError, OSError) as error:
-            _log.debug("no saved list of files: %s", error)
-            return None
-        if kept is None or kept.run.published is None or kept.run.published.model_files_sha256 != sha256:
-            return None
-        return PinnedFiles.from_bytes_untrusted(kept.model_files)
-
-    def look_at_data(self) -> Iterator[Finding]:
-        """Check whether the text that the run trains on is on this machine."""
-        if self.run is not None:
-            yield check_data(self.run, self.settings.data_folder)
-            if self.has_torch:
-                yield from check_rule(self.run)
-
     def look_at_speed(self) -> Iterator[Finding]:
         """Measure how fast this machine would train."""
         if self.run is None:
             return
-        memory, needed = machine_memory(), self._needed(self.settings.memory_of)
-        if needed is None or needed > memory.available_bytes:
-            yield Finding("speed", "warning", "not measured: the run's model does not fit", "see memory")
-            return
+        from swarmtrain.model.parameter_count import num_trained_parameters
+        from swarmtrain.peer.control.limits import least_cost
         from swarmtrain.peer.training.speed import measure_speed
 
+        needed = least_cost(self.run, num_trained_parameters(self.run)).memory_bytes
+        if needed > (free := machine_memory().available_bytes):
+            takes = f"the run takes about {size_in_words(needed)} of memory, and {size_in_words(free)} are free"
+            advice = "close other programs, or join a run with a smaller model"
+            yield Finding("speed", "warning", f"not measured: {takes}", advice)
+            return
         where = "" if self.card is None else self.card.name
         try:
             tokens_per_s = measure_speed(self.run, compute=self._compute(self.run))
@@ -595,76 +524,6 @@ def check_clock(offset_s: float, num_asked: int) -> Finding:
     )
     advice = "it would be corrected for the run; set it right (on Linux: timedatectl set-ntp true)"
     return Finding("clock", "warning", found, advice)
-
-
-def check_rule(run: RunFile) -> Iterator[Finding]:
-    """Report a problem if the run's merge rule is another package's that is not installed here."""
-    from swarmtrain.peer.merging.rules import mean_of
-
-    try:
-        mean_of(run.merge.robust)
-    except RunFileError as error:
-        what, _, advice = str(error).partition("; ")
-        yield Finding("run", "problem", what, advice or "ask its authors")
-
-
-def check_model(run: RunFile) -> Iterator[Finding]:
-    """Report a problem if the run's model needs a library that is not installed here."""
-    if not run.model.is_built_in and importlib.util.find_spec("transformers") is None:
-        found = "this run needs the package transformers, which is not installed"
-        yield Finding("model", "problem", found, install_in_words("hf"))
-
-
-def check_data(run: RunFile, data_folder: Path | None) -> Finding:
-    """Check whether the run's text is on this machine, and enough of it for one sequence."""
-    from swarmtrain.peer.lifecycle.preparation import data_base
-
-    sources = run.data.mixture
-    wanted: set[str] = {"bpe" if run.model.tokenizer != "bytes" else "", *(source.source for source in sources)}
-    wanted |= {"zstd" for source in sources if any(path.endswith(".zst") for path in source.paths)}
-    for module, extra in (
-        ("datasets", "datasets"),
-        ("pyarrow", "parquet"),
-        ("tokenizers", "bpe"),
-        ("zstandard", "zstd"),
-    ):
-        if extra in wanted and importlib.util.find_spec(module) is None:
-            found = f"this run needs the package {module}, which is not installed"
-            return Finding("data", "problem", found, install_in_words(extra))
-    try:
-        base = data_base(run, data_folder)
-        looks = [_look_at_source(source, run, base) for source in sources]
-    except (RunFileError, UserError) as error:
-        what, is_theirs, advice = str(error).partition(": give their folder ")
-        if is_theirs:
-            return Finding("data", "problem", what, f"give their folder {advice}")
-        what, _, advice = str(error).partition("; ")
-        return Finding("data", "problem", what, advice)
-    except OSError as error:
-        return Finding("data", "problem", f"{error.filename} cannot be read: {error.strerror}", "check its permissions")
-    found = "; ".join(f"{source.name} {each}".strip() for source, (each, _) in zip(sources, looks, strict=True))
-    if not all(is_enough for _, is_enough in looks):
-        advice = f"give more text: a sequence alone has {run.model.context_tokens} tokens"
-        return Finding("data", "problem", found, advice)
-    return Finding("data", "ok", found)
-
-
-def _look_at_source(source: DataSource, run: RunFile, base: Path) -> tuple[str, bool]:
-    """Return (what a source of the run's text has on this machine; whether that may be enough).
-
-    Raises RunFileError and OSError.
-    """
-    from swarmtrain.data.compression import is_compressed
-    from swarmtrain.data.documents import source_files
-
-    if source.source == "datasets":
-        return f"data set {source.dataset}: fetched when you join, not looked at here", True
-    files = source_files(source, base)
-    num_bytes = sum(file.path.stat().st_size for file in files)
-    compressed = any(is_compressed(file.path) for file in files)
-    found = f"{source.source}: {counted(len(files), 'file')}, {size_in_words(num_bytes)}"
-    is_enough = compressed or run.model.tokenizer != "bytes" or num_bytes > run.model.context_tokens
-    return found + (" compressed" if compressed else ""), is_enough
 
 
 def _speed_in_batches(run: RunFile, tokens_per_s: float, where: str) -> Finding:

@@ -12,29 +12,20 @@ import ipaddress
 import os
 import platform
 import re
-import shutil
 import socket
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
 
-from swarmtrain.machine_memory import Memory
 from swarmtrain.network.reachability.listen import own_addresses
-from swarmtrain.peer.checkpoints.files import KEPT
-from swarmtrain.words import counted, size_in_words, time_in_words
+from swarmtrain.words import counted
 
 __all__ = [
     "DiskPlace",
     "Finding",
     "check_addresses",
-    "check_cache",
-    "check_disk",
-    "check_memory",
     "check_ports",
     "check_power",
     "check_python",
@@ -42,16 +33,12 @@ __all__ = [
     "own_addresses",
     "place_of",
     "version_of",
-    "write_speed",
 ]
 
 Level = Literal["ok", "warning", "problem"]
 
 MIN_PYTHON = (3, 11)
 MIN_TORCH = (2, 4)
-LITTLE_ROOM_BYTES = 1_000_000_000
-SLOW_CHECKPOINT_S = 120.0
-_PROBE_BYTES = 16 << 20
 _SHARED_BY_PROVIDER = ipaddress.ip_network("100.64.0.0/10")
 
 
@@ -223,84 +210,3 @@ def check_power(on_battery: bool | None) -> list[Finding]:
         return [Finding("power", "ok", "this machine has a battery and runs on mains power")]
     found = "this machine runs on battery, on which training pauses"
     return [Finding("power", "warning", found, "plug it in, or join with --on-battery")]
-
-
-# ---------------------------------------------------------------- disk
-
-
-def check_disk(name: str, folder: Path, needed_bytes: int | None = None) -> Finding:
-    """Check whether `folder`, or where it would be made, can be written, has `needed_bytes` free, and is fast
-    enough.
-    """
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        if not place.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        free_bytes = shutil.disk_usage(place).free
-        per_s = write_speed(place, min(_PROBE_BYTES, max(free_bytes // 4, 1 << 20)))
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room, or give a folder on another disk with --dir" if full else "give another folder with --dir"
-        return Finding(name, "problem", f"{folder} cannot be written: {error.strerror or error}", advice)
-    found = f"{folder}: {size_in_words(free_bytes)} free, writes {size_in_words(per_s)}/s"
-    if needed_bytes is None:
-        if free_bytes < LITTLE_ROOM_BYTES:
-            return Finding(name, "warning", found, "make room: a run keeps its checkpoints there")
-        return Finding(name, "ok", found)
-    found += f"; this run keeps up to {size_in_words(needed_bytes)} there"
-    if free_bytes < needed_bytes:
-        return Finding(name, "problem", found, "make room, or give a folder on another disk with --dir")
-    checkpoint_s = needed_bytes / (KEPT + 1) / per_s
-    if checkpoint_s > SLOW_CHECKPOINT_S:
-        advice = f"a checkpoint would take {time_in_words(checkpoint_s)}; give a folder on a quicker disk with --dir"
-        return Finding(name, "warning", found, advice)
-    return Finding(name, "ok", found)
-
-
-def check_cache(folder: Path) -> Finding:
-    """Check the folder of prepared text as `check_disk` does, but only warn: a peer can do without it."""
-    finding = check_disk("cache", folder)
-    if finding.level == "ok":
-        return finding
-    advice = (
-        "text would be prepared anew at each start: make room, or set XDG_CACHE_HOME to a folder that can be written"
-    )
-    return Finding("cache", "warning", finding.found, advice)
-
-
-def write_speed(folder: Path, num_bytes: int) -> float:
-    """Return the bytes per second of writing and syncing `num_bytes` in the folder; the file is removed. Raises
-    OSError.
-    """
-    descriptor, name = tempfile.mkstemp(prefix=".swarmtrain-doctor-", dir=folder)
-    began_s = time.perf_counter()
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            block = os.urandom(1 << 20)
-            for _ in range(max(1, num_bytes >> 20)):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        Path(name).unlink()
-    return max(1, num_bytes >> 20) * (1 << 20) / max(time.perf_counter() - began_s, 1e-6)
-
-
-# ---------------------------------------------------------------- memory
-
-
-def check_memory(memory: Memory, needed_bytes: int | None = None, num_peers: int = 0) -> Finding:
-    """Judge whether the run's `needed_bytes` fit, which it needs with `num_peers` peers."""
-    total, available = size_in_words(memory.total_bytes), size_in_words(memory.available_bytes)
-    found = f"{available} free of {total} of {memory.limited_by}"
-    if needed_bytes is None:
-        return Finding("memory", "ok", found)
-    peers = f" with {counted(num_peers, 'peer')}" if num_peers else ""
-    found = f"this run needs about {size_in_words(needed_bytes)}{peers}; {found}"
-    if needed_bytes > memory.total_bytes:
-        limit = "give the container more memory" if memory.limited_by == "the container" else "use a larger machine"
-        advice = f"{limit}, or ask for a run with a smaller inner.microbatch_sequences"
-        return Finding("memory", "problem", found, advice)
-    if needed_bytes > memory.available_bytes:
-        return Finding("memory", "warning", found, "close other programs before you join")
-    return Finding("memory", "ok", found)

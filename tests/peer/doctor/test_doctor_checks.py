@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import types
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import RunTimeError, UnreachableError
 from swarmtrain.events import CheckEvent, parse_event
-from swarmtrain.machine_memory import Memory
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.reachability.probe import DialOutcome, GreetingAnswer
@@ -31,16 +29,12 @@ from swarmtrain.peer.doctor.doctor import (
     Doctor,
     DoctorSettings,
     check_clock,
-    check_data,
     check_reachable,
     check_speed,
 )
 from swarmtrain.peer.doctor.machine import (
     Finding,
     check_addresses,
-    check_cache,
-    check_disk,
-    check_memory,
     check_ports,
     check_power,
     check_python,
@@ -161,44 +155,6 @@ def test_own_addresses() -> None:
     assert check_addresses(machine.own_addresses()).check == "addresses"
 
 
-# ---------------------------------------------------------------- disk and memory
-
-Usage = namedtuple("Usage", "total used free")
-
-
-def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    later = tmp_path / "made" / "later"
-    fine = check_disk("disk", later, 1000)
-    assert fine.level == "ok" and "/s; this run keeps up to 1 kB there" in fine.found
-    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
-    a_problem(check_disk("disk", Path("/sys/swarmtrain"), 1000), "cannot be written", "--dir")
-    (tmp_path / "file").write_text("in the way")
-    a_problem(check_disk("disk", tmp_path / "file", 1000), "Not a directory", "--dir")
-    (tmp_path / "file").unlink()
-
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(10**9, 0, 10**6))
-    a_problem(check_disk("disk", later, 64 * PARAMETERS), "1 MB free", "make room")
-    a_warning(check_disk("disk", later), "1 MB free", "make room")
-    monkeypatch.setattr(machine, "write_speed", lambda folder, num_bytes: 1000.0)
-    a_warning(check_disk("disk", later, 10**6), "writes 1 kB/s", "quicker disk")
-
-    def full(folder: Path, num_bytes: int) -> float:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(machine, "write_speed", full)
-    a_problem(check_disk("disk", later, 1000), "No space left", "make room")
-    a_warning(check_cache(later), "No space left", "XDG_CACHE_HOME")
-
-
-def test_memory() -> None:
-    memory = Memory(8 * 10**9, 2 * 10**9)
-    assert check_memory(memory).level == check_memory(memory, 10**9).level == "ok"
-    a_warning(check_memory(memory, 3 * 10**9), "needs about 3 GB; 2 GB free of 8 GB", "close other programs")
-    a_problem(check_memory(memory, 9 * 10**9), "needs about 9 GB", "larger machine")
-    small = Memory(10**9, 10**9, "the container")
-    a_problem(check_memory(small, 2 * 10**9), "of 1 GB of the container", "give the container more memory")
-
-
 # ---------------------------------------------------------------- the run's cost
 
 
@@ -206,43 +162,6 @@ def test_the_clock() -> None:
     assert check_clock(-0.2, 3).level == "ok"
     a_warning(check_clock(7.5, 3), "7.5 s behind the swarm's (3 peers asked)", "set-ntp")
     a_warning(check_clock(-90, 1), "90.0 s ahead of the swarm's (1 peer asked)", "set it right")
-
-
-def test_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = a_run("[data]\nsource = 'text'\npaths = ['texts/*.txt']\n")
-    assert check_data(a_run(), None).level == "ok", "Python's own library"
-    a_problem(check_data(text, None), "trains on your own text files", "give their folder with --data FOLDER")
-    a_problem(check_data(text, tmp_path), "no file matches", "--data")
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("short")
-    a_problem(check_data(text, tmp_path), "1 file, 5 B", "give more text")
-    (tmp_path / "texts" / "a.txt").write_text("long " * 1000)
-    assert check_data(text, tmp_path).level == "ok"
-    outside = a_run("[data]\nsource = 'text'\npaths = ['../*.txt']\n")
-    a_problem(check_data(outside, tmp_path), "outside the folder given with --data", "")
-    monkeypatch.setattr(doctor_module.importlib.util, "find_spec", lambda name: None)
-    hub = a_run("[data]\nsource = 'datasets'\ndataset = 'x/y'\n")
-    a_problem(check_data(hub, None), "the package datasets", "pip install 'datasets>=3.1'")
-    bpe = a_run("[model]\ntokenizer = 'bpe'\nvocabulary_size = 1000\n")
-    a_problem(check_data(bpe, None), "the package tokenizers", "pip install 'tokenizers>=0.20'")
-
-
-def test_each_of_several_sources_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = "name = 'own'\nsource = 'text'\npaths = ['texts/*.gz']\n"
-    run = a_run(f"[[data.sources]]\nname = 'code'\n[[data.sources]]\n{texts}")
-    a_problem(
-        check_data(run, None), "trains on your own text files, texts/*.gz", "give their folder with --data FOLDER"
-    )
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.gz").write_bytes(b"12345")
-    found = check_data(run, tmp_path)
-    assert found.level == "ok", "a few compressed bytes may be much text"
-    assert found.found.startswith("code python-stdlib: ") and found.found.endswith("; own text: 1 file, 5 B compressed")
-    monkeypatch.setattr(doctor_module.importlib.util, "find_spec", lambda name: None)
-    zst = a_run("[data]\nsource = 'text'\npaths = ['*.txt.zst']\n")
-    a_problem(check_data(zst, tmp_path), "the package zstandard", "pip install 'zstandard>=0.19'")
-    parquet = a_run(f"[[data.sources]]\n{texts.replace('text', 'parquet', 1)}")
-    a_problem(check_data(parquet, tmp_path), "the package pyarrow", "pip install 'pyarrow>=")
 
 
 def test_a_slow_machine() -> None:
@@ -349,9 +268,7 @@ def test_speed_is_that_of_a_card_that_works(
     monkeypatch.setattr("swarmtrain.peer.devices.machine.probe_device", lambda run, card, precisions: result)
     monkeypatch.setattr("swarmtrain.peer.training.speed.measure_speed", measure)
     monkeypatch.setattr("swarmtrain.peer.devices.card_usage.card_problem", lambda name: "")
-    settings = DoctorSettings(
-        invite=None, directory=tmp_path, cache_folder=tmp_path, memory_of=lambda run, number: 1000
-    )
+    settings = DoctorSettings(invite=None, directory=tmp_path)
     with Doctor(settings) as doctor:
         assert [each.found for each in doctor.look_at_devices()] == [
             "cuda:0 (A Card), 8 GB free; the processor",
@@ -395,8 +312,6 @@ def examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         settings = DoctorSettings(
             invite=invite,
             directory=tmp_path / "peer",
-            cache_folder=tmp_path / "cache",
-            memory_of=lambda run, num_parameters: 1000,
             **changes,
         )
         looked_at: list[str] = []
@@ -428,7 +343,7 @@ def worst(findings: list[Finding], check: str) -> Finding:
 def test_without_an_invite_only_this_machine_is_looked_at(examined: Callable[..., list[Finding]]) -> None:
     findings = examined()
     assert [finding.check for finding in findings] == [
-        "python", "torch", "daemon", "ports", "addresses", "memory", "device", "disk", "cache",
+        "python", "torch", "daemon", "ports", "addresses", "device",
     ]  # fmt: skip
     assert {finding.level for finding in findings} <= {"ok", "warning"}
 
@@ -438,7 +353,7 @@ def test_without_torch_the_rest_is_still_looked_at(
 ) -> None:
     monkeypatch.setattr(doctor_module, "check_torch", lambda: Finding("torch", "problem", "missing", "install it"))
     assert [finding.check for finding in examined()] == [
-        "python", "torch", "ports", "addresses", "memory", "disk", "cache",
+        "python", "torch", "ports", "addresses",
     ]  # fmt: skip
 
 
@@ -454,9 +369,7 @@ def test_a_daemon_that_does_not_start(tmp_path: Path, monkeypatch: pytest.Monkey
         raise RunTimeError("the network daemon did not start: Exec format error")
 
     monkeypatch.setattr(Doctor, "_start", refuse)
-    settings = DoctorSettings(
-        invite=None, directory=tmp_path, cache_folder=tmp_path, memory_of=lambda run, num_parameters: 0
-    )
+    settings = DoctorSettings(invite=None, directory=tmp_path)
     with Doctor(settings) as doctor:
         a_problem(doctor.look_at_daemon(), "Exec format error", "install hivemind again")
 
