@@ -56,7 +56,7 @@ def test_a_model_writes_lines_and_tabs_only(
     monkeypatch.setattr(export, "sample_text", lambda *given: f"def f():\n\treturn{HOSTILE}")
     assert run(["generate", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert harmless(out) and out.startswith("def f():\n\treturna")
+    assert harmless(out) and "def f():\n\treturna" in out
 
 
 @pytest.mark.parametrize("error", [UserError(HOSTILE, code="bad"), click.UsageError(HOSTILE), ValueError(HOSTILE)])
