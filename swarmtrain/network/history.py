@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import random
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.records import MAX_LOSS
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.protocol.history import CELLS, Credibility, HistoryPoint, TextSample, ToldHistory, bounded
+from swarmtrain.protocol.history import CELLS, HistoryPoint, TextSample, ToldHistory, bounded
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 if TYPE_CHECKING:
@@ -33,9 +32,6 @@ _POINT = [field.name for field in dataclasses.fields(HistoryPoint)]
 _SAMPLE = [field.name for field in dataclasses.fields(TextSample)]
 _MAX_TIME_S = 1e11
 _MOST_ASKED = 5
-"""So many that a liar among them is outvoted."""
-_MOST_BOOTSTRAPS = 2
-"""Of those asked: anybody can call itself a bootstrap."""
 _ANSWERS_S = 10.0
 """Seconds for all answers together. A call takes half of that at most, and the connection before it some time too."""
 
@@ -92,21 +88,17 @@ def _sample_untrusted(sample: pb.TextSample) -> TextSample:
 
 
 async def ask_for_history(swarm: Swarm, inviters: Collection[str], run_tokens: int) -> list[ToldHistory]:
-    """Ask some peers at once for the run's history: those of `inviters`, who are named in the invite, some bootstraps
-    and volunteers. Return what each tells, as far as it can be, where this peer counts `run_tokens` now.
+    """Ask peers of `inviters`, who are named in the invite, and the one that measures, at once for the run's history.
+    Return what each tells, as far as it can be, where this peer counts `run_tokens` now.
 
     Whoever has not answered after `_ANSWERS_S` is left out.
     """
-    live = swarm.membership.live()
-    named = [info.peer for info in live if info.peer in inviters][:_MOST_ASKED]
-    others = [info for info in live if info.peer not in named]
-    bootstraps = [info.peer for info in others if info.is_bootstrap][: min(_MOST_BOOTSTRAPS, _MOST_ASKED - len(named))]
-    volunteers = [info.peer for info in others if not info.is_bootstrap]
-    left = _MOST_ASKED - len(named) - len(bootstraps)
-    asked = [*named, *bootstraps, *random.sample(volunteers, min(left, len(volunteers)))]
+    measurer = swarm.membership.measurer()
+    live = [info.peer for info in swarm.membership.live()]
+    asked = sorted((peer for peer in live if peer in inviters or peer == measurer), key=measurer.__ne__)[:_MOST_ASKED]
     if not asked:
         return []
-    tasks = [asyncio.create_task(_told_by(swarm, peer, peer in inviters)) for peer in asked]
+    tasks = [asyncio.create_task(_told_by(swarm, peer)) for peer in asked]
     try:
         await asyncio.wait(tasks, timeout=_ANSWERS_S)
     finally:
@@ -116,7 +108,7 @@ async def ask_for_history(swarm: Swarm, inviters: Collection[str], run_tokens: i
     return [bounded(told, run_tokens, began_s, now) for told in answers if told is not None]
 
 
-async def _told_by(swarm: Swarm, peer: str, is_inviter: bool) -> ToldHistory | None:
+async def _told_by(swarm: Swarm, peer: str) -> ToldHistory | None:
     """Return what a peer tells of the run's history; None if it tells nothing that can be used."""
     try:
         points, sample = history_from_proto_untrusted(await swarm.calls.history(peer))
@@ -125,5 +117,4 @@ async def _told_by(swarm: Swarm, peer: str, is_inviter: bool) -> ToldHistory | N
         return None
     except PeerError:
         return None  # it is gone, or of a version that tells no history
-    credibility = Credibility.INVITER if is_inviter else Credibility.STRANGER
-    return ToldHistory(teller=peer, credibility=credibility, points=points, sample=sample)
+    return ToldHistory(points=points, sample=sample)

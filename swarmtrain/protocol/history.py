@@ -1,34 +1,28 @@
 """History of a run's losses, from its start: what a page or a report shows of the time before its own peer came.
 
 A run's tokens are divided into cells of equal size, and a history keeps one point of each curve in a cell. So it never
-grows beyond what a screen can show. What other peers tell fills the gaps: peers count the run's tokens at different
-moments, so their points among one's own would only zigzag.
+grows beyond what a screen can show. What another peer tells fills the gaps: peers count the run's tokens at different
+moments, so its points among one's own would only zigzag.
 
-Nobody can check what a peer tells of a time that this one has not seen, so each point is the median of those that know
-of it (`agreed_points`), and nothing beyond what this peer itself counts is believed (`bounded`).
+Nobody can check what a peer tells of a time that this one has not seen. So only those are asked that the invite names,
+by which the run itself came, and who measures; and nothing beyond what this peer itself counts is believed (`bounded`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 __all__ = [
     "CELLS",
     "GAP",
-    "Credibility",
     "HistoryPoint",
     "LossHistory",
     "TextSample",
     "ToldHistory",
-    "agreed_points",
-    "agreed_sample",
     "bounded",
 ]
 
@@ -66,23 +60,10 @@ class TextSample:
     time: float
 
 
-class Credibility(IntEnum):
-    """Whom to believe where two contradict each other: the lower one."""
-
-    INVITER = 0
-    """The invite names it, and so the run itself came by it."""
-    EARLIER = 1
-    """This peer's own record of an earlier incarnation."""
-    STRANGER = 2
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToldHistory:
     """What one peer tells of the run."""
 
-    teller: str
-    """PeerID; empty: this peer's own record of an earlier incarnation."""
-    credibility: Credibility = Credibility.STRANGER
     points: Sequence[HistoryPoint] = ()
     sample: TextSample | None = None
 
@@ -108,9 +89,10 @@ class LossHistory:
         return is_new
 
     def fill(self, told: Sequence[HistoryPoint]) -> None:
-        """Show these points of others, as `agreed_points` returns them, where nothing was measured here; they replace
-        those of the last time."""
-        self._told = told
+        """Show these points of another peer where nothing was measured here, in place of those of the last time unless
+        those were more."""
+        if len(told) >= len(self._told):
+            self._told = told
 
     def points(self) -> list[HistoryPoint]:
         """Return all points by rising tokens. A point has both losses only if both were measured at once."""
@@ -140,86 +122,6 @@ def bounded(told: ToldHistory, run_tokens: int, began_s: float, now: float) -> T
 
     sample = told.sample if told.sample is not None and can_be(told.sample) else None
     return dataclasses.replace(told, points=tuple(filter(can_be, told.points)), sample=sample)
-
-
-def agreed_points(told: Sequence[ToldHistory], total_tokens: int) -> list[HistoryPoint]:
-    """Return the points of both curves, one of a cell, as those who know of them agree: the median of the loss and of
-    the time, with straight lines between a teller's points; its first and its last one hold for `GAP` cells more. Each
-    point has one loss.
-
-    If an even number know of a point, the least believed of them does not count. What neither an inviter nor this
-    peer's earlier record knows must be known to half of the strangers, and to two of them if it lies before what those
-    know: they were there from the start, or asked somebody who was.
-    """
-    points: list[HistoryPoint] = []
-    for name in ("loss", "held_out_loss"):
-        points += _agreed_curve(told, name, max(1, total_tokens))
-    return points
-
-
-def _agreed_curve(told: Sequence[ToldHistory], name: str, total_tokens: int) -> list[HistoryPoint]:
-    curves: list[_Curve] = []
-    edge_tokens = GAP * total_tokens // CELLS
-    for one in sorted(told, key=lambda one: one.credibility):
-        measured = {point.run_tokens: point for point in one.points if _is_loss(getattr(point, name))}
-        if measured:
-            is_trusted = one.credibility is not Credibility.STRANGER
-            curves.append(_Curve(is_trusted, [measured[tokens] for tokens in sorted(measured)], name, edge_tokens))
-    seen: dict[int, HistoryPoint] = {}
-    for curve in curves:
-        for point in curve.points:
-            seen.setdefault(_cell(point, total_tokens), point)
-    num_strangers = sum(not curve.is_trusted for curve in curves)
-    begin_tokens = min((curve.points[0].run_tokens for curve in curves if curve.is_trusted), default=0)
-    agreed = []
-    for point in seen.values():
-        knows = [curve for curve in curves if curve.knows(point.run_tokens)]
-        is_early = point.run_tokens < begin_tokens
-        if not knows[0].is_trusted and (2 * len(knows) < num_strangers or (is_early and len(knows) < 2)):
-            continue
-        counting = knows if len(knows) % 2 else knows[:-1]
-        values = [curve.at(point.run_tokens) for curve in counting]
-        loss, time = (statistics.median(numbers) for numbers in zip(*values, strict=True))
-        losses = {"loss": 0.0, "held_out_loss": 0.0, name: loss}
-        agreed.append(HistoryPoint(run_tokens=point.run_tokens, time=time, round=point.round, **losses))
-    return agreed
-
-
-class _Curve:
-    """Points of one teller, of one curve, by rising tokens."""
-
-    def __init__(self, is_trusted: bool, points: Sequence[HistoryPoint], name: str, edge_tokens: int) -> None:
-        self.is_trusted, self.points, self._edge_tokens = is_trusted, points, edge_tokens
-        self._tokens = [point.run_tokens for point in points]
-        self._losses = [getattr(point, name) for point in points]
-
-    def knows(self, tokens: int) -> bool:
-        """Return whether `tokens` lie between its first and its last point, or near those."""
-        return self._tokens[0] - self._edge_tokens <= tokens <= self._tokens[-1] + self._edge_tokens
-
-    def at(self, tokens: int) -> tuple[float, float]:
-        """Return (loss, time) after `tokens`, which it knows."""
-        after = min(bisect_left(self._tokens, tokens), len(self._tokens) - 1)
-        if after == 0 or self._tokens[after] <= tokens:
-            return self._losses[after], self.points[after].time
-        before = after - 1
-        share = (tokens - self._tokens[before]) / (self._tokens[after] - self._tokens[before])
-        losses, times = self._losses, (self.points[before].time, self.points[after].time)
-        return losses[before] + share * (losses[after] - losses[before]), times[0] + share * (times[1] - times[0])
-
-
-def agreed_sample(told: Sequence[ToldHistory]) -> TextSample | None:
-    """Return the sample of whom this peer believes first; among as good ones that which most tell, then the newest.
-
-    A stranger's counts only if another one tells the same: one alone may have written anything.
-    """
-    times = Counter(one.sample for one in told)
-    samples = [
-        (-one.credibility, times[one.sample], one.sample.run_tokens, one.sample)
-        for one in told
-        if one.sample and (one.credibility is not Credibility.STRANGER or times[one.sample] > 1)
-    ]
-    return max(samples, key=lambda found: found[:3])[3] if samples else None
 
 
 def _cell(point: HistoryPoint, total_tokens: int) -> int:

@@ -14,7 +14,7 @@ from virtual_loop import virtually
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.history import ask_for_history, history_from_proto_untrusted, history_to_proto
-from swarmtrain.protocol.history import Credibility, HistoryPoint, TextSample, ToldHistory
+from swarmtrain.protocol.history import HistoryPoint, TextSample, ToldHistory
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 
@@ -82,12 +82,13 @@ ANSWER_S = 2.0
 class FakeSwarm:
     """Swarm of peers that answer, fail, or lie."""
 
-    def __init__(self, peers: dict[str, pb.HistoryReply | PeerError], bootstraps: tuple[str, ...] = ()) -> None:
-        live = [PeerInfo(peer=peer, is_bootstrap=peer in bootstraps) for peer in peers]
-        self.membership = SimpleNamespace(live=lambda: live)
+    def __init__(self, peers: dict[str, pb.HistoryReply | PeerError]) -> None:
+        live = [PeerInfo(peer=peer) for peer in peers]
+        self.membership = SimpleNamespace(live=lambda: live, measurer=lambda: self.measurer)
         self.accounting = SimpleNamespace(rules=SimpleNamespace(began_s=1.7e9))
         self.calls = SimpleNamespace(history=self._history)
         self.peers = SimpleNamespace(refused=lambda peer, error: self.refused.append((peer, error.code)))
+        self.measurer = "me"
         self.asked: list[str] = []
         self.given_up: list[str] = []
         self.refused: list[tuple[str, str]] = []
@@ -107,31 +108,33 @@ class FakeSwarm:
         return reply
 
 
-def asked(swarm: FakeSwarm, inviters: tuple[str, ...] = (), run_tokens: int = 20_000) -> list[ToldHistory]:
+def asked(swarm: FakeSwarm, inviters: tuple[str, ...] | None = None, run_tokens: int = 20_000) -> list[ToldHistory]:
     return asked_within(swarm, inviters, run_tokens)[0]
 
 
 def asked_within(
-    swarm: FakeSwarm, inviters: tuple[str, ...] = (), run_tokens: int = 20_000
+    swarm: FakeSwarm, inviters: tuple[str, ...] | None = None, run_tokens: int = 20_000
 ) -> tuple[list[ToldHistory], float]:
     """Return what was told, and the virtual seconds that it took."""
 
     async def body(now: Callable[[], float]) -> tuple[list[ToldHistory], float]:
         began_s = now()
-        return await ask_for_history(swarm, inviters, run_tokens), now() - began_s  # type: ignore[arg-type]
+        named = swarm._peers if inviters is None else inviters
+        return await ask_for_history(swarm, named, run_tokens), now() - began_s  # type: ignore[arg-type]
 
     return virtually(body)
 
 
-def test_five_are_asked_of_whom_two_may_call_themselves_bootstraps() -> None:
+def test_peers_of_the_invite_and_who_measures_are_asked_and_no_others() -> None:
     good = history_to_proto(POINTS, SAMPLE)
-    swarm = FakeSwarm(dict.fromkeys("abcdefghi", good), tuple("abcd"))
-    told = asked(swarm, inviters=("h",))
-    assert swarm.asked[:3] == ["h", "a", "b"] and len(set(swarm.asked)) == 5 and not {"c", "d"} & set(swarm.asked)
-    assert [one.teller for one in told] == swarm.asked
-    assert [one.credibility for one in told] == [Credibility.INVITER, *[Credibility.STRANGER] * 4]
+    swarm = FakeSwarm(dict.fromkeys("abcdefghi", good))
+    told = asked(swarm, inviters=("h", "c", "gone"))
+    assert swarm.asked == ["c", "h"]
     assert all((list(one.points), one.sample) == (POINTS, SAMPLE) for one in told)
-    assert asked(FakeSwarm({})) == []
+    assert asked(FakeSwarm({"a": good}), inviters=()) == []
+    swarm.measurer = "f"
+    asked(swarm, inviters=("h", "c"))
+    assert swarm.asked[2:] == ["f", "c", "h"], "and who measures"
     many = FakeSwarm(dict.fromkeys("abcdefghi", good))
     assert len(asked(many, inviters=tuple("abcdefghi"))) == 5
 
@@ -145,7 +148,7 @@ def test_who_fails_or_lies_costs_its_answer_only() -> None:
     lie = history_to_proto(POINTS, None)
     lie.points[0].loss = math.nan
     peers = {"one": lie, "other": UnreachableError("it does not know this call")}
-    swarm = FakeSwarm(peers, ("one", "other"))
+    swarm = FakeSwarm(peers)
     assert asked(swarm) == [] and swarm.refused == [("one", "bad-number")]
 
 
@@ -156,8 +159,8 @@ def test_all_are_asked_at_once() -> None:
 
 def test_who_is_silent_delays_the_others_answers_for_a_bounded_time() -> None:
     good = history_to_proto(POINTS, SAMPLE)
-    swarm = FakeSwarm({"a": SILENT, "b": good, "c": SILENT, "d": UnreachableError("gone"), "e": good}, ("a", "b"))
-    told, took_s = asked_within(swarm, inviters=("a",))
-    assert sorted(one.teller for one in told) == ["b", "e"] and took_s == pytest.approx(10.0)
+    swarm = FakeSwarm({"a": SILENT, "b": good, "c": SILENT, "d": UnreachableError("gone"), "e": good})
+    told, took_s = asked_within(swarm)
+    assert len(told) == 2 and took_s == pytest.approx(10.0)
     assert sorted(swarm.given_up) == ["a", "c"], "nothing waits for them any more"
     assert not swarm.refused, "a silent peer is not a liar"

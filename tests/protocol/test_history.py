@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Sequence
 
 import pytest
 
 from swarmtrain.protocol.history import (
     CELLS,
     GAP,
-    Credibility,
     HistoryPoint,
     LossHistory,
     TextSample,
     ToldHistory,
-    agreed_points,
-    agreed_sample,
     bounded,
 )
 
@@ -52,7 +47,7 @@ def test_a_late_joiner_has_the_time_before_it_and_its_own_afterwards() -> None:
     for tokens in range(100_000, 1_000_000, 100_000):
         bootstrap.add(point(tokens, loss=9.0, held_out=3.0 if tokens == 300_000 else 0.0))
     late.add(point(800_000, loss=1.0))
-    late.fill(agreed_points([ToldHistory(teller="boot", points=bootstrap.points())], TOTAL))
+    late.fill(bootstrap.points())
     losses = {each.run_tokens: each.loss for each in late.points() if each.loss}
     told = dict.fromkeys((*range(100_000, 800_000, 100_000), 900_000), 9.0)  # a gap is 156,250 tokens
     assert losses == {tokens: loss for tokens, loss in told.items() if abs(tokens - 800_000) > 156_250} | {800_000: 1.0}
@@ -79,63 +74,7 @@ def test_a_loss_that_is_told_again_keeps_its_time() -> None:
 def test_no_loss_no_point(loss: float) -> None:
     history = LossHistory(TOTAL)
     history.add(point(5, loss=loss, held_out=loss))
-    told = ToldHistory(teller="a", points=[point(6, loss=loss, held_out=loss)])
-    history.fill(agreed_points([told], TOTAL))
     assert history.points() == []
-
-
-def falling(tokens: int) -> float:
-    return 9.0 - 7.0 * tokens / TOTAL
-
-
-def honest(teller: str, *, every: int = 50_000, until: int = TOTAL, **given: object) -> ToldHistory:
-    """History of a peer that looks every so many tokens."""
-    points = [point(tokens, falling(tokens), falling(tokens) / 3) for tokens in range(every, until + 1, every)]
-    return ToldHistory(teller=teller, points=points, **given)  # type: ignore[arg-type]
-
-
-def worst(points: Sequence[HistoryPoint]) -> float:
-    """Return how far the points are from the truth at most."""
-    wrong = [abs(each.loss - falling(each.run_tokens)) for each in points if each.loss]
-    return max([*wrong, *(abs(3 * each.held_out_loss - falling(each.run_tokens)) for each in points if not each.loss)])
-
-
-def lie(kind: str) -> list[HistoryPoint]:
-    everywhere = range(1, TOTAL + 1, 3_000)
-    match kind:
-        case "nothing":
-            return []
-        case "one":
-            return [point(1, 900.0, 900.0)]
-        case "high":
-            return [point(tokens, 900.0, 900.0) for tokens in everywhere]
-        case "low":
-            return [point(tokens, 0.01, 0.01, time=1.0) for tokens in everywhere]
-        case _:
-            return [point(tokens, (0.01, 900.0)[tokens % 2], 1.0, time=1.0 + tokens % 7) for tokens in everywhere]
-
-
-@pytest.mark.parametrize("kind", ["nothing", "one", "high", "low", "zigzag"])
-@pytest.mark.parametrize(
-    "others",
-    [
-        [honest("boot", credibility=Credibility.INVITER)],
-        [honest("", credibility=Credibility.EARLIER, until=TOTAL // 2), honest("b", every=70_000), honest("c")],
-        [honest("a"), honest("b", every=70_000)],
-        [honest("a"), honest("b", every=70_000), honest("c", every=110_000), honest("d", every=130_000)],
-    ],
-    ids=["the inviter", "its earlier record", "two strangers", "four strangers"],
-)
-def test_one_liar_neither_bends_nor_erases_the_curve(others: list[ToldHistory], kind: str) -> None:
-    liar = ToldHistory(teller="liar", points=lie(kind))
-    for told in ([liar, *others], [*others, liar]):
-        points = agreed_points(told, TOTAL)
-        assert worst(points) < 0.15, "a loss holds for `GAP` cells beyond a teller's last point"
-        for is_training in (True, False):
-            known = [each.run_tokens for each in points if bool(each.loss) is is_training]
-            assert min(known) < 200_000 and max(known) > TOTAL - 200_000
-            assert len(known) >= min(len(one.points) for one in others) * 0.9
-        assert max(abs(each.time - each.run_tokens) for each in points) < 200_000
 
 
 def test_nothing_beyond_what_this_peer_counts_or_out_of_the_runs_time_is_believed() -> None:
@@ -149,26 +88,8 @@ def test_nothing_beyond_what_this_peer_counts_or_out_of_the_runs_time_is_believe
         point(5, loss=2.0, time=now + 3600),
         point(5, loss=2.0, time=1.0),
     ]
-    told = bounded(ToldHistory(teller="a", points=[good, *wrong], sample=sample), 400, began_s, now)
+    told = bounded(ToldHistory(points=[good, *wrong], sample=sample), 400, began_s, now)
     assert list(told.points) == [good] and told.sample == sample
     assert not bounded(told, 0, began_s, now).points, "the run has not begun"
     assert bounded(told, 399, began_s, now).sample is None
     assert bounded(told, 400, began_s, now - 3600).sample is None
-
-
-def test_a_sample_is_taken_from_whom_one_believes_then_as_most_tell_then_the_newest() -> None:
-    old, new, lie = (TextSample(prompt="", text=str(n), round=1, run_tokens=n, time=1.0) for n in (5, 7, 9))
-    strangers = [ToldHistory(teller=f"{n}", sample=sample) for n, sample in enumerate((old, new, old, lie, None))]
-    assert agreed_sample(strangers) == old
-    assert agreed_sample(strangers[1:]) is None, "each is told by one stranger alone"
-    assert agreed_sample([ToldHistory(teller="", credibility=Credibility.EARLIER, sample=new), *strangers]) == new
-    assert agreed_sample([*strangers, ToldHistory(teller="boot", credibility=Credibility.INVITER, sample=new)]) == new
-    assert agreed_sample([]) is None
-
-
-def test_in_whatever_order_they_are_told_the_points_are_the_same() -> None:
-    chosen = random.Random(7)
-    points = [point(chosen.randrange(1, TOTAL), loss=chosen.uniform(1, 9)) for _ in range(500)]
-    by_cell = list({each.run_tokens * CELLS // TOTAL: each for each in points}.values())
-    forth, back = (agreed_points([ToldHistory(teller="a", points=told)], TOTAL) for told in (by_cell, by_cell[::-1]))
-    assert forth == back == sorted(by_cell, key=lambda each: each.run_tokens)

@@ -1,6 +1,6 @@
 """Record of a run from its start: both losses, what happened around this peer, and the newest text of the model.
 
-A peer records what it sees, and fills the time before it came with what others tell, as far as they agree.
+A peer records what it sees, and fills the time before it came with what a peer of its invite, or who measures, tells.
 `history.pb` in its folder keeps the record (`RunHistory` of the protos), for a report and for the next start.
 Thread-safe.
 """
@@ -34,13 +34,10 @@ from swarmtrain.events import (
 )
 from swarmtrain.network.history import point_of, sample_of, write_history
 from swarmtrain.protocol.history import (
-    Credibility,
     HistoryPoint,
     LossHistory,
     TextSample,
     ToldHistory,
-    agreed_points,
-    agreed_sample,
 )
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import one_line, stages_in_words
@@ -57,8 +54,6 @@ _NOTED = (
     *(AssignedEvent, CaughtUpEvent, ClippedEvent, DoneEvent, ErrorEvent, JoinedEvent, MovedEvent, PausedEvent),
     *(PeerJoinedEvent, PeerLeftEvent, PeerLostEvent, RefusedEvent, ResumedEvent, WarningEvent),
 )
-_MAX_TELLERS = 8
-"""Peers whose last answer is kept. Who tells nothing any more, or less, erases nothing of what others told."""
 _RECENT = 16
 """Last events among which one that repeats is looked for."""
 
@@ -85,8 +80,6 @@ class PeerHistory:
         """What each of `_events` is about: one that repeats is counted."""
         self._sample: TextSample | None = None
         """What this process let the model write."""
-        self._told: dict[str, ToldHistory] = {}
-        """Last answer of each teller, the latest last."""
         self._told_sample: TextSample | None = None
         self._before: pb.RunHistory | None = None
         self.version = 0
@@ -104,15 +97,14 @@ class PeerHistory:
             if run_sha256 == self._run_sha256 or not total_tokens:
                 return
             self._run_sha256, self._losses = run_sha256, LossHistory(total_tokens)
-            self._told, self._told_sample = {}, None
+            self._told_sample = None
             self.version += 1
             before, self._before = self._before, None
             if before is None or before.run_sha256 != run_sha256:
                 return
-            sample = sample_of(before.sample) if before.HasField("sample") else None
-            points = tuple(map(point_of, before.points))
-            self._told = {"": ToldHistory(teller="", credibility=Credibility.EARLIER, points=points, sample=sample)}
-            self._agree(agreed_points(tuple(self._told.values()), total_tokens))
+            self._told_sample = sample_of(before.sample) if before.HasField("sample") else None
+            for point in before.points:
+                self._losses.add(point_of(point))
             self._events = [*before.events, *self._events]
             self._subjects = [("",)] * len(before.events) + self._subjects
             self._trim()
@@ -123,27 +115,13 @@ class PeerHistory:
             self.version += self._losses.add(point)
 
     def fill(self, told: Sequence[ToldHistory]) -> None:
-        """Record what other peers tell of the time that this one has not seen, each in place of what it told before;
-        what they agree on is shown. May take tens of milliseconds, in which nobody else waits.
-        """
+        """Record what the one of these that knows most tells of the time that this peer has not seen, and the newest
+        sample."""
         with self._lock:
-            losses = self._losses
-            for one in told:
-                self._told.pop(one.teller, None)
-                self._told[one.teller] = one
-            strangers = [one.teller for one in self._told.values() if one.credibility is Credibility.STRANGER]
-            for teller in strangers[: max(0, len(self._told) - _MAX_TELLERS)]:
-                del self._told[teller]
-            known = tuple(self._told.values())
-        agreed = agreed_points(known, losses.total_tokens)
-        with self._lock:
-            if losses is self._losses:
-                self._agree(agreed)
-
-    def _agree(self, points: Sequence[HistoryPoint]) -> None:
-        self._losses.fill(points)
-        self._told_sample = agreed_sample(tuple(self._told.values()))
-        self.version += 1
+            self._losses.fill(max((one.points for one in told), key=len, default=()))
+            samples = [each for each in (self._told_sample, *(one.sample for one in told)) if each is not None]
+            self._told_sample = max(samples, key=lambda sample: sample.run_tokens, default=None)
+            self.version += 1
 
     def add_sample(self, point: HistoryPoint, sample: TextSample | None) -> None:
         """Record what the model was worth at a moment of the run, and what it wrote; None: it has not written yet."""

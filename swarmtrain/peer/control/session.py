@@ -186,7 +186,7 @@ class ControlSession:
         assert self._swarm is not None
         run_tokens = max(self.board.run_tokens, self._swarm.accounting.total)
         told = await ask_for_history(self._swarm, self._inviters, run_tokens)
-        await asyncio.to_thread(self.board.history.fill, told)
+        self.board.history.fill(told)
 
     def serving(self) -> None:
         """Report that the peer serves the run from now on."""

@@ -388,7 +388,7 @@ class ModelTraining:
         gained, every_s = (run_tokens - tokens) / run.run.total_tokens, run.network.archive_every_s
         size, since_s = num_trained_parameters(run), time.monotonic() - at_s
         is_due = is_measurement_due(gained, since_s, took_s, every_s, size)
-        return is_due and self.swarm.membership.is_first_without_bootstrap()
+        return is_due and self.swarm.membership.measurer() == self.context.me
 
     # ------------------------------------------------------------- a pause
 

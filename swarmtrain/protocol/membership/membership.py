@@ -353,10 +353,12 @@ class Membership:
         """
         return [entry.info for _, entry in self._training() if not entry.failures]
 
-    def is_first_without_bootstrap(self) -> bool:
-        """Return whether no bootstrap is here and this peer's PeerID comes first among the volunteers here: it then
-        measures the held-out loss, as a bootstrap would. Views may differ for a moment, and two peers measure."""
-        return not any(info.is_bootstrap or (info.training and info.peer < self.me) for info in self.live())
+    def measurer(self) -> str:
+        """Return who measures the held-out loss: a bootstrap, and while none is here the volunteer whose PeerID comes
+        first, perhaps this peer. Views may differ for a moment, and two peers measure."""
+        live = self.live()
+        bootstraps = [info.peer for info in live if info.is_bootstrap]
+        return min(bootstraps or [self.me, *(info.peer for info in live if info.training)])
 
     def in_touch(self) -> list[PeerInfo]:
         """Return those of `volunteers` to which the last call did not fail, or that have called since, by PeerID.

@@ -207,7 +207,7 @@ def test_a_late_joiner_among_a_liar_sees_the_curve_of_the_others(
     swarm: Any = SimpleNamespace(
         published=PublishedRun(b"", "ab" * 32, run, b"", b""),
         presence=SimpleNamespace(me=PeerInfo(peer=BEN)),
-        membership=SimpleNamespace(live=lambda: live),
+        membership=SimpleNamespace(live=lambda: live, measurer=lambda: "boot"),
         calls=SimpleNamespace(history=asked),
         accounting=Accounting(),
     )

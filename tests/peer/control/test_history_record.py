@@ -19,7 +19,7 @@ from swarmtrain.events import (
 from swarmtrain.peer.control.board import StatusBoard
 from swarmtrain.peer.control.history import HISTORY_NAME, MAX_EVENTS, PeerHistory, read_history
 from swarmtrain.peer.control.server import ControlHandlers, ControlServer
-from swarmtrain.protocol.history import Credibility, HistoryPoint, TextSample, ToldHistory
+from swarmtrain.protocol.history import HistoryPoint, TextSample, ToldHistory
 from swarmtrain.v1 import control_pb2 as pb
 
 RUN = "ab" * 32
@@ -131,34 +131,29 @@ def test_it_goes_on_after_a_restart_and_not_with_another_run() -> None:
         assert len(after.losses()) == 2 * known and after.sample == (SAMPLE if known else None)
 
 
-def test_the_newest_sample_of_others_is_shown_until_its_teller_has_another() -> None:
+def test_the_newest_sample_of_others_is_shown_and_its_own_before_it() -> None:
     history, old = begun(), TextSample(prompt="", text="old", round=1, run_tokens=100, time=99.0)
-    inviter = Credibility.INVITER
-    history.fill(
-        [ToldHistory(teller=name, credibility=inviter, sample=each) for name, each in (("a", SAMPLE), ("b", old))]
-    )
+    history.fill([ToldHistory(sample=old), ToldHistory(sample=SAMPLE)])
     assert history.sample == SAMPLE
-    history.fill([ToldHistory(teller="a", sample=None)])
-    assert history.sample == old
-    history.add_sample(HistoryPoint(run_tokens=90, time=6.0, held_out_loss=2.0), SAMPLE)
-    history.fill([ToldHistory(teller="c", credibility=Credibility.INVITER, sample=old)])
-    assert history.sample == SAMPLE, "its own"
+    history.fill([ToldHistory(sample=None), ToldHistory(sample=old)])
+    assert history.sample == SAMPLE
+    history.add_sample(HistoryPoint(run_tokens=90, time=6.0, held_out_loss=2.0), old)
+    assert history.sample == old, "its own"
 
 
-def test_who_tells_less_and_who_comes_in_crowds_erase_nothing_of_the_inviters() -> None:
+def test_of_what_is_told_the_longest_is_shown_and_less_erases_nothing() -> None:
     history = begun()
     points = [HistoryPoint(run_tokens=tokens, time=5.0, loss=3.0) for tokens in range(10_000, 500_000, 10_000)]
-    history.fill([ToldHistory(teller="boot", credibility=Credibility.INVITER, points=points)])
+    history.fill([ToldHistory(points=points[:5]), ToldHistory(points=points)])
     shown = history.losses()
-    assert len(shown) == len(points)
-    for number in range(100):
-        history.fill([ToldHistory(teller=f"{number}")])
-    assert history.losses() == shown and len(history._told) == 8
+    assert shown == points
+    history.fill([ToldHistory(), ToldHistory(points=points[3:])])
+    assert history.losses() == shown
 
 
 def test_a_run_that_another_follows_keeps_nothing_of_it() -> None:
     history = begun()
-    history.fill([ToldHistory(teller="a", points=[HistoryPoint(run_tokens=10, time=5.0, loss=3.0)], sample=SAMPLE)])
+    history.fill([ToldHistory(points=[HistoryPoint(run_tokens=10, time=5.0, loss=3.0)], sample=SAMPLE)])
     history.begin("cd" * 32, 1_000_000)
     assert history.losses() == [] and history.sample is None
 

@@ -227,13 +227,13 @@ def test_who_looks_when_the_version_grows_sees_who_has_come_back() -> None:
 
 def test_of_volunteers_without_a_bootstrap_one_measures() -> None:
     members = Membership(me="me")
-    assert members.is_first_without_bootstrap()
+    assert members.measurer() == "me"
     members.saw_presence(info("z"), 30, 0)
     members.saw_presence(PeerInfo(peer="b", is_bootstrap=True), 30, 0)
-    assert not members.is_first_without_bootstrap(), "the bootstrap does"
+    assert members.measurer() == "b"
     members.left("b", 1.0)
-    assert members.is_first_without_bootstrap()
+    assert members.measurer() == "me"
     members.saw_presence(info("a"), 30, 1.0)
-    assert not members.is_first_without_bootstrap()
+    assert members.measurer() == "a"
     members.expire(40.0)
-    assert members.is_first_without_bootstrap(), "it is gone"
+    assert members.measurer() == "me", "the other is gone"
