@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from cold_start import read_run
+from run_files import read_run
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.outer import flatten

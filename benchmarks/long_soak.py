@@ -30,7 +30,7 @@ from pathlib import Path
 
 import psutil
 import tomli_w
-from cold_start import read_run
+from run_files import read_run
 
 from swarmtrain.cli.peers import LocalPeer, PeerPhase, look
 from swarmtrain.network.daemon import owned_process_args

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cold_start import read_run
 from hivemind import DHT
 from hivemind.moe.client.expert import RemoteExpert
 from hivemind.moe.server.module_backend import ModuleBackend
 from hivemind.moe.server.server import Server, get_experts
 from hivemind.utils.tensor_descr import BatchTensorDescriptor
+from run_files import read_run
 from torch import Tensor, nn
 
 from swarmtrain.algorithm.inner import InnerOptimizer

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tomli_w
-from cold_start import read_run
+from run_files import read_run
 
 from swarmtrain.events import AssignedEvent, Event, MovedEvent, StageThroughputEvent
 from swarmtrain.peer.local.swarm import LocalSwarm

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from cold_start import read_run
 from pipeline_swarm import started
+from run_files import read_run
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.model.gpt import build_model

@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tomli_w
-from cold_start import read_run
+from run_files import read_run
 
 from swarmtrain.events import DoneEvent, Event, LinkEvent, RoundEvent, StartedEvent, WarningEvent, parse_event
 from swarmtrain.network.daemon import owned_process_args
