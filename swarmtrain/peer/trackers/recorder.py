@@ -32,7 +32,7 @@ from swarmtrain.network.files import write_atomically
 from swarmtrain.peer.control.board import StatusBoard
 from swarmtrain.peer.trackers.points import Curves, Point, Position
 from swarmtrain.peer.trackers.sinks import TrackedPeer
-from swarmtrain.peer.trackers.tracker import Tracker
+from swarmtrain.peer.trackers.tracker import Trackers
 from swarmtrain.run import run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 
@@ -46,8 +46,8 @@ _NAME = "trackers.json"
 _ID_BYTES = 4
 _TAKEN = (EvalEvent, InviteEvent, RoundEvent, StageThroughputEvent, StartedEvent)
 
-MakeTracker = Callable[[str, TrackedPeer], Tracker]
-"""Makes the tracker of a kind, for a peer."""
+MakeTrackers = Callable[[TrackedPeer], Trackers]
+"""Makes the trackers for a peer."""
 
 
 class CurveRecorder:
@@ -57,18 +57,17 @@ class CurveRecorder:
         self,
         folder: Path,
         board: StatusBoard,
-        kinds: Sequence[str],
-        make_tracker: MakeTracker,
+        make_trackers: MakeTrackers,
         *,
         before: pb.PeerStatus | None = None,
         sample_every_s: float = _SAMPLE_EVERY_S,
     ) -> None:
         """`before` is the last status of the process that used the folder before, if there was one."""
-        self._folder, self._board, self._kinds, self._make_tracker = folder, board, kinds, make_tracker
+        self._folder, self._board, self._make_trackers = folder, board, make_trackers
         self._before, self._sample_every_s = before, sample_every_s
         self._events: queue.Queue[tuple[float, Event] | None] = queue.Queue(_MAX_EVENTS)
         self._is_bootstrap = board.status().role == "bootstrap"
-        self._trackers: list[Tracker] = []
+        self._trackers: Trackers | None = None
         self._curves: Curves | None = None
         self._id = ""
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
@@ -87,7 +86,7 @@ class CurveRecorder:
 
     def close(self) -> None:
         """Draw what is left, and end the trackers; within some seconds, whatever they do."""
-        with suppress(queue.Full):  # its thread is not coming on: it is left behind, and the trackers' processes end
+        with suppress(queue.Full):  # its thread is not coming on: it is left behind, and the trackers' process ends
             self._events.put(None, timeout=_JOIN_S)
         self._thread.join(_JOIN_S)
 
@@ -104,10 +103,8 @@ class CurveRecorder:
                 break
             self._guarded(partial(self._draw, *item))
         self._guarded(self._look)
-        for tracker in self._trackers:
-            tracker.finish()
-        for tracker in self._trackers:
-            tracker.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -122,15 +119,13 @@ class CurveRecorder:
             self._add([point])
 
     def _look(self) -> None:
-        """See whether trackers answer, and draw the run where no event tells how it is going on."""
-        for tracker in self._trackers:
-            tracker.check()
+        """Draw the run where no event tells how it is going on."""
         if self._curves is not None and self._is_bootstrap:
             point = self._curves.of_status(self._board.status(), time.time())
             self._add([] if point is None else [point])
 
     def _begin(self, time: float) -> None:
-        """Start the trackers, once the run is known and, of a volunteer, what it trains on."""
+        """Begin the curves, once the run is known and, of a volunteer, what it trains on."""
         if self._curves is not None:
             return
         status, run_file = self._board.status(), (self._folder / "run.toml").read_bytes()
@@ -148,7 +143,7 @@ class CurveRecorder:
             run_file=run_file.decode(),
             config={"run": run, "machine": _machine(status)},
         )
-        self._trackers = [self._make_tracker(kind, peer) for kind in self._kinds]
+        self._trackers = self._make_trackers(peer)
         before = self._before
         if before is not None and before.run_sha256 == sha256:
             # Not of the present status: it may have rounds already whose events are still to be drawn.
@@ -157,7 +152,7 @@ class CurveRecorder:
     def _add(self, points: Sequence[Point]) -> None:
         """Give the points to all trackers, once the folder knows their steps: no process after this one has lower
         ones."""
-        assert self._curves is not None
+        assert self._curves is not None and self._trackers is not None
         if not points:
             return
         kept = {"id": self._id, **dataclasses.asdict(self._curves.position)}
@@ -166,8 +161,7 @@ class CurveRecorder:
         except OSError as error:  # a full disk: other warnings say so
             _log.info("%s cannot be written: %s", self._folder / _NAME, error.strerror)
         for point in points:
-            for tracker in self._trackers:
-                tracker.add(point)
+            self._trackers.add(point)
 
     def _kept(self) -> tuple[str, Position]:
         """Return the curves' identity and how far they are; new ones if the folder has none."""
@@ -201,11 +195,7 @@ def recording(
     before: pb.PeerStatus | None = None,
 ) -> Iterator[None]:
     """Draw a peer's curves in the trackers of these kinds while inside the context; `before` as for `CurveRecorder`."""
-
-    def make_tracker(kind: str, peer: TrackedPeer) -> Tracker:
-        return Tracker(kind, peer, emit)
-
-    recorder = CurveRecorder(folder, board, kinds, make_tracker, before=before)
+    recorder = CurveRecorder(folder, board, lambda peer: Trackers(kinds, peer, emit), before=before)
     board.add_listener(recorder.take)
     recorder.start()
     try:

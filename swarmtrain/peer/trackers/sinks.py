@@ -1,9 +1,9 @@
 """Trackers that a peer's curves can go to: one class for each, behind the protocol `Sink`.
 
-A sink runs in a process of its own (`process.py`), so it may be slow, print, hang or fail. This module imports nothing
-heavy: each library is imported when its sink begins. What a library would send by itself, such as the command line, the
-machine's name, installed packages or what the machine is doing, is switched off; a tracker gets the points, and the run
-file and the machine as its configuration.
+A sink runs in a thread of the trackers' process (`process.py`), so it may be slow, print, hang or fail. This module
+imports nothing heavy: each library is imported when its sink begins. What a library would send by itself, such as the
+command line, the machine's name, installed packages or what the machine is doing, is switched off; a tracker gets the
+points, and the run file and the machine as its configuration.
 """
 
 from __future__ import annotations

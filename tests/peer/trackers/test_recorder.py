@@ -53,13 +53,12 @@ def a_round(number: int, run_tokens: int) -> RoundEvent:
     return RoundEvent(**given, bytes_sent=1, bytes_received=1, partners=("P",), weights=(1,))
 
 
-class FakeTracker:
-    """Tracker that keeps its points in memory."""
+class FakeTrackers:
+    """Trackers that keep their points in memory."""
 
-    def __init__(self, kind: str, peer: TrackedPeer) -> None:
-        self.kind, self.peer = kind, peer
+    def __init__(self, peer: TrackedPeer) -> None:
+        self.peer = peer
         self.points: list[Point] = []
-        self.num_checks = 0
         self.ended: list[str] = []
         self.got = threading.Condition()
 
@@ -67,12 +66,6 @@ class FakeTracker:
         with self.got:
             self.points.append(point)
             self.got.notify_all()
-
-    def check(self) -> None:
-        self.num_checks += 1
-
-    def finish(self) -> None:
-        self.ended.append("finish")
 
     def close(self) -> None:
         self.ended.append("close")
@@ -85,7 +78,6 @@ class Life:
         self,
         folder: Path,
         role: str = "volunteer",
-        kinds: tuple[str, ...] = ("a",),
         every_s: float = 1e3,
         before: pb.PeerStatus | None = None,
     ) -> None:
@@ -93,13 +85,13 @@ class Life:
         self.folder, self.trackers = folder, []
         self.board = StatusBoard(role, 0.0)
         make: Any = self._make
-        self.recorder = CurveRecorder(folder, self.board, kinds, make, before=before, sample_every_s=every_s)
+        self.recorder = CurveRecorder(folder, self.board, make, before=before, sample_every_s=every_s)
         self.board.add_listener(self.recorder.take)
 
-    trackers: list[FakeTracker]
+    trackers: list[FakeTrackers]
 
-    def _make(self, kind: str, peer: TrackedPeer) -> FakeTracker:
-        self.trackers.append(FakeTracker(kind, peer))
+    def _make(self, peer: TrackedPeer) -> FakeTrackers:
+        self.trackers.append(FakeTrackers(peer))
         return self.trackers[-1]
 
     def tell(self, *events: Event) -> None:
@@ -126,13 +118,11 @@ def living(life: Life) -> Iterator[Life]:
 
 
 def test_a_volunteers_curves_begin_with_its_first_step(tmp_path: Path) -> None:
-    with living(Life(tmp_path, kinds=("a", "b"))) as life:
+    with living(Life(tmp_path)) as life:
         life.tell(FETCHED, INVITE, JOINED, DEVICE, STARTED, a_round(6, 7000), a_round(7, 8000))
         life.tell(EvalEvent(round=7, held_out_loss=1.5))
-    assert [tracker.kind for tracker in life.trackers] == ["a", "b"]
-    for tracker in life.trackers:
-        assert [point.step for point in tracker.points] == [7000, 8000, 8001]
-        assert tracker.ended == ["finish", "close"]
+    (tracker,) = life.trackers
+    assert [point.step for point in tracker.points] == [7000, 8000, 8001] and tracker.ended == ["close"]
     peer = life.trackers[0].peer
     assert (peer.run, peer.name, peer.role, peer.step, peer.folder) == ("tiny", "anna", "volunteer", 0, str(tmp_path))
     assert peer.group.startswith("tiny-") and len(peer.group) == len("tiny-") + 12
@@ -172,7 +162,7 @@ def test_a_bootstrap_draws_what_its_status_says(tmp_path: Path) -> None:
     runs = [point.values["train/tokens"] for point in tracker.points if "train/tokens" in point.values]
     assert runs == [1000.0, 3000.0, 4000.0]
     assert [point.values["eval/loss"] for point in tracker.points if "eval/loss" in point.values] == [1.5]
-    assert tracker.num_checks > 1 and tracker.peer.role == "bootstrap"
+    assert tracker.peer.role == "bootstrap"
     assert tracker.peer.run == "tiny" and tracker.peer.group.startswith("tiny-"), "its status does not know it yet"
 
 

@@ -6,7 +6,6 @@ import importlib.metadata
 import io
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -21,9 +20,8 @@ import pytest
 
 from swarmtrain.cli.tracker_options import TRACKERS
 from swarmtrain.extras import EXTRAS
-from swarmtrain.peer.trackers import process
-from swarmtrain.peer.trackers.process import serve
-from swarmtrain.peer.trackers.sinks import SINKS, Sink, TensorBoardSink, TrackedPeer, WandbSink
+from swarmtrain.peer.trackers.process import draw
+from swarmtrain.peer.trackers.sinks import SINKS, TensorBoardSink, TrackedPeer
 
 ROOT = Path(__file__).resolve().parents[3]
 ID = "1a2b3c4d"
@@ -32,48 +30,35 @@ LIMIT_S = 300.0
 """Until a library has been imported and has written its files, on a machine with other work."""
 
 
-@pytest.fixture(autouse=True)
-def no_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests that drive a sink in this process, which the alarm would end minutes later."""
-    monkeypatch.setattr(signal, "alarm", lambda seconds: 0)
-
-
 def a_peer(folder: Path, step: int = 0, name: str = "anna") -> dict[str, Any]:
     given = {"id": ID, "run": "tiny", "group": "tiny-abcdef", "name": name, "role": "volunteer", "step": step}
     return {**given, "folder": str(folder), "run_file": '[run]\nname = "tiny"\n', "config": CONFIG}
 
 
-def lines(peer: Mapping[str, Any], points: Mapping[int, float]) -> list[bytes]:
+def lines(kind: str, peer: Mapping[str, Any], points: Mapping[int, float]) -> list[bytes]:
     told = [{"step": step, "time": 1e9 + step, "values": {"train/loss": loss}} for step, loss in points.items()]
-    return [json.dumps(each).encode() + b"\n" for each in (peer, *told)]
+    return [json.dumps(each).encode() + b"\n" for each in ({"kinds": [kind], "peer": peer}, *told)]
 
 
-def served(sink: Sink, peer: Mapping[str, Any], points: Mapping[int, float]) -> list[dict[str, Any]]:
-    """Drive a sink in this process as its own process does; return its answers."""
+def served(kind: str, peer: Mapping[str, Any], points: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Draw in this process as the trackers' own process does; return what it says."""
     answers = io.BytesIO()
-    serve(sink, iter(lines(peer, points)), answers)
+    draw(lines(kind, peer, points), answers, lambda: None)
     return [json.loads(line) for line in answers.getvalue().splitlines()]
 
 
 def in_its_process(kind: str, peer: Mapping[str, Any], points: Mapping[int, float], **environment: str) -> list[Any]:
-    """Draw points as a peer does, which waits for each answer; return the answers."""
-    asked = subprocess.Popen(
-        [sys.executable, "-m", "swarmtrain.peer.trackers.process", kind],
-        stdin=subprocess.PIPE,
+    """Draw points in the trackers' process; return what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "swarmtrain.peer.trackers.process"],
+        input=b"".join(lines(kind, peer, points)),
         stdout=subprocess.PIPE,
         cwd=ROOT,
         env={**os.environ, **environment},
+        timeout=LIMIT_S,
+        check=True,
     )
-    with asked:
-        assert asked.stdin is not None and asked.stdout is not None
-        answers = []
-        for line in lines(peer, points):
-            asked.stdin.write(line)
-            asked.stdin.flush()
-            answers.append(json.loads(asked.stdout.readline() or "{}"))
-        asked.stdin.close()
-        assert asked.wait(LIMIT_S) == 0 and all(answers), answers
-    return answers
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_each_tracker_has_an_option_a_sink_and_an_extra() -> None:
@@ -86,10 +71,10 @@ def test_each_tracker_has_an_option_a_sink_and_an_extra() -> None:
 
 def test_tensorboard_reads_the_curves_of_both_lives_of_a_peer(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    answers = served(TensorBoardSink(), a_peer(tmp_path), {100: 3.0, 250: 2.5})
+    answers = served("tensorboard", a_peer(tmp_path), {100: 3.0, 250: 2.5})
     folder = tmp_path / "tensorboard"
-    assert answers[0] == {"where": str(folder), "shown_by": f"tensorboard --logdir {folder}", "offline": ""}
-    assert answers[1:] == [{"step": 100}, {"step": 250}]
+    shown_by = f"tensorboard --logdir {folder}"
+    assert answers == [{"kind": "tensorboard", "where": str(folder), "shown_by": shown_by, "offline": ""}]
     killed = TensorBoardSink()
     killed.begin(TrackedPeer(**a_peer(tmp_path, step=250)))
     killed.log(251, 1e9 + 251, {"train/loss": 2.25, "eval/loss": 1.5})  # and not ended: what is logged is on the disk
@@ -162,8 +147,8 @@ def test_wandb_resumes_a_run_of_one_id_and_collects_nothing_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", fake := Wandb(tmp_path))
-    answers = served(WandbSink(), a_peer(tmp_path), {100: 3.0})
-    assert answers[0] == {"where": "https://wandb.example/run", "shown_by": "", "offline": ""}
+    answers = served("wandb", a_peer(tmp_path), {100: 3.0})
+    assert answers == [{"kind": "wandb", "where": "https://wandb.example/run", "shown_by": "", "offline": ""}]
     (init,) = fake.inits
     settings = init.pop("settings")
     assert settings.given == {
@@ -179,8 +164,9 @@ def test_wandb_resumes_a_run_of_one_id_and_collects_nothing_by_itself(
 def test_without_a_login_wandb_keeps_the_points_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", fake := Wandb(tmp_path, "No API key configured."))
     folder = str(tmp_path / "wandb")
-    (place, _) = served(WandbSink(), a_peer(tmp_path), {100: 3.0})
+    (place,) = served("wandb", a_peer(tmp_path), {100: 3.0})
     assert place == {
+        "kind": "wandb",
         "where": folder,
         "shown_by": f"wandb sync {folder}/offline-run-*-{ID}",
         "offline": "No API key configured.",
@@ -192,8 +178,8 @@ def test_what_a_person_has_set_for_wandb_holds(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "wandb", fake := Wandb(tmp_path, "No API key configured."))
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_MODE", "online")
-    with pytest.raises(Wandb.Error):
-        served(WandbSink(), a_peer(tmp_path), {100: 3.0})
+    (failure,) = served("wandb", a_peer(tmp_path), {100: 3.0})
+    assert "No API key configured." in failure["error"]
     assert [init["project"] for init in fake.inits] == ["mine"]
 
 
@@ -229,7 +215,7 @@ def test_wandb_itself_offline(tmp_path: Path) -> None:
     for points in ({100: 3.0, 250: 2.5}, {251: 2.25}):
         while list(tmp_path.glob(f"wandb/offline-run-{time.strftime('%Y%m%d_%H%M%S')}-{ID}")):
             threading.Event().wait(0.05)  # W&B names folders by the second
-        (place, *_) = in_its_process("wandb", a_peer(tmp_path), points, WANDB_MODE="offline", WANDB_SECRET="s3cret")
+        (place,) = in_its_process("wandb", a_peer(tmp_path), points, WANDB_MODE="offline", WANDB_SECRET="s3cret")
         folder = max(tmp_path.glob(f"wandb/offline-run-*-{ID}"))  # their names begin with the time
         assert place["shown_by"] == f"wandb sync {tmp_path}/wandb/offline-run-*-{ID}"
         file = folder / f"run-{ID}.wandb"
@@ -258,7 +244,7 @@ def test_wandb_itself_offline(tmp_path: Path) -> None:
 @pytest.mark.skipif(not is_installed("trackio"), reason="trackio is an extra")
 def test_trackio_itself(tmp_path: Path) -> None:
     for points in ({100: 3.0, 250: 2.5}, {251: 2.25}):
-        (place, *_) = in_its_process("trackio", a_peer(tmp_path), points, TRACKIO_DIR=str(tmp_path / "curves"))
+        (place,) = in_its_process("trackio", a_peer(tmp_path), points, TRACKIO_DIR=str(tmp_path / "curves"))
         assert place["where"] == str(tmp_path / "curves") and place["shown_by"] == "trackio show --project tiny"
     (path,) = (tmp_path / "curves").glob("*.db")
     with sqlite3.connect(path) as database:
@@ -268,42 +254,3 @@ def test_trackio_itself(tmp_path: Path) -> None:
         (f"anna-{ID}", step, loss) for step, loss in ((100, 3.0), (250, 2.5), (251, 2.25))
     ]
     assert json.loads(config)["run"] == CONFIG["run"] and json.loads(config)["machine"] == CONFIG["machine"]
-
-
-# ---------------------------------------------------------------- the process
-
-
-class Broken:
-    """Sink that takes one point."""
-
-    def __init__(self) -> None:
-        self.ended = 0
-
-    def begin(self, peer: TrackedPeer) -> Any:
-        return types.SimpleNamespace(where="here", shown_by="", offline="")
-
-    def log(self, step: int, time: float, values: Mapping[str, float]) -> None:
-        if step > 100:
-            raise OSError("full")
-
-    def end(self) -> None:
-        self.ended += 1
-        raise OSError("still full")
-
-
-def test_what_a_library_has_taken_before_it_failed_is_still_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alarms: list[int] = []
-    monkeypatch.setattr(signal, "alarm", alarms.append)
-    sink = Broken()
-    with pytest.raises(OSError, match=r"^full"):
-        served(sink, a_peer(tmp_path), {100: 3.0, 200: 2.0})
-    assert sink.ended == 1 and alarms == [process.FINISH_LIMIT_S]
-
-
-def test_a_library_that_hangs_when_the_peer_has_gone_has_three_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    alarms: list[int] = []
-    monkeypatch.setattr(signal, "alarm", alarms.append)
-    assert list(process._lines(io.BytesIO(b"one\ntwo\n"))) == [b"one\n", b"two\n"]
-    assert alarms == [process.FINISH_LIMIT_S]

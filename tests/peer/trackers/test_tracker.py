@@ -1,14 +1,15 @@
-"""A tracker's process: what is handed over, told once, tried again, dropped and left behind, with libraries of our own
-that fail, hang and print as theirs may."""
+"""The trackers' process: what is handed over, told once, tried again and left behind, with libraries of our own that
+fail, hang and print as theirs may."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from codes import codes_in
 from patience import PATIENCE_S
 
 from swarmtrain.events import Event, TrackerEvent, WarningEvent, in_words
+from swarmtrain.peer.trackers import process
 from swarmtrain.peer.trackers import tracker as tracker_module
 from swarmtrain.peer.trackers.points import Point
-from swarmtrain.peer.trackers.sinks import TrackedPeer
-from swarmtrain.peer.trackers.tracker import Tracker, TrackerLimits
+from swarmtrain.peer.trackers.sinks import Place, TrackedPeer
+from swarmtrain.peer.trackers.tracker import Trackers
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -99,19 +101,13 @@ class Told(list[Event]):
 PEER = {"id": "1a2b", "run": "tiny", "group": "tiny-ab", "name": "anna", "role": "volunteer", "step": 0}
 
 
-def a_tracker(folder: Path, told: Told, **patience: float) -> Tracker:
-    given = {"answer_s": 1000.0, "retry_s": 0.01, "finish_s": PATIENCE_S, **patience}
+def trackers_of(folder: Path, told: Told) -> Trackers:
     peer = TrackedPeer(folder=str(folder), run_file="[run]", config={"run": {"seed": 1}, "machine": {}}, **PEER)  # type: ignore[arg-type]
-    return Tracker("trackio", peer, told.append, TrackerLimits(**given))
+    return Trackers(["trackio", "tensorboard"], peer, told.append)
 
 
 def point(step: int) -> Point:
     return Point(step, 1e9 + step, {"train/loss": 1 / step})
-
-
-def ended(tracker: Tracker) -> None:
-    tracker.finish()
-    tracker.close()
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -128,95 +124,137 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def of_trackio(told: Told) -> list[Event]:
+    return [event for event in told if "trackio" in in_words(event)]
+
+
 def test_points_arrive_in_their_order_and_what_a_library_prints_is_no_answer(tmp_path: Path, library: Library) -> None:
     told = Told()
-    tracker = a_tracker(tmp_path, told)
+    trackers = trackers_of(tmp_path, told)
     for step in (100, 200, 300):
-        tracker.add(point(step))
-    ended(tracker)
+        trackers.add(point(step))
+    trackers.close()
+    until(lambda: trackers._process.poll() == 0)
     assert library.rows("points") == [[step, {"train/loss": 1 / step}] for step in (100, 200, 300)]
-    assert (tracker.num_taken, tracker.num_dropped) == (3, 0)
     (init,) = library.rows("inits")
     assert (init["name"], init["project"], init["resume"]) == ("anna-1a2b", "tiny", "allow")
     assert init["config"] == {"run": {"seed": 1}, "machine": {}}
     assert init["asked"] == "", "its input is not the peer's"
-    assert init["environment"] == [] and init["argv"][1:] == ["trackio"], "nothing of how the peer was started"
-    assert len(library.rows("ends")) == 1 and not is_running(init["pid"])
-    assert told == [TrackerEvent(tracker="trackio", where="/curves", shown_by="trackio show --project tiny")]
-    assert "a library prints" in (tmp_path / "trackio.log").read_text()
+    assert init["environment"] == [] and init["argv"][1:] == [], "nothing of how the peer was started"
+    assert len(library.rows("ends")) == 1
+    assert of_trackio(told) == [
+        TrackerEvent(tracker="trackio", where="/curves", shown_by="trackio show --project tiny")
+    ]
+    assert "a library prints" in (tmp_path / "trackers.log").read_text()
+    assert list((tmp_path / "tensorboard").iterdir()), "each of them draws"
 
 
-@pytest.mark.parametrize(("how", "why"), [("fail", "no space left on its device really"), ("die", "status 7")])
-def test_a_failure_is_told_once_and_nothing_is_lost(tmp_path: Path, library: Library, how: str, why: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "why"), [("no init", "ValueError: no account"), ("fail", "OSError: no space left on its device really")]
+)
+def test_one_that_fails_is_told_of_once_and_costs_the_other_nothing(
+    tmp_path: Path, library: Library, how: str, why: str
+) -> None:
     told = Told()
     library.now(how)
-    tracker = a_tracker(tmp_path, told)
+    trackers = trackers_of(tmp_path, told)
     for step in (100, 200, 300):
-        tracker.add(point(step))
-    until(lambda: len(library.rows("inits")) > 2)  # tried again, and again
-    library.now(how, False)
-    until(lambda: tracker.num_taken == 3)
-    ended(tracker)
-    assert library.steps == [100, 200, 300]
-    assert told.codes() == ["tracker-failed"]
-    assert why in in_words(told[-1]) and sum(isinstance(event, TrackerEvent) for event in told) == 1
+        trackers.add(point(step))
+    until(lambda: told.codes())
+    trackers.close()
+    until(lambda: trackers._process.poll() == 0)
+    assert told.codes() == ["tracker-failed"] and library.steps == []
+    assert why in in_words(of_trackio(told)[-1])
+    written = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert written.count(b"train/loss") == 3
 
 
-def test_a_library_that_does_not_begin_is_told_of_with_its_reason(tmp_path: Path, library: Library) -> None:
-    told = Told()
-    library.now("no init")
-    tracker = a_tracker(tmp_path, told, retry_s=1000.0)
-    tracker.add(point(100))
-    until(lambda: told)
-    ended(tracker)
-    (warning,) = told
-    assert isinstance(warning, WarningEvent) and "ValueError: no account" in warning.message
-    assert tracker.num_dropped == 1
+def test_one_that_fails_is_begun_anew_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, begun = io.BytesIO(), list[str]()
+
+    class Failing:
+        def begin(self, peer: TrackedPeer) -> Place:
+            begun.append(peer.name)
+            return Place(where="here")
+
+        def log(self, step: int, time: float, values: Mapping[str, float]) -> None:
+            if step < 300:
+                raise OSError("full")
+
+        def end(self) -> None:
+            raise OSError("still full")
+
+    monkeypatch.setattr(process, "SINKS", {"a": Failing})
+    monkeypatch.setattr(process, "_AGAIN_S", 0.0)
+    head = {"kinds": ["a"], "peer": {**PEER, "folder": "", "run_file": "", "config": {}}}
+    points = [{"step": step, "time": 0.0, "values": {}} for step in (100, 200, 300)]
+    process.draw([json.dumps(line).encode() for line in (head, *points)], answers, lambda: None)
+    found = [json.loads(line) for line in answers.getvalue().splitlines()]
+    assert begun == ["anna"] * 3
+    assert [line.get("error", line.get("where")) for line in found] == [
+        *("here", "OSError: full", "OSError: still full") * 2,
+        *("here", "OSError: still full"),
+    ]
 
 
-def test_one_that_hangs_is_told_of_and_ended_and_gets_the_point_again(tmp_path: Path, library: Library) -> None:
-    told = Told()
-    library.now("hang")
-    tracker = a_tracker(tmp_path, told)
-    tracker.add(point(100))
-    until(lambda: tracker._asked_s is not None and library.rows("inits"))
-    (init,) = library.rows("inits")
-    tracker.check(time.monotonic() + 999.0)
-    assert is_running(init["pid"]), "it has its time"
-    library.now("hang", False)
-    until(lambda: tracker.check(time.monotonic() + 1001.0) or told.codes())
-    until(lambda: not is_running(init["pid"]))
-    until(lambda: tracker.num_taken == 1)
-    ended(tracker)
-    assert library.steps == [100] and told.codes() == ["tracker-failed"]
-    assert "no answer for 1000 s" in in_words(next(event for event in told if isinstance(event, WarningEvent)))
-
-
-def test_who_adds_points_never_waits_and_the_oldest_are_dropped(
+def test_a_process_that_ends_is_told_of_and_started_again(
     tmp_path: Path, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracker_module, "MAX_WAITING", 3)
+    told = Told()
+    library.now("die")
+    trackers = trackers_of(tmp_path, told)
+    trackers.add(point(100))
+    until(lambda: len(told.codes()) == 2)
+    assert told.codes() == ["tracker-failed"] * 2, "one for each tracker"
+    assert all("ended with status 7" in in_words(event) for event in told if isinstance(event, WarningEvent))
+    library.now("die", False)
+    trackers.add(point(200))
+    until(lambda: not trackers._listener.is_alive())
+    monkeypatch.setattr(trackers, "_again_s", 0.0)
+    trackers.add(point(300))
+    trackers.close()
+    until(lambda: trackers._process.poll() == 0)
+    assert library.steps == [300] and len(told.codes()) == 2, "points in between are lost"
+
+
+def test_who_adds_points_never_waits_for_one_that_hangs_nor_does_the_peers_end(
+    tmp_path: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker_module, "_FINISH_S", 0.0)
     library.now("hang")
-    tracker = a_tracker(tmp_path, Told(), finish_s=0.0)
-    for step in range(1, 11):
-        tracker.add(point(step))
-    assert tracker.num_dropped == 7
+    told = Told()
+    trackers = trackers_of(tmp_path, told)
+    for step in range(1, 5000):
+        trackers.add(point(step))
     until(lambda: library.rows("inits"))
-    ended(tracker)
-    assert tracker.num_dropped == 10 and library.steps == []
-    until(lambda: not is_running(library.rows("inits")[0]["pid"]))
+    trackers.close()
+    (init,) = library.rows("inits")
+    assert is_running(init["pid"]) and library.steps == []
+    os.kill(init["pid"], signal.SIGALRM)  # as at the end of its time
+    until(lambda: trackers._process.poll() is not None)
 
 
-def test_the_peers_end_does_not_wait_for_a_library_that_does_not(tmp_path: Path, library: Library) -> None:
-    """It has all points, and some minutes to send them."""
-    library.now("never ends")
-    tracker = a_tracker(tmp_path, Told())
-    tracker.add(point(100))
-    until(lambda: tracker.num_taken == 1)
-    tracker._limits = TrackerLimits(finish_s=0.0)
-    ended(tracker)
-    until(lambda: library.rows("ends"))
-    (pid,) = library.rows("ends")
-    assert is_running(pid)
-    os.kill(pid, signal.SIGALRM)  # as at their end
-    until(lambda: not is_running(pid))
+def test_one_that_hangs_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, goes_on, answers = threading.Event(), threading.Event(), io.BytesIO()
+    monkeypatch.setattr(process, "_HANGS_S", -1.0)
+
+    class Hanging:
+        def begin(self, peer: TrackedPeer) -> Place:
+            entered.set()
+            goes_on.wait()
+            return Place(where="here")
+
+        def log(self, step: int, time: float, values: Mapping[str, float]) -> None: ...
+
+        def end(self) -> None: ...
+
+    def lines() -> Iterator[bytes]:
+        yield json.dumps({"kinds": ["a"], "peer": {**PEER, "folder": "", "run_file": "", "config": {}}}).encode()
+        until(entered.is_set)
+        yield b'{"step": 1, "time": 0.0, "values": {}}'
+        goes_on.set()
+
+    monkeypatch.setattr(process, "SINKS", {"a": Hanging})
+    process.draw(lines(), answers, lambda: None)
+    first, second = (json.loads(line) for line in answers.getvalue().splitlines())
+    assert "gave no answer" in first["error"] and second["where"] == "here"
