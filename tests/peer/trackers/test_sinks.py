@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 
 from swarmtrain.cli.tracker_options import TRACKERS
 from swarmtrain.extras import EXTRAS
@@ -211,6 +212,9 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
 def test_wandb_itself_offline(tmp_path: Path) -> None:
     from wandb.proto.wandb_internal_pb2 import Record
 
+    def written(file: Path) -> list[Any]:
+        return list(map(Record.FromString, wandb_records(file.read_bytes())))
+
     found: list[tuple[int, float]] = []
     for points in ({100: 3.0, 250: 2.5}, {251: 2.25}):
         while list(tmp_path.glob(f"wandb/offline-run-{time.strftime('%Y%m%d_%H%M%S')}-{ID}")):
@@ -218,9 +222,12 @@ def test_wandb_itself_offline(tmp_path: Path) -> None:
         (place,) = in_its_process("wandb", a_peer(tmp_path), points, WANDB_MODE="offline", WANDB_SECRET="s3cret")
         folder = max(tmp_path.glob(f"wandb/offline-run-*-{ID}"))  # their names begin with the time
         assert place["shown_by"] == f"wandb sync {tmp_path}/wandb/offline-run-*-{ID}"
-        file = folder / f"run-{ID}.wandb"
-        runs = []
-        for record in map(Record.FromString, wandb_records(file.read_bytes())):
+        file, runs, give_up_s = folder / f"run-{ID}.wandb", [], time.monotonic() + PATIENCE_S
+        # W&B's own process may still be writing when ours has ended: an exit is the last that it writes.
+        while not (records := written(file)) or records[-1].WhichOneof("record_type") not in ("exit", "footer"):
+            assert time.monotonic() < give_up_s, records
+            threading.Event().wait(0.05)
+        for record in records:
             if record.WhichOneof("record_type") == "history":
                 row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
                 found.append((record.history.step.num or row["_step"], row["train/loss"]))
