@@ -23,7 +23,7 @@ COMPUTES = (
 )
 """Those of torch, its libraries, graphics cards and compilers."""
 _CALLS = "XDG_* SSL_CERT_* REQUESTS_CA_BUNDLE CURL_CA_BUNDLE *_proxy *_PROXY HF_HOME HF_HUB_* HF_DATASETS_* HF_ENDPOINT"
-DAEMON = "GOLOG_* GODEBUG GOGC GOMAXPROCS GOMEMLIMIT"
+DAEMON = "LIBP2P_* GOLOG_* GODEBUG GOGC GOMAXPROCS GOMEMLIMIT"
 """Those of the network daemon."""
 PEER = f"{COMPUTES} {_CALLS} {DAEMON} SWARMTRAIN_* TRANSFORMERS_* TOKENIZERS_* GRPC_* HF_TOKEN"
 """Those of a whole peer. It may load what its user's token opens."""
