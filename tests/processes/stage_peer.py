@@ -32,7 +32,7 @@ from swarmtrain.peer.pipeline.driver import Driver, Tail
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
 from swarmtrain.peer.pipeline.stage_loop import StageLoop
 from swarmtrain.peer.pipeline.stage_service import StageServer, StageShapes, WireCalls
-from swarmtrain.protocol.pipeline.ledger import Due, Key, LedgerLimits, StageLedger, TakeStep
+from swarmtrain.protocol.pipeline.ledger import Discard, Due, Key, LedgerLimits, StageLedger, TakeStep
 from swarmtrain.protocol.pipeline.router import Router
 from swarmtrain.run import ModelSection
 
@@ -143,6 +143,8 @@ class StagePeer:
         elif isinstance(what, TakeStep):
             keys = [[*key] for key in what.microbatches]
             entry = {"kind": "step", "batch": what.batch, "tokens": what.tokens, "keys": keys}
+        elif isinstance(what, Discard):  # on a busy machine a batch is given up
+            entry = {"kind": "discard", "batch": what.batch}
         else:
             entry = {"kind": type(what).__name__.lower(), "key": [*what.key]}
         self.log.append(entry)

@@ -52,6 +52,8 @@ class Peer:
                 self._step(entry)
             elif entry["kind"] == "subtract":
                 self._subtract(entry)
+            elif entry["kind"] == "discard":
+                self.sums.pop(entry["batch"], None)
             elif entry["kind"] != "forget":
                 assert entry["kind"] in ("forward", "backward", "tail"), entry
                 if entry["takes"] not in made:
