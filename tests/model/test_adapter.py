@@ -78,7 +78,7 @@ def test_it_computes_what_peft_does_with_one_adapter_of_the_whole_rank(family: s
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about peft
 @pytest.mark.parametrize(
-    "family", [pytest.param(each, marks=[pytest.mark.slow] * (each not in ("olmoe", "gpt_oss"))) for each in MIXTURES]
+    "family", [pytest.param(each, marks=[pytest.mark.long] * (each not in ("olmoe", "gpt_oss"))) for each in MIXTURES]
 )
 def test_of_a_mixture_of_experts_the_linear_layers_are_adapted(
     family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
