@@ -15,7 +15,6 @@ from swarmtrain.peer.control.limits import check_memory, least_cost
 from swarmtrain.peer.devices.machine import find_devices
 from swarmtrain.peer.estimate import disk_bytes
 from swarmtrain.peer.lifecycle.node import PeerSettings
-from swarmtrain.peer.model_files.model_folder import path_of_list
 from swarmtrain.protocol.pinned_files.file_list import PinnedFiles
 from swarmtrain.run import RunFile
 from swarmtrain.words import size_in_words
@@ -55,7 +54,9 @@ def needs_of(published: PublishedRun, settings: PeerSettings) -> Needs:
     run = published.run
     num_parameters = num_trained_parameters(run)
     is_new = not (settings.directory / "checkpoints").exists()  # else the data is here
-    files = PinnedFiles.from_bytes_untrusted(published.model_files).total_bytes if published.model_files else 0
+    files = 0
+    if published.model_files and settings.model_folder is None:  # else they are here
+        files = PinnedFiles.from_bytes_untrusted(published.model_files).total_bytes
     return Needs(
         least_cost(run, num_parameters, settings.device.num_host_ranks).memory_bytes,
         files,
@@ -91,18 +92,13 @@ def check_needs(needs: Needs, published: PublishedRun, settings: PeerSettings) -
             "join a run with a smaller model",
             code="takes-much",
         )
-    here = [settings.directory]
-    if published.model_files:
-        files = PinnedFiles.from_bytes_untrusted(published.model_files)
-        here.append(path_of_list(settings.cache_folder or settings.directory, files.sha256))
-    free_bytes = shutil.disk_usage(settings.directory).free + sum(map(_bytes_in, here))
-    allowed = settings.disk_bytes or free_bytes
-    if needs.disk_bytes > min(allowed, free_bytes):
-        has = f"{settings.directory} has {size_in_words(free_bytes)} left: make room, give another --dir"
-        if needs.disk_bytes > allowed < free_bytes:
-            has = f"--disk allows {size_in_words(allowed)}: allow more with --disk"
+    folder, has = settings.directory, ""
+    free_bytes = shutil.disk_usage(folder).free + sum(
+        os.lstat(Path(parent, name)).st_size for parent, _, names in os.walk(folder) for name in names
+    )
+    if 0 < settings.disk_bytes < needs.disk_bytes:
+        has = f"--disk allows {size_in_words(settings.disk_bytes)}: allow more with --disk"
+    elif needs.disk_bytes - needs.model_bytes > free_bytes:  # who fetches the model looks for its room where it goes
+        has = f"{folder} has {size_in_words(free_bytes)} left: make room, give another --dir"
+    if has:
         raise RunTimeError(f"this run takes {needs}, and {has}, or join a run with a smaller model", code="takes-much")
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(os.lstat(Path(parent, name)).st_size for parent, _, names in os.walk(folder) for name in names)

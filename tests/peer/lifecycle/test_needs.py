@@ -39,6 +39,7 @@ def settings(folder: Path, **more: Any) -> PeerSettings:
 def test_what_a_run_takes_is_said_by_its_parts(tmp_path: Path) -> None:
     needs = needs_of(published(), settings(tmp_path))
     assert needs.model_bytes == 3 * GB + 500 and needs.data_bytes == 0 and needs.memory_bytes > 10**8
+    assert needs_of(published(), settings(tmp_path, model_folder=tmp_path)).model_bytes == 0, "its files are here"
     assert str(Needs(GB, 3 * GB, 2 * GB, GB)) == (
         "about 1 GB of memory and 6 GB on the disk (model 3 GB, data 2 GB, checkpoints 1 GB)"
     )
@@ -73,8 +74,8 @@ def test_a_run_that_takes_more_than_is_allowed_or_there_is_refused_unless_a_pers
         check_needs(needs._replace(memory_bytes=9 * GB), run, settings(tmp_path))
     with raises_code("too-little-memory", UserError, "--memory allows"):
         check_needs(needs, run, settings(tmp_path, limits=Limits(memory_bytes=10**6), accept_size=True))
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4 * GB - 1000))
-    with raises_code("takes-much", RunTimeError, "has 4 GB left: make room"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=GB - 1000))
+    with raises_code("takes-much", RunTimeError, "has 1 GB left: make room"):
         check_needs(needs, run, settings(tmp_path))
     (tmp_path / "state").write_bytes(b"x" * 1000)
     check_needs(needs, run, settings(tmp_path))
