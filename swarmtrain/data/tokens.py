@@ -10,6 +10,7 @@ free token; if an earlier merge made the same bytes, it makes that token again.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -248,6 +249,7 @@ def merges_of(tokenizer: bytes) -> npt.NDArray[np.uint32]:
     return np.frombuffer(tokenizer, "<u4", offset=len(MAGIC) if tokenizer else 0).reshape(-1, 2)
 
 
+@functools.lru_cache(2)
 def _from_file_untrusted(data: bytes, vocabulary_size: int) -> TokenizerFile:
     try:
         found = TokenizerFile(TokenizerBundle.from_bytes_untrusted(data))
