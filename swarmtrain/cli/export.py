@@ -96,9 +96,12 @@ def command(
         raise OptionsError("give --to FOLDER, --push OWNER/NAME, or both", code="options-conflict")
     if is_private and repository is None:
         raise OptionsError("--private: belongs to --push, which is missing; give both", code="options-conflict")
+    from swarmtrain.peer.checkpoints.export import cast_model
+
     if repository is None:
         assert target is not None
-        tokens = _exported(invite, directory, target, model_dir, accept_clock, is_merged, dtype)
+        tokens = _exported(invite, directory, target, model_dir, accept_clock, is_merged)
+        cast_model(target, dtype)
         echo(f"wrote the model after {tokens} tokens to {target}")
         return
     from swarmtrain.cli.background import say
@@ -112,7 +115,8 @@ def command(
 
     check_login(repository)
     with kept_or_temporary(target) as folder:
-        tokens = _exported(invite, directory, folder, model_dir, accept_clock, is_merged, dtype)
+        tokens = _exported(invite, directory, folder, model_dir, accept_clock, is_merged)
+        cast_model(folder, dtype)
         address = upload_model(folder, repository, is_private=is_private)
         if has_own_text(folder):
             say(f"{HELD_OUT} is not uploaded: it is a piece of the run's text, which may be private")
@@ -127,14 +131,13 @@ def _exported(
     model_dir: Path | None,
     accept_clock: bool,
     is_merged: bool,
-    dtype: str | None,
 ) -> int:
     """Export from the swarm of `invite`, or from `directory`; return the run's tokens."""
     import platformdirs
 
     from swarmtrain.cli.stop_signals import stop_on_signals
     from swarmtrain.network.discovery.invite import parse_invite
-    from swarmtrain.peer.checkpoints.export import cast_model, export_from_folder, export_from_swarm, onlooker_place
+    from swarmtrain.peer.checkpoints.export import export_from_folder, export_from_swarm, onlooker_place
     from swarmtrain.peer.lifecycle.node import Interrupted
 
     parsed = None if invite is None else parse_invite(invite)
@@ -142,11 +145,8 @@ def _exported(
         with stop_on_signals() as stop:
             place = onlooker_place(platformdirs.user_cache_path("swarmtrain"), model_dir, stop)
             if parsed is not None:
-                tokens = export_from_swarm(parsed, target, place, accept_clock=accept_clock, is_merged=is_merged)
-            else:
-                assert directory is not None
-                tokens = export_from_folder(directory, target, place, is_merged=is_merged)
-            cast_model(target, dtype)
-            return tokens
+                return export_from_swarm(parsed, target, place, accept_clock=accept_clock, is_merged=is_merged)
+            assert directory is not None
+            return export_from_folder(directory, target, place, is_merged=is_merged)
     except Interrupted:
         raise click.Abort from None
