@@ -7,7 +7,8 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +20,7 @@ from swarmtrain.cli.page import page_of
 from swarmtrain.cli.peers import PeerPhase, View
 from swarmtrain.events import PeerLostEvent
 from swarmtrain.v1 import control_pb2
-from swarmtrain.web.server import PageServer
+from swarmtrain.web.server import Order, PageServer
 
 pytestmark = [
     pytest.mark.processes,
@@ -197,6 +198,21 @@ def assert_foreign_names_and_pages_are_refused(browser: Browser, own: str, key: 
 # ---------------------------------------------------------------- the story
 
 
+@contextmanager
+def served(
+    order: Order = lambda name, given: "",
+) -> Iterator[tuple[PageServer, Browser, str]]:
+    """Yield a server of the page without a peer, a browser, and the page's address."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = PageServer(sock, order, "k" * 32)
+    server.start()
+    try:
+        with browsing() as browser:
+            yield server, browser, f"http://127.0.0.1:{sock.getsockname()[1]}/"
+    finally:
+        server.stop()
+
+
 def test_a_swarm_is_seen_in_a_browser(swarm: Swarm) -> None:
     run = write_run(swarm.folder, merge={"inner_steps": 30})
     bootstrap = swarm.bootstrap(run, "--web")
@@ -293,31 +309,25 @@ def test_a_volunteer_reads_who_is_here_and_pauses_on_a_phone() -> None:
         orders.append(name)
         return "pausing: it finishes its step"
 
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = PageServer(sock, order, "k" * 32)
-    server.start()
-    server.publish(*page_of(view))
-    try:
-        with browsing() as browser:
-            for width in (320, 390, 800, 1024, 1440):
-                server.admit(str(width))
-                page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/#code={width}", width=width)
-                page.locator("#here tbody tr").first.wait_for()
-                assert_fits(page)
-                cells = page.locator("#here tbody tr").first.locator("td:visible").all_inner_texts()
-                assert {"50%", "600 k", "4 k", "round 12", "through hosts"} <= set(cells), (width, cells)
-                assert "as unsure as a blind guess among" in page.locator("#loss-help").inner_text()
-                pause = page.get_by_role("button", name="Pause")
-                below = pause.bounding_box()["y"] + pause.bounding_box()["height"]
-                assert below < 844, f"{width} pixels: the button ends at {below}"
-                pause.click()
-                page.get_by_text("pausing: it finishes its step").wait_for()
-                is_open = page.locator("#machine .more").evaluate("(each) => each.open")
-                assert is_open is (width >= 1120) and not browser.errors
-                page.context.close()
-            assert orders == 5 * ["pause"]
-    finally:
-        server.stop()
+    with served(order) as (server, browser, address):
+        server.publish(*page_of(view))
+        for width in (320, 390, 800, 1024, 1440):
+            server.admit(str(width))
+            page = browser.open(f"{address}#code={width}", width=width)
+            page.locator("#here tbody tr").first.wait_for()
+            assert_fits(page)
+            cells = page.locator("#here tbody tr").first.locator("td:visible").all_inner_texts()
+            assert {"50%", "600 k", "4 k", "round 12", "through hosts"} <= set(cells), (width, cells)
+            assert "as unsure as a blind guess among" in page.locator("#loss-help").inner_text()
+            pause = page.get_by_role("button", name="Pause")
+            below = pause.bounding_box()["y"] + pause.bounding_box()["height"]
+            assert below < 844, f"{width} pixels: the button ends at {below}"
+            pause.click()
+            page.get_by_text("pausing: it finishes its step").wait_for()
+            is_open = page.locator("#machine .more").evaluate("(each) => each.open")
+            assert is_open is (width >= 1120) and not browser.errors
+            page.context.close()
+        assert orders == 5 * ["pause"]
 
 
 TIMES = """async () => {
@@ -340,21 +350,15 @@ TIMES = """async () => {
 
 def test_an_axis_of_days_names_days_and_years() -> None:
     """Seen: the axis of a report had times of day, whatever day and year the reader opened it."""
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = PageServer(sock, lambda name, given: "", "k" * 32)
-    server.start()
-    try:
-        with browsing() as browser:
-            page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/")
-            year, (days, hours, today, clocks), in_a_file = page.evaluate(TIMES)
-            assert days == [f"31 Dec\n{year - 2}", f"1 Jan\n{year - 1}", "2 Jan"]
-            assert hours == [f"22:00\n31 Dec {year - 2}", f"00:00\n1 Jan {year - 1}", "02:00"]
-            assert today == ["10:00\n1 Jun", "11:00"], "the present year goes without saying"
-            assert clocks[0] == f"1 Jan {year - 1}, 00:00" and str(year) not in clocks[1]
-            assert in_a_file[:2] == [days, hours]
-            assert in_a_file[2] == [f"10:00\n1 Jun {year}", "11:00"] and in_a_file[3][1] == f"1 Jun {year}, 10:00"
-    finally:
-        server.stop()
+    with served() as (_, browser, address):
+        page = browser.open(address)
+        year, (days, hours, today, clocks), in_a_file = page.evaluate(TIMES)
+        assert days == [f"31 Dec\n{year - 2}", f"1 Jan\n{year - 1}", "2 Jan"]
+        assert hours == [f"22:00\n31 Dec {year - 2}", f"00:00\n1 Jan {year - 1}", "02:00"]
+        assert today == ["10:00\n1 Jun", "11:00"], "the present year goes without saying"
+        assert clocks[0] == f"1 Jan {year - 1}, 00:00" and str(year) not in clocks[1]
+        assert in_a_file[:2] == [days, hours]
+        assert in_a_file[2] == [f"10:00\n1 Jun {year}", "11:00"] and in_a_file[3][1] == f"1 Jun {year}, 10:00"
 
 
 DRAWN = """async ([axis, places]) => {
@@ -384,39 +388,27 @@ DRAWN = """async ([axis, places]) => {
 def test_a_curve_has_no_line_over_a_gap_and_the_last_mark_is_whole(axis: str, begin: int, step: int) -> None:
     """Seen: a night without anybody was a slow descent, and `1.2 M` at the right end was `1.2 `."""
     places = [begin + step * number for number in (*range(15), *range(30, 40))]
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = PageServer(sock, lambda name, given: "", "k" * 32)
-    server.start()
-    try:
-        with browsing() as browser:
-            page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/")
-            for last in range(4):  # the end of the axis at some distance from its last mark
-                told = page.evaluate(DRAWN, [axis, [*places[:-1], places[-1] + last * step / 2]])
-                assert told == [True, False, False], "a line between neighbours, none over the gap, no ink at the edge"
-            assert not browser.errors
-    finally:
-        server.stop()
+    with served() as (_, browser, address):
+        page = browser.open(address)
+        for last in range(4):  # the end of the axis at some distance from its last mark
+            told = page.evaluate(DRAWN, [axis, [*places[:-1], places[-1] + last * step / 2]])
+            assert told == [True, False, False], "a line between neighbours, none over the gap, no ink at the edge"
+        assert not browser.errors
 
 
 def test_before_its_news_a_page_has_nothing_to_press() -> None:
     """Seen: four buttons of a table without lines, and the choice of the axis of no curve."""
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = PageServer(sock, lambda name, given: "", "k" * 32)
-    server.start()
-    try:
-        with browsing() as browser:
-            page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/")
-            page.locator("#chart-training .plot").wait_for()
-            pressed = "#main :is(button, input, summary):not(:disabled)"
-            assert not page.locator(pressed).locator("visible=true").count()
-            told = View(status=control_pb2.PeerStatus(peer="id"), phase=PeerPhase.RUNNING, now=time.time())
-            told.status.losses.add(round=1, run_tokens=100, loss=2.25)
-            server.publish(*page_of(told))
-            page.get_by_text("by time").click()
-            assert page.locator("#axis input").last.is_checked()
-            assert page.locator("#main summary >> visible=true").first.inner_text() == "Values"
-    finally:
-        server.stop()
+    with served() as (server, browser, address):
+        page = browser.open(address)
+        page.locator("#chart-training .plot").wait_for()
+        pressed = "#main :is(button, input, summary):not(:disabled)"
+        assert not page.locator(pressed).locator("visible=true").count()
+        told = View(status=control_pb2.PeerStatus(peer="id"), phase=PeerPhase.RUNNING, now=time.time())
+        told.status.losses.add(round=1, run_tokens=100, loss=2.25)
+        server.publish(*page_of(told))
+        page.get_by_text("by time").click()
+        assert page.locator("#axis input").last.is_checked()
+        assert page.locator("#main summary >> visible=true").first.inner_text() == "Values"
 
 
 def row(number: int, *, is_me: bool) -> dict[str, Any]:
@@ -428,29 +420,23 @@ def row(number: int, *, is_me: bool) -> dict[str, Any]:
 
 
 def test_a_table_of_many_peers_is_shown_in_pages() -> None:
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = PageServer(sock, lambda name, given: "", "k" * 32)
-    server.start()
-    state = ({}, {f"id-{number:03}": row(number, is_me=number == 60) for number in range(120)})
-    server.publish(state, state)
-    try:
-        with browsing() as browser:
-            page = browser.open(f"http://127.0.0.1:{sock.getsockname()[1]}/")
-            pages, body = page.locator("#here .pages"), page.locator("#here tbody")
-            body.locator("tr").first.wait_for()
+    with served() as (server, browser, address):
+        state = ({}, {f"id-{number:03}": row(number, is_me=number == 60) for number in range(120)})
+        server.publish(state, state)
+        page = browser.open(address)
+        pages, body = page.locator("#here .pages"), page.locator("#here tbody")
+        body.locator("tr").first.wait_for()
 
-            def shown() -> list[int]:
-                return [int(name.removeprefix("peer-")) for name in names(page)]
+        def shown() -> list[int]:
+            return [int(name.removeprefix("peer-")) for name in names(page)]
 
-            assert shown() == [*range(25), 60], "the most work first, and this peer, wherever it is"
-            pages.get_by_text("Show 50 of 120").click()
-            assert shown() == [*range(50), 60] and pages.get_by_role("button", name="Previous").is_disabled()
-            pages.get_by_role("button", name="Next").press("Enter")
-            assert shown() == [*range(50, 100)] and "51 to 100 of 120" in pages.inner_text()
-            pages.get_by_role("button", name="Next").click()
-            assert shown() == [60, *range(100, 120)] and pages.get_by_role("button", name="Next").is_disabled()
-            pages.get_by_text("Show the first 25").click()
-            assert shown() == [*range(25), 60]
-            assert not browser.errors
-    finally:
-        server.stop()
+        assert shown() == [*range(25), 60], "the most work first, and this peer, wherever it is"
+        pages.get_by_text("Show 50 of 120").click()
+        assert shown() == [*range(50), 60] and pages.get_by_role("button", name="Previous").is_disabled()
+        pages.get_by_role("button", name="Next").press("Enter")
+        assert shown() == [*range(50, 100)] and "51 to 100 of 120" in pages.inner_text()
+        pages.get_by_role("button", name="Next").click()
+        assert shown() == [60, *range(100, 120)] and pages.get_by_role("button", name="Next").is_disabled()
+        pages.get_by_text("Show the first 25").click()
+        assert shown() == [*range(25), 60]
+        assert not browser.errors
