@@ -411,8 +411,9 @@ def asking(options: PeerOptions, live: Callable[[Mapping[str, Any]], None]) -> N
                 is_agreed = click.confirm(question, default=False, err=True)
             if not is_agreed:
                 raise
-            agreed |= {setting: True} if setting else {}
-            if not setting:
+            if setting:
+                agreed[setting] = True
+            else:
                 use_login()
 
 

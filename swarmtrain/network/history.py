@@ -93,9 +93,8 @@ async def ask_for_history(swarm: Swarm, inviters: Collection[str], run_tokens: i
 
     Whoever has not answered after `_ANSWERS_S` is left out.
     """
-    measurer = swarm.membership.measurer()
-    live = [info.peer for info in swarm.membership.live()]
-    asked = sorted((peer for peer in live if peer in inviters or peer == measurer), key=measurer.__ne__)[:_MOST_ASKED]
+    live = {info.peer for info in swarm.membership.live()}
+    asked = [peer for peer in dict.fromkeys([swarm.membership.measurer(), *inviters]) if peer in live][:_MOST_ASKED]
     if not asked:
         return []
     tasks = [asyncio.create_task(_told_by(swarm, peer)) for peer in asked]

@@ -128,12 +128,12 @@ def asked_within(
 def test_peers_of_the_invite_and_who_measures_are_asked_and_no_others() -> None:
     good = history_to_proto(POINTS, SAMPLE)
     swarm = FakeSwarm(dict.fromkeys("abcdefghi", good))
-    told = asked(swarm, inviters=("h", "c", "gone"))
+    told = asked(swarm, inviters=("c", "h", "gone"))
     assert swarm.asked == ["c", "h"]
     assert all((list(one.points), one.sample) == (POINTS, SAMPLE) for one in told)
     assert asked(FakeSwarm({"a": good}), inviters=()) == []
     swarm.measurer = "f"
-    asked(swarm, inviters=("h", "c"))
+    asked(swarm, inviters=("c", "h"))
     assert swarm.asked[2:] == ["f", "c", "h"], "and who measures"
     many = FakeSwarm(dict.fromkeys("abcdefghi", good))
     assert len(asked(many, inviters=tuple("abcdefghi"))) == 5

@@ -64,8 +64,9 @@ def draw(requests: Iterable[bytes], replies: IO[bytes], on_end: Callable[[], obj
     head = json.loads(next(lines, b'{"kinds": []}'))
     workers = [_Worker(kind, TrackedPeer(**head["peer"]), tell) for kind in head["kinds"]]
     for line in lines:
+        point = json.loads(line)
         for worker in workers:
-            worker.add(json.loads(line))
+            worker.add(point)
     on_end()
     waited_for = [worker for worker in workers if not worker.has_failed]
     for worker in waited_for:
