@@ -55,7 +55,7 @@ def _write_adapter_run(folder: Path, base: str, method: str) -> Path:
     table["run"]["total_tokens"] = 40 * 4 * 32
     table["model"]["base"] = base
     table["inner"]["learning_rate"] = 1e-2
-    table["merge"]["method"] = method
+    table["merge"] |= {"method": method, "min_peers": 2}
     table["adapter"] = {"method": "lora", "rank": 8, "targets": ["all-linear"]}
     path.write_text(tomli_w.dumps(table))
     return path
