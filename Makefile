@@ -99,7 +99,7 @@ protos: $(PROTOC)  ## generate swarmtrain/v1/ from protos/
 	.venv-protoc/bin/python protos/generate.py
 
 search: $(DEV)  ## play random faults in virtual time until Ctrl-C; prints a failure as a test
-	$(BIN)/python -m swarmtrain.simulate.search
+	PYTHONPATH=tests $(BIN)/python -m fault_search
 
 soak: $(DEV)  ## ten runs of ten minutes under kills, stops and restarts (two hours)
 	$(BIN)/python tests/processes/soak.py

@@ -37,7 +37,8 @@ from typing import Any
 import psutil
 import torch
 
-from swarmtrain.data.prepare import PeerPlace, publishable_data, training_batches, training_data
+from swarmtrain.data.mixture import PeerPlace
+from swarmtrain.data.prepare import publishable_data, training_batches, training_data
 from swarmtrain.model.gpt import build_model
 from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.network.daemon import owned_process_args

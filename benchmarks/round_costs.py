@@ -44,10 +44,11 @@ from swarmtrain.algorithm.gossip import PartnerUpdate, PreparedMerge, gossip_mer
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.algorithm.outer import OuterConstants, OuterState
 from swarmtrain.data.batches import Batches
+from swarmtrain.methods.method import GradientFormat
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.network.codec import PublicationCodec, VectorCodec, tensor_specs
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.snapshots.store import CHUNK_BYTES, Body, HeldSnapshot, build_snapshot, empty_held
+from swarmtrain.network.snapshots.store import Body, HeldSnapshot, build_snapshot, empty_held
 from swarmtrain.network.tensor_groups import groups_of
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint, save
 from swarmtrain.peer.checkpoints.files import CheckpointFolder
@@ -60,7 +61,7 @@ from swarmtrain.peer.training.session import LocalCheckpoint
 from swarmtrain.protocol.gossip.fragments import published, publishes_every
 from swarmtrain.protocol.gossip.partners import Full
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import GradientFormat, RunFile
+from swarmtrain.run import CHUNK_BYTES, RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "gpt-124m.toml"

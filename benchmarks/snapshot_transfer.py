@@ -33,7 +33,6 @@ from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import Node, NodeSettings
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.snapshots.store import (
-    CHUNK_BYTES,
     Body,
     PullLimits,
     Snapshot,
@@ -45,6 +44,7 @@ from swarmtrain.network.snapshots.store import (
     pull_chunks,
     pull_manifest,
 )
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32

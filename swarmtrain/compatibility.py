@@ -11,8 +11,6 @@ import re
 from swarmtrain import __version__
 from swarmtrain.errors import Problem
 
-__all__ = ["PROTOCOL", "UPDATE", "WIRE_SHA256", "protocol_mismatch"]
-
 PROTOCOL = 3
 """Protocol that this version speaks: in a published run, in an invite and in every answer to a greeting."""
 

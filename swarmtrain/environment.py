@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from fnmatch import fnmatchcase
 
-__all__ = ["BY_TRACKER", "COMPUTES", "DAEMON", "PEER", "keep_minimal_environment", "minimal_environment"]
-
 _RUNS = (
     "PATH HOME USER LOGNAME LANG LC_* TZ TMPDIR PYTHON[A-Z]* VIRTUAL_ENV CONDA_PREFIX LD_* DYLD_* MALLOC_* "
     "GLIBC_TUNABLES SYSTEMROOT"

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["CODES", "Explanation"]
-
 
 class Explanation(NamedTuple):
     """Explanation of a code."""

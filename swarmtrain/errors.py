@@ -24,29 +24,6 @@ stay free to change. `swarmtrain/error_codes.py` lists them.
 
 from __future__ import annotations
 
-__all__ = [
-    "CODE_KEY",
-    "INTERRUPTED",
-    "BadBytesError",
-    "BrokenOffError",
-    "BusyError",
-    "ClockError",
-    "GoneError",
-    "InviteError",
-    "NewerRunError",
-    "PeerError",
-    "Problem",
-    "RunFileError",
-    "RunTimeError",
-    "StalledError",
-    "SwarmtrainError",
-    "UnreachableError",
-    "UserError",
-    "VersionError",
-    "with_code",
-]
-
-
 CODE_KEY = "swarmtrain-error-code"
 """Key of the trailing metadata in which the control service sends an error's code to its caller."""
 INTERRUPTED = 130

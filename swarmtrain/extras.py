@@ -6,8 +6,6 @@ way whether swarmtrain came from a clone, a wheel or an image.
 
 from __future__ import annotations
 
-__all__ = ["EXTRAS", "install_in_words"]
-
 EXTRAS = {
     "bpe": "tokenizers>=0.20",
     "chat": "jinja2>=3.1.6",

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["USE_LOGIN", "has_unused_login", "hub_token", "use_login"]
-
 USE_LOGIN = "SWARMTRAIN_USE_HF_TOKEN"
 """Environment variable by which the owner says so; the option `--use-hf-token` sets it."""
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Memory", "machine_memory"]
-
 
 @dataclass(frozen=True)
 class Memory:

@@ -14,8 +14,6 @@ from typing import Any
 
 from swarmtrain.errors import RunFileError
 
-__all__ = ["NAME", "entry_of", "file_sha256", "find_external"]
-
 NAME = r"[a-z0-9][a-z0-9-]{0,63}:[a-z0-9][a-z0-9_-]{0,63}"
 """Pattern of such names."""
 

@@ -23,20 +23,6 @@ from pydantic_core import ErrorDetails
 from swarmtrain.errors import Problem, UserError
 from swarmtrain.words import counted, one_line
 
-__all__ = [
-    "Section",
-    "allowed_values",
-    "one_line",
-    "problems_in_words",
-    "read_small_file",
-    "read_small_text",
-    "read_toml",
-    "section_fields",
-    "shown",
-    "table_fields",
-    "with_values",
-]
-
 _MAX_FILE_BYTES = 65_536
 _MOST_S = 1e9
 """Longest duration, in seconds: thirty years. Sums of such are finite, and times stay within the range of calendars."""

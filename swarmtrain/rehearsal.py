@@ -16,20 +16,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from swarmtrain.errors import UserError
-from swarmtrain.problems import Section, one_line, problems_in_words, read_small_file
-
-__all__ = [
-    "Deed",
-    "FaultEvent",
-    "FaultSection",
-    "LinksSection",
-    "RehearsalChurn",
-    "RehearsalFile",
-    "RehearsedVolunteer",
-    "SeedSection",
-    "fault_events",
-    "load_rehearsal",
-]
+from swarmtrain.problems import Section, problems_in_words, read_small_file
+from swarmtrain.words import one_line
 
 Deed = Literal["kill", "leave", "hang", "stall", "partition", "reset", "half-open", "narrow"]
 _OF_LINKS = ("stall", "partition", "reset", "half-open", "narrow")

@@ -27,39 +27,13 @@ from swarmtrain.compatibility import PROTOCOL, UPDATE, protocol_mismatch
 from swarmtrain.errors import BadBytesError, NewerRunError, RunFileError
 from swarmtrain.methods import METHOD_NAME, METHODS, GradientFormat, MergeMethod, method_named, methods_of_keys
 from swarmtrain.packages import NAME
-from swarmtrain.problems import Section, one_line, problems_in_words, read_toml, with_values
+from swarmtrain.problems import Section, problems_in_words, read_toml, with_values
 from swarmtrain.run_adapter import FILLED_ADAPTER_KEYS, AdapterSection
 from swarmtrain.run_batch import TARGETS, BatchTarget, TargetTokens
-from swarmtrain.run_data import DataSection, DataSource, SourceKeys
+from swarmtrain.run_data import DataSection, SourceKeys
 from swarmtrain.run_model import BOOTSTRAP_MODEL_KEYS, PUBLISHED_BASE, ModelSection
 from swarmtrain.run_pipeline import FORMATS, PipelineSection
-
-__all__ = [
-    "CHUNK_BYTES",
-    "MAX_RUN_FILE_BYTES",
-    "MAX_TOKENIZER_BYTES",
-    "METHODS_OF_KEYS",
-    "AdapterSection",
-    "DataSection",
-    "DataSource",
-    "EvaluationSection",
-    "GradientFormat",
-    "InnerSection",
-    "MergeSection",
-    "ModelSection",
-    "NetworkSection",
-    "PipelineSection",
-    "PublishedSection",
-    "RunFile",
-    "RunSection",
-    "SourceKeys",
-    "load_run",
-    "parse_published_untrusted",
-    "parse_run",
-    "published_bytes",
-    "run_sha256",
-    "with_model",
-]
+from swarmtrain.words import one_line
 
 MAX_RUN_FILE_BYTES = 65_536
 MAX_TOKENIZER_BYTES = 67_108_864

@@ -10,8 +10,6 @@ from pydantic import Field, model_validator
 from swarmtrain.errors import UserError
 from swarmtrain.problems import Section, with_values
 
-__all__ = ["FILLED_ADAPTER_KEYS", "MOST_GROUPS", "AdapterSection"]
-
 MOST_GROUPS = 16
 """Most groups of an adapter, as of a model's fragments."""
 FILLED_ADAPTER_KEYS = ("modules", "num_parameters")

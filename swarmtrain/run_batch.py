@@ -14,8 +14,6 @@ from pydantic import BeforeValidator
 
 from swarmtrain.problems import shown
 
-__all__ = ["GROWTH", "TARGETS", "BatchTarget", "TargetTokens"]
-
 _MOST_TOKENS = 10**12
 TARGETS = f'an integer from 0 to {_MOST_TOKENS}, or "auto"'
 """Values of `merge.target_tokens`, in words."""

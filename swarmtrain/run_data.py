@@ -10,8 +10,6 @@ from pydantic import Field, model_validator
 
 from swarmtrain.problems import Section, with_values
 
-__all__ = ["LEAST_HELD_OUT_BYTES", "DataSection", "DataSource", "SourceKeys"]
-
 LEAST_HELD_OUT_BYTES = 4096
 """Least held-out text of each of several sources: a loss on less says little."""
 

@@ -9,8 +9,6 @@ from pydantic import Field, model_validator
 
 from swarmtrain.problems import Section, with_values
 
-__all__ = ["BOOTSTRAP_MODEL_KEYS", "FILLED_MODEL_KEYS", "PUBLISHED_BASE", "ModelSection"]
-
 _COMMIT = "[0-9a-f]{40}"
 _HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 PUBLISHED_BASE = re.compile(rf"{_HUB_NAME}@{_COMMIT}|[A-Za-z0-9][A-Za-z0-9._-]{{0,95}}")

@@ -8,8 +8,6 @@ from pydantic import Field, model_validator
 
 from swarmtrain.problems import Section, with_values
 
-__all__ = ["FORMATS", "PipelineSection"]
-
 FORMATS = {
     "fp32": "4 bytes a number, exact.",
     "bf16": "2 bytes a number.",

@@ -6,24 +6,6 @@ import math
 from collections.abc import Sequence
 from unicodedata import category
 
-__all__ = [
-    "ago_in_words",
-    "below_in_words",
-    "count_in_words",
-    "counted",
-    "device_in_words",
-    "loss_in_words",
-    "one_line",
-    "percent_in_words",
-    "printable",
-    "shares_in_words",
-    "short_peer",
-    "size_in_words",
-    "speed_in_words",
-    "stages_in_words",
-    "time_in_words",
-]
-
 
 def size_in_words(num_bytes: float) -> str:
     """Format a size in bytes for a person, such as `3.4 MB`; powers of ten."""

@@ -9,8 +9,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["ALERTS", "DASHBOARD", "PEERS", "dashboard_queries", "panels"]
-
 PEERS = Path(__file__).resolve().parents[1] / "peers"
 DASHBOARD: dict[str, Any] = json.loads((PEERS / "grafana" / "swarm.json").read_text(encoding="utf-8"))
 ALERTS: dict[str, Any] = yaml.safe_load((PEERS / "alerts.yml").read_text(encoding="utf-8"))

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["DeviceReads"]
-
 _aten = torch.ops.aten
 _READS = {
     _aten._local_scalar_dense,  # float(tensor), int(tensor), bool(tensor), tensor.item()

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-__all__ = ["BUILD_S", "IMAGE", "ROOT", "Project", "build", "docker", "docker_logs", "status"]
-
 ROOT = Path(__file__).parents[1]
 IMAGE = "swarmtrain-test"
 BUILD_S = 1200.0

@@ -6,9 +6,7 @@ from torch import nn
 
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.protocol.adapter_groups import tensor_name
-from swarmtrain.run import ModelSection
-
-__all__ = ["NUM_GROUPS", "GroupedGPT", "grouped_model"]
+from swarmtrain.run_model import ModelSection
 
 NUM_GROUPS = 4
 

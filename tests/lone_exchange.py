@@ -3,8 +3,6 @@
 from swarmtrain.peer.alone import _Nobody
 from swarmtrain.run import RunFile
 
-__all__ = ["lone_exchange"]
-
 
 def lone_exchange(run: RunFile, inner_steps: int, num_steps: int) -> _Nobody:
     """Return the exchange of one volunteer by itself: rounds of `inner_steps` until it has taken `num_steps`."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["PATIENCE_S"]
-
 PATIENCE_S = 30.0
 """What takes milliseconds may take seconds on a machine with other work: reached only when something is wrong.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from swarmtrain.simulate.pipeline.microbatches import FAULTS, run_schedule
+from fault_search.microbatch_swarm import FAULTS, run_schedule
 
 
 def main() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from swarmtrain.peer.training.loop import InnerLoop
 from swarmtrain.peer.training.session import Session
 
-__all__ = ["train_round"]
-
 
 def train_round(loop: InnerLoop, session: Session) -> None:
     """Train one round, to its end or until it is interrupted."""

@@ -7,7 +7,7 @@ import functools
 import re
 
 import pytest
-from own_sources import PACKAGE, ROOT, modules
+from own_sources import PACKAGE, ROOT
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 FILES = sorted(set(re.findall(r"(?<![\w/.(-])([\w/-]+\.(?:py|proto|toml|md))(?::([A-Za-z_][\w.]*))?", PAGE)))
@@ -37,7 +37,7 @@ def names_of(path: str) -> frozenset[str]:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 found.update(within + each.id for each in targets if isinstance(each, ast.Name))
 
-    look(modules()[path].body, "")
+    look(ast.parse((ROOT / path).read_text(encoding="utf-8")).body, "")
     return frozenset(found)
 
 

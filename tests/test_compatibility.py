@@ -25,7 +25,8 @@ from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.lifecycle import run_fetch
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.problems import section_fields
-from swarmtrain.run import DataSource, RunFile, parse_published_untrusted, parse_run, run_sha256
+from swarmtrain.run import RunFile, parse_published_untrusted, parse_run, run_sha256
+from swarmtrain.run_data import DataSource
 from swarmtrain.v1 import pipeline_pb2, snapshot_pb2
 from swarmtrain.v1 import snapshot_pb2 as pb
 

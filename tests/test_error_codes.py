@@ -61,7 +61,7 @@ bad-report-name nothing-to-report
 """
 """Codes as people have them in their notes and programs. A new one is added here; none is taken away or renamed."""
 
-KINDS = [getattr(errors, name) for name in errors.__all__ if name.endswith("Error")]
+KINDS = [kind for name, kind in vars(errors).items() if name.endswith("Error") and kind.__module__ == errors.__name__]
 ERRORS = RAISED | {kind.__name__ for kind in KINDS} | {"OptionError", "OptionsError"}
 DEFAULTS = {kind.__name__: kind.code for kind in (*KINDS, NoAnswerError) if kind.code}
 """Codes of classes whose errors all mean the same."""

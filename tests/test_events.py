@@ -26,18 +26,16 @@ from swarmtrain.events import (
     RoundEvent,
     StartedEvent,
     WarningEvent,
-    count_in_words,
     data_in_words,
     in_words,
     merge_in_words,
     parse_event,
-    size_in_words,
     stamped,
-    time_in_words,
     times_below_allreduce,
     to_json_line,
     to_plain_line,
 )
+from swarmtrain.words import count_in_words, size_in_words, time_in_words
 
 ROUND = RoundEvent(
     round=3,

@@ -17,13 +17,13 @@ TERMS = re.findall(r"^\*\*(.+?)\*\*:", GLOSSARY, flags=re.MULTILINE)
 
 # Words of the glossary that once meant several things: where a name may have them, and so what they mean.
 ONE_MEANING = {
-    "guest": r"network/reachability/hosts|protocol/membership/hosts|simulate/systems/|simulate/search/gossip"
+    "guest": r"network/reachability/hosts|protocol/membership/hosts|simulate/systems/"
     r"|peer/control/session",
     "section": r"run|problems|rehearsal|cli/|data/|model/|peer/|methods|protocol/gossip/engine"
     r"|simulate/(scenario|comparison|links|planning/|learning/|pipeline/world|search/lives_server)",
     "settle": r"(peer|protocol|simulate)/pipeline/",
     "settlement": r"(peer|protocol|simulate)/pipeline/",
-    "driver": r"(peer|protocol|simulate)/pipeline/|simulate/search/microbatches",
+    "driver": r"(peer|protocol|simulate)/pipeline/",
 }
 ON_THE_WIRE = {
     "network/asynchronous/publications.py": {"section"},

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from codes import raises_code
 
-from swarmtrain.cli.estimate import doubts, estimate
+from swarmtrain.cli.estimate import doubts
 from swarmtrain.errors import UserError
 from swarmtrain.machine_memory import Memory, machine_memory
 from swarmtrain.model import run_model
 from swarmtrain.model.run_model import check_positions
-from swarmtrain.run import ModelSection, parse_run
+from swarmtrain.peer.estimate import estimate
+from swarmtrain.run import parse_run
+from swarmtrain.run_model import ModelSection
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

@@ -29,8 +29,6 @@ from swarmtrain.network.links.proxy import (
 )
 from swarmtrain.network.tasks import end_tasks
 
-__all__ = ["Address", "OwnLink", "was_to_go"]
-
 _log = logging.getLogger(__name__)
 _SO_ORIGINAL_DST = 80
 """Linux's socket option for the original target of a connection that the firewall redirected."""

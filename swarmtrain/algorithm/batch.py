@@ -18,18 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "IGNORED",
-    "compacted",
-    "inputs_of",
-    "join_rows",
-    "num_rows",
-    "num_targets",
-    "positions_of",
-    "targets_of",
-    "with_rows",
-]
-
 IGNORED = -100
 """Label of a token that is no target: the number that torch's cross entropy ignores."""
 

@@ -21,8 +21,6 @@ from swarmtrain.algorithm import memory
 from swarmtrain.algorithm.inner import ADAMW_EPS, InnerConstants, learning_rate_at
 from swarmtrain.algorithm.outer import OuterState
 
-__all__ = ["NUM_MOMENTS", "CommonOptimizer", "CommonStep", "norm_of"]
-
 NUM_MOMENTS = 2
 """Vectors of P numbers that both optimizers keep: the first and the second moments."""
 

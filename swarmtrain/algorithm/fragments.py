@@ -18,8 +18,6 @@ from swarmtrain.algorithm import memory
 from swarmtrain.algorithm.gossip import Layout
 from swarmtrain.algorithm.outer import OuterState, weighted_mean
 
-__all__ = ["Fragment", "FragmentedState", "fragments_of", "mean_by_fragment", "whole_of"]
-
 _T = TypeVar("_T")
 _LEAST_SHARE = 0.25
 """Size of the smallest fragment, at least, as a share of the mean."""

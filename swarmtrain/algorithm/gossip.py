@@ -22,17 +22,6 @@ from torch import Tensor
 from swarmtrain.algorithm import memory
 from swarmtrain.algorithm.outer import OuterConstants, OuterState, outer_step
 
-__all__ = [
-    "CorrectedMean",
-    "Layout",
-    "PartnerUpdate",
-    "PreparedMerge",
-    "gossip_merge",
-    "layout_of",
-    "prepare",
-    "variance_corrected_mean",
-]
-
 _BLOCK = 1 << 15
 """Numbers of each vector that are processed at once: four vectors' in fp64 are 1 MiB, a second-level cache."""
 _MERGED_AT_ONCE = 1 << 16

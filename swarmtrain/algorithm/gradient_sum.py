@@ -10,8 +10,6 @@ from torch import Tensor
 from swarmtrain.algorithm.inner import InnerOptimizer, Moments, MomentsCopy
 from swarmtrain.algorithm.outer import flatten
 
-__all__ = ["GradientSum"]
-
 
 class GradientSum(InnerOptimizer):
     """Stands where an inner optimizer does, and leaves the weights as they are: a step adds the batch's gradient.

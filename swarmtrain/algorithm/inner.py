@@ -20,18 +20,6 @@ from torch.optim.adamw import adamw
 
 from swarmtrain.algorithm import memory
 
-__all__ = [
-    "ADAMW_EPS",
-    "InnerConstants",
-    "InnerOptimizer",
-    "LentMoments",
-    "LossScale",
-    "Moments",
-    "MomentsCopy",
-    "learning_rate_at",
-    "moments_scale",
-]
-
 _FIRST_SHARE = 0.01  # the warm-up begins at this share of the peak: a learning rate of 0 would waste a step
 ADAMW_EPS = 1e-8
 """Added to the root of the second moment; torch.optim.AdamW's default."""

@@ -15,8 +15,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-__all__ = ["empty", "empty_like", "zeros", "zeros_like"]
-
 _LEAST_BYTES = 1 << 20
 """Vectors below this size come from the heap."""
 _HUGE_BYTES = 1 << 24

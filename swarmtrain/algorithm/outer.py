@@ -20,19 +20,6 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from swarmtrain.algorithm import memory
 
-__all__ = [
-    "Buffer",
-    "DelayedNesterov",
-    "OuterConstants",
-    "OuterState",
-    "flatten",
-    "kept_where",
-    "momentum_at",
-    "outer_step",
-    "unflatten_into",
-    "weighted_mean",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class OuterConstants:

@@ -11,20 +11,6 @@ import cmath
 import math
 from collections.abc import Sequence
 
-__all__ = [
-    "fewest_inner_steps",
-    "first_inner_steps",
-    "in_step_inner_steps",
-    "is_in_step",
-    "most_inner_steps",
-    "paced_inner_steps",
-    "reference_speed",
-    "round_inner_steps",
-    "rounds_of_others",
-    "small_batch_round",
-    "steps_of_everybody",
-]
-
 _FEWEST_IN_STEP = 16
 """Inner steps below which a round's length is not adjusted: a slower peer's few steps are too coarse for that."""
 _MOST_SHARE = 1.5

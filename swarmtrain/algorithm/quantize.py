@@ -34,20 +34,6 @@ from torch import Tensor
 
 from swarmtrain.algorithm import memory
 
-__all__ = [
-    "FORMATS",
-    "ErrorFeedback",
-    "FedBackSum",
-    "Format",
-    "decode",
-    "decode_pieces",
-    "encode",
-    "encode_pieces",
-    "encoded_size_bytes",
-    "less_decoded",
-    "surely_finite",
-]
-
 Format = Literal["fp32", "bf16", "int8", "int4", "int2"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 

@@ -21,20 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = [
-    "ClipIncident",
-    "Clipped",
-    "DirectionTrust",
-    "DisplacementClip",
-    "GradientClip",
-    "Group",
-    "Norms",
-    "Trusted",
-    "flag_mean",
-    "per_tensor",
-    "trimmed_mean",
-]
-
 Group = tuple[tuple[int, int], ...]  # (start, end) slices of the flat vector that are clipped as one
 
 _TOLERANCE = 3.0  # times the running median

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from swarmtrain.events import Event
 
-__all__ = ["is_the_background", "outputs_to_log", "report", "report_folder", "say", "start_in_background"]
-
 _PIPE = "SWARMTRAIN_BACKGROUND"  # in the new process's environment: the descriptor of the pipe
 _LAST_WORDS_BYTES = 4000
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from swarmtrain.events import Event
     from swarmtrain.peer.lifecycle.node import Emit
 
-__all__ = ["command"]
-
 
 @click.command(
     name="bootstrap",

@@ -17,13 +17,12 @@ from swarmtrain.errors import Problem, RunFileError, with_code
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from swarmtrain.cli.estimate import Estimate
     from swarmtrain.data.prepare import FirstLook
     from swarmtrain.peer.devices.expected_device import ExpectedDevice
-    from swarmtrain.run import AdapterSection, RunFile
+    from swarmtrain.peer.estimate import Estimate
+    from swarmtrain.run import RunFile
+    from swarmtrain.run_adapter import AdapterSection
     from swarmtrain.run_batch import BatchTarget
-
-__all__ = ["command"]
 
 _LOOK_WEIGHTS_BYTES = 1 << 30
 """Size of weights that are read within seconds, into as much memory or twice that."""
@@ -54,7 +53,8 @@ def command(given: GivenRun, peers: int | None, data: Path | None, as_json: bool
     import dataclasses
     import json
 
-    from swarmtrain.cli.estimate import doubts, estimate
+    from swarmtrain.cli.estimate import doubts
+    from swarmtrain.peer.estimate import estimate
 
     run = given.load_resolved()
     peers = swarm_options.peers_for(run, peers)

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from swarmtrain.events import DoneEvent
     from swarmtrain.v1.control_pb2 import PeerStatus
 
-__all__ = ["closing_line", "go_on_line", "last_line", "model_line"]
-
 
 def closing_line(done: DoneEvent, folder: Path, *, is_usual: bool) -> str:
     """Return the last line for the peer in `folder`, which has ended for `done`.

@@ -46,31 +46,6 @@ if TYPE_CHECKING:
     from swarmtrain.events import DoneEvent, Event
     from swarmtrain.v1.control_pb2 import PeerStatus
 
-__all__ = [
-    "LINK_OPTIONS",
-    "PEERS_ASSUMED",
-    "THREADS",
-    "Display",
-    "EventSink",
-    "PeerOptions",
-    "WhichPeer",
-    "addresses",
-    "asking",
-    "errors_as_events",
-    "example",
-    "finite",
-    "limit",
-    "open_sink",
-    "peer_directory",
-    "peer_name",
-    "peer_options",
-    "say_the_end",
-    "to_multiaddr",
-    "use_hf_token",
-    "user_directory",
-    "which_peer",
-]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from swarmtrain.simulate.comparison import Comparison, ComparisonRow
     from swarmtrain.simulate.scenario import Scenario
 
-__all__ = ["comparison_page"]
-
 _COLOURS = ("--training", "--held-out", "--other-1", "--other-2", "--other-3", "--other-4")
 _DASHES = ((), (6, 4), (2, 3))
 """Of the curves: with the colours, so many differ."""

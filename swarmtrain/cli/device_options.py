@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from swarmtrain.protocol.devices import CompileRequest, DeviceRequest, PrecisionRequest
     from swarmtrain.run import RunFile
 
-__all__ = ["DEVICE", "DeviceOptions", "device_options"]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 _FIELDS = {
     "device": "device",

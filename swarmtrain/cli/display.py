@@ -48,26 +48,24 @@ from swarmtrain.events import (
     StartedEvent,
     WarningEvent,
     arrived_in_words,
-    count_in_words,
-    short_peer,
-    size_in_words,
-    stages_in_words,
-    time_in_words,
     times_below_allreduce,
     to_plain_line,
 )
-from swarmtrain.problems import one_line
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import (
     below_in_words,
+    count_in_words,
     counted,
     loss_in_words,
+    one_line,
     percent_in_words,
     shares_in_words,
+    short_peer,
+    size_in_words,
     source_losses_in_words,
+    stages_in_words,
+    time_in_words,
 )
-
-__all__ = ["PeerDisplay", "SwarmDisplay"]
 
 _log = logging.getLogger(__name__)
 _ROUNDS_FOR_SPEED = 10

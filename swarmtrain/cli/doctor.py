@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from swarmtrain.peer.doctor.doctor import DoctorSettings
     from swarmtrain.peer.doctor.machine import Finding
 
-__all__ = ["command"]
-
-
 _COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from swarmtrain.machine_memory import Memory
-from swarmtrain.peer.estimate import Estimate, estimate
+from swarmtrain.peer.estimate import Estimate
 from swarmtrain.run import RunFile
 from swarmtrain.words import count_in_words, counted, size_in_words
-
-__all__ = ["Estimate", "doubts", "estimate"]
 
 
 def doubts(run: RunFile, cost: Estimate, corpus_bytes: Sequence[int | None], memory: Memory | None) -> tuple[str, ...]:

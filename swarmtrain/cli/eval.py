@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from swarmtrain.model.task_scores import TaskRequest
     from swarmtrain.protocol.devices import DeviceRequest
 
-__all__ = ["command"]
-
 _BATCH_SEQUENCES = 16
 
 

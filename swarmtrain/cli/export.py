@@ -10,8 +10,6 @@ from swarmtrain.cli.common import example, use_hf_token
 from swarmtrain.cli.option_errors import OptionsError
 from swarmtrain.cli.output import echo
 
-__all__ = ["command"]
-
 
 @click.command(
     name="export",
@@ -138,7 +136,7 @@ def _exported(
     from swarmtrain.cli.stop_signals import stop_on_signals
     from swarmtrain.network.discovery.invite import parse_invite
     from swarmtrain.peer.checkpoints.export import export_from_folder, export_from_swarm, onlooker_place
-    from swarmtrain.peer.lifecycle.node import Interrupted
+    from swarmtrain.peer.lifecycle.stop import Interrupted
 
     parsed = None if invite is None else parse_invite(invite)
     try:

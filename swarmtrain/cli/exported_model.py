@@ -10,8 +10,6 @@ import click
 if TYPE_CHECKING:
     from swarmtrain.model.export import ExportedModel
 
-__all__ = ["MODEL_DIR", "load_for_use"]
-
 MODEL_DIR = click.option(
     "--model-dir",
     type=click.Path(file_okay=False, exists=True, path_type=Path),
@@ -27,7 +25,7 @@ def load_for_use(folder: Path, model_dir: Path | None = None) -> ExportedModel:
     from swarmtrain.cli.stop_signals import stop_on_signals
     from swarmtrain.peer.checkpoints.adapter_base import load_with_base
     from swarmtrain.peer.checkpoints.export import onlooker_place
-    from swarmtrain.peer.lifecycle.node import Interrupted
+    from swarmtrain.peer.lifecycle.stop import Interrupted
 
     try:
         with stop_on_signals() as stop:

@@ -33,34 +33,6 @@ from swarmtrain.words import (
     time_in_words,
 )
 
-__all__ = [
-    "age_if_old",
-    "age_in_words",
-    "archive_in_words",
-    "blind_guess_in_words",
-    "checkpoint_in_words",
-    "clock_in_words",
-    "contribution_in_words",
-    "device_of",
-    "exchange_in_words",
-    "finite",
-    "limits_in_words",
-    "losses_explained",
-    "losses_in_words",
-    "progress_in_words",
-    "round_in_words",
-    "sentence",
-    "shares_of",
-    "speed_of",
-    "speeds_in_words",
-    "stage_range_in_words",
-    "state_in_words",
-    "time_left_in_words",
-    "tokens_in_words",
-    "traffic_in_words",
-    "volunteers_in_words",
-]
-
 _OLD_S = 300.0
 _MAX_YEARS = 10
 _MOST_NATS = 40.0

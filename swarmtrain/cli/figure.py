@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from swarmtrain.simulate.comparison import Comparison
 
-__all__ = ["draw"]
-
 
 def draw(found: Comparison, path: Path) -> None:
     """Draw each method with its best constants and its first seed. Needs matplotlib."""

@@ -30,8 +30,6 @@ from swarmtrain.errors import SwarmtrainError
 from swarmtrain.peer.lifecycle.folder_lock import Holder, holder
 from swarmtrain.v1 import control_pb2 as wire
 
-__all__ = ["Patience", "Signal", "follow"]
-
 
 class Signal(enum.Enum):
     """Input other than a status."""

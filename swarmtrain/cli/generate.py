@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from swarmtrain.peer.model_files.fetcher import FilesPlace
     from swarmtrain.protocol.devices import DeviceRequest
 
-__all__ = ["command"]
-
 _LEAST_INVITE = 40
 """Characters of an invite at least: the run's hash alone has more. Shorter words are names of folders."""
 _NICENESS = 10
@@ -203,7 +201,7 @@ def _place(model_dir: Path | None) -> Iterator[FilesPlace]:
 
     from swarmtrain.cli.stop_signals import stop_on_signals
     from swarmtrain.peer.checkpoints.export import onlooker_place
-    from swarmtrain.peer.lifecycle.node import Interrupted
+    from swarmtrain.peer.lifecycle.stop import Interrupted
 
     try:
         with stop_on_signals() as stop:

@@ -11,8 +11,6 @@ from swarmtrain.cli.output import echo
 from swarmtrain.cli.run_files import example_scripts, examples
 from swarmtrain.errors import UserError
 
-__all__ = ["command"]
-
 _NAME = "run.toml"
 _EXAMPLE = "stdlib-gpt"
 

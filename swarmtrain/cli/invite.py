@@ -9,8 +9,6 @@ import click
 from swarmtrain.cli.common import example
 from swarmtrain.cli.output import echo
 
-__all__ = ["command"]
-
 
 @click.command(name="invite", epilog=example("swarmtrain invite", "swarmtrain invite --dir ~/swarm"))
 @click.option("--dir", "directory", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="The peer's folder.  [default: those of this user's running peers]")  # fmt: skip

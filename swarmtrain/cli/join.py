@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from swarmtrain.peer.lifecycle.stop import StopFlag
     from swarmtrain.protocol.limits import Limits
 
-__all__ = ["command", "free_directory"]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 _POLL_INTERVAL_S = 0.5
 
@@ -306,7 +304,8 @@ def free_directory(options: PeerOptions, run_sha256: str | None) -> Path:
     name, see `_stopped`. Raises UserError if `--dir` holds another run.
     """
     from swarmtrain.errors import UserError
-    from swarmtrain.peer.lifecycle.folder import PeerFolder, is_in_use
+    from swarmtrain.peer.lifecycle.folder import PeerFolder
+    from swarmtrain.peer.lifecycle.folder_lock import is_in_use
 
     folder = peer_directory(options, "volunteer")
     is_other = run_sha256 is not None and PeerFolder(folder).kept_sha256() not in (None, run_sha256)
@@ -338,7 +337,8 @@ def _stopped(folder: Path) -> Path | None:
     there is no run. Raises UserError if a peer runs in each of them.
     """
     from swarmtrain.errors import UserError
-    from swarmtrain.peer.lifecycle.folder import PeerFolder, is_in_use
+    from swarmtrain.peer.lifecycle.folder import PeerFolder
+    from swarmtrain.peer.lifecycle.folder_lock import is_in_use
 
     beside = sorted(folder.parent.glob(f"{folder.name}-*"), key=_last_used, reverse=True)
     ours = [path for path in (folder, *beside) if PeerFolder(path).kept_sha256() is not None]

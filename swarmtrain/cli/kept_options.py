@@ -15,8 +15,6 @@ from swarmtrain.cli.option_errors import OptionsError
 from swarmtrain.peer.lifecycle.folder_lock import is_in_use
 from swarmtrain.peer.lifecycle.start_options import Started, StartedFile, option_words
 
-__all__ = ["KeptOption", "given_options", "restore"]
-
 _GIVEN = "swarmtrain.given_options"
 _NOT_GIVEN = (ParameterSource.DEFAULT, None)
 

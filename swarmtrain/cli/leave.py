@@ -12,8 +12,6 @@ from swarmtrain.cli.output import echo
 if TYPE_CHECKING:
     from swarmtrain.cli.peers import LocalPeer
 
-__all__ = ["command"]
-
 END_LIMIT_S = 120.0
 _LOOK_EVERY_S = 0.1
 _LOOK_FOR_WARNINGS_S = 1.0
@@ -29,8 +27,9 @@ def command(ctx: click.Context, which: WhichPeer, no_wait: bool) -> None:
     The peer finishes its inner step, tells the other peers that it leaves, and ends, as after Ctrl-C. The run continues
     without it; `swarmtrain join` with the same --dir brings it back.
     """
-    from swarmtrain.cli.peers import NoAnswerError, find_running, tell, wire
+    from swarmtrain.cli.peers import NoAnswerError, find_running, tell
     from swarmtrain.peer.lifecycle.folder_lock import holder_pid
+    from swarmtrain.v1 import control_pb2 as wire
 
     peer, warnings = find_running(which), _Warnings()
     process = holder_pid(peer.folder) if peer.folder is not None else 0
@@ -77,8 +76,9 @@ class _Warnings:
 
     def look(self, peer: LocalPeer) -> None:
         """Print the peer's new warnings, if it answers."""
-        from swarmtrain.cli.peers import ask, wire
+        from swarmtrain.cli.peers import ask
         from swarmtrain.errors import SwarmtrainError
+        from swarmtrain.v1 import control_pb2 as wire
 
         try:
             self.say(ask(peer, "Status", wire.StatusRequest(), limit_s=1.0))
@@ -136,8 +136,9 @@ def _wait_for_end(peer: LocalPeer, process: int, warnings: _Warnings) -> tuple[s
 
 def _lives(peer: LocalPeer, process: int) -> bool:
     """Return whether the peer holds its folder or its process still exists; over TCP, whether it answers."""
-    from swarmtrain.cli.peers import NoAnswerError, ask, wire
+    from swarmtrain.cli.peers import NoAnswerError, ask
     from swarmtrain.peer.lifecycle.folder_lock import is_in_use
+    from swarmtrain.v1 import control_pb2 as wire
 
     if peer.folder is not None:
         return is_in_use(peer.folder) or _is_process(process)

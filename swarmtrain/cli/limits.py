@@ -12,8 +12,6 @@ from swarmtrain.cli.output import echo
 if TYPE_CHECKING:
     from swarmtrain.protocol.limits import Hours
 
-__all__ = ["command"]
-
 
 @click.command(name="limits", epilog=example("swarmtrain limits", "swarmtrain limits anna --threads 2 --hours 22-7"))
 @which_peer
@@ -74,7 +72,8 @@ def command(
     Without options, prints the limits. Options change them while the peer runs; limits without an option stay.
     """
     from swarmtrain.cli.facts import limits_in_words
-    from swarmtrain.cli.peers import ask, find_running, tell, title, wire
+    from swarmtrain.cli.peers import ask, find_running, tell, title
+    from swarmtrain.v1 import control_pb2 as wire
 
     peer = find_running(which)
     asked: dict[str, float | str | None] = {"threads": threads, "memory_bytes": memory, "nice": nice}

@@ -9,8 +9,6 @@ from rich.text import Text
 
 from swarmtrain.words import one_line
 
-__all__ = ["FACT_INDENT", "FACT_LINES", "aligned", "clipped", "cut_line", "fact_lines", "wrap", "wrapped_lines"]
-
 FACT_LINES = 4
 FACT_INDENT = 14
 

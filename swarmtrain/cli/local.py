@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from swarmtrain.rehearsal import RehearsalFile
     from swarmtrain.run import RunFile
 
-__all__ = ["command"]
-
 _SAMPLE_TOKENS = 240
 _LOST_TIMES = 8
 """Ratio of wanted to existing cores from which answers come so late that peers may be considered lost."""

@@ -18,8 +18,6 @@ from swarmtrain.cli.common import WhichPeer, example
 from swarmtrain.cli.option_errors import OptionError
 from swarmtrain.cli.output import echo
 
-__all__ = ["LogReader", "command", "parse_since"]
-
 _LINES = 100
 _MAX_LINES = 10**6
 _READ_EVERY_S = 0.5

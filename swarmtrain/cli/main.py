@@ -23,8 +23,6 @@ from swarmtrain.cli.output import PrintableFormatter, echo
 from swarmtrain.errors import INTERRUPTED, Problem, SwarmtrainError, UserError, with_code
 from swarmtrain.words import one_line, printable
 
-__all__ = ["ALIASES", "COMMANDS", "cli", "main", "run"]
-
 COMMANDS = (
     *("bootstrap", "join", "local"),
     *("status", "watch", "logs", "pause", "resume", "leave", "limits", "invite", "service"),

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import click
 
-__all__ = ["OptionError", "OptionsError"]
-
 
 class OptionsError(click.UsageError):
     """Options that exclude each other, or that lack another one."""

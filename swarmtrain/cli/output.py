@@ -11,8 +11,6 @@ import click
 
 from swarmtrain.words import printable
 
-__all__ = ["PrintableFormatter", "echo"]
-
 
 def echo(text: str, *, nl: bool = True, err: bool = False) -> None:
     """Write a text, which may have several lines, without what would control the terminal."""

@@ -53,8 +53,6 @@ from swarmtrain.words import (
 if TYPE_CHECKING:
     from swarmtrain.web.server import State  # a report is made without the page's server
 
-__all__ = ["OF_THE_SWARM", "MachineUse", "page_of", "panels_of"]
-
 _NAME_CELLS = 32
 _MOST_POINTS = 600
 _MOST_NAMED = 8

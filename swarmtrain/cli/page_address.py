@@ -26,18 +26,6 @@ import click
 
 from swarmtrain.cli.option_errors import OptionError, OptionsError
 
-__all__ = [
-    "DEFAULT_PORT",
-    "CommandWithPage",
-    "PageAddress",
-    "bound",
-    "keep_page",
-    "kept_page",
-    "new_code",
-    "page_lines",
-    "web_option",
-]
-
 DEFAULT_PORT = 7117
 _PORTS = 20
 """Ports that are tried, from the default one on, if none was named."""

@@ -22,8 +22,6 @@ from swarmtrain.environment import minimal_environment
 if TYPE_CHECKING:
     from swarmtrain.v1.control_pb2 import PeerStatus
 
-__all__ = ["PageProcess"]
-
 LookAt = Callable[[Callable[[], "PeerStatus"]], None]
 """Function that is given a peer's status to look at whenever it wants."""
 

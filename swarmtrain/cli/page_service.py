@@ -28,8 +28,6 @@ from swarmtrain.protocol.limits import parse_hours, parse_size, parse_temperatur
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.web.server import PageServer
 
-__all__ = ["PageService", "open_in_browser", "serve_until_parent_ends"]
-
 _EVERY_S = 1.0
 _LOOK_AGAIN_S = 1.0
 """Seconds between two looks whether a peer that has ended is back."""

@@ -7,8 +7,6 @@ import click
 from swarmtrain.cli.common import WhichPeer, example, which_peer
 from swarmtrain.cli.output import echo
 
-__all__ = ["command"]
-
 
 @click.command(name="pause", epilog=example("swarmtrain pause", "swarmtrain pause anna"))
 @which_peer
@@ -18,6 +16,7 @@ def command(which: WhichPeer) -> None:
     The peer finishes its inner step and leaves the swarm, so that no other peer waits for it. `swarmtrain resume`
     brings it back.
     """
-    from swarmtrain.cli.peers import find_running, tell, wire
+    from swarmtrain.cli.peers import find_running, tell
+    from swarmtrain.v1 import control_pb2 as wire
 
     echo(tell(find_running(which), "Pause", wire.PauseRequest()))

@@ -28,31 +28,6 @@ from swarmtrain.peer.lifecycle.folder_lock import Holder, holder, holder_pid
 from swarmtrain.v1 import control_pb2 as wire
 from swarmtrain.words import one_line
 
-__all__ = [
-    "ForeignError",
-    "LocalPeer",
-    "NoAnswerError",
-    "PeerPhase",
-    "RefusedError",
-    "View",
-    "ask",
-    "channel",
-    "check_health",
-    "find",
-    "find_all",
-    "find_running",
-    "in_words",
-    "known_peers",
-    "listed",
-    "look",
-    "look_without_asking",
-    "run_history",
-    "tell",
-    "title",
-    "view_as_json",
-    "wire",
-]
-
 CALL_LIMIT_S = 5.0
 _REFUSALS = ("UNIMPLEMENTED", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
 _LISTED = "local"

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from swarmtrain.simulate.planning.bottlenecks import Bottleneck
     from swarmtrain.simulate.planning.plan import Plan
 
-__all__ = ["command", "report"]
-
 _TOLD = 3
 """Most bottlenecks to print."""
 
@@ -84,7 +82,8 @@ def command(
         step_s = measured.step_s
     from swarmtrain.rehearsal import LinksSection, RehearsalChurn  # these imports take a second or two
     from swarmtrain.simulate.planning.bottlenecks import bottlenecks
-    from swarmtrain.simulate.planning.plan import PlaybackMachines, plan
+    from swarmtrain.simulate.planning.plan import plan
+    from swarmtrain.simulate.planning.playback import PlaybackMachines
 
     factors = tuple(itertools.islice(itertools.cycle(slowdowns or (1.0,)), peers))
     machines = PlaybackMachines(

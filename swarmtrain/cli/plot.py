@@ -12,8 +12,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Curve", "Plot", "plot"]
-
 _BRAILLE = 0x2800
 _MARK_EVERY = 4  # characters, so that the line below can be seen
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row and column within a character

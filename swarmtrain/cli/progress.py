@@ -12,8 +12,6 @@ from typing import TextIO
 
 from swarmtrain.words import time_in_words
 
-__all__ = ["long_work", "said_meanwhile"]
-
 _EVERY_S = 10.0
 _AGAIN_S = 60.0
 _Advance = Callable[[int], None]

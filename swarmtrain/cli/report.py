@@ -14,8 +14,6 @@ from swarmtrain.cli.output import echo
 if TYPE_CHECKING:
     from swarmtrain.cli.peers import LocalPeer
 
-__all__ = ["check_target", "command", "write_page"]
-
 _SUFFIXES = (".html", ".htm")
 _GENERATOR = b'<meta name="generator" content="swarmtrain">'
 _HEAD_BYTES = 16_384

@@ -36,8 +36,6 @@ from swarmtrain.web.markup import Markup, element, joined
 from swarmtrain.web.single_file import single_file
 from swarmtrain.words import count_in_words, counted, one_line, short_peer
 
-__all__ = ["KNOWN_CONTRIBUTORS", "Report", "ReportSources", "report_of"]
-
 KNOWN_CONTRIBUTORS = 1024
 """Contributors that a peer's status has at most: those present and those who contributed most."""
 _NAME_CELLS = 32

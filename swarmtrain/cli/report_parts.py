@@ -12,18 +12,6 @@ from collections.abc import Iterable, Sequence
 from swarmtrain.web.markup import Markup, element, joined
 from swarmtrain.words import printable
 
-__all__ = [
-    "answers_list",
-    "axis_choice",
-    "facts_list",
-    "moment",
-    "numbered",
-    "section",
-    "text_file",
-    "titled_table",
-    "top",
-]
-
 _NO_SCRIPT = "The curves need JavaScript; everything else is here without it."
 
 

@@ -16,8 +16,6 @@ from swarmtrain.errors import RunFileError
 if TYPE_CHECKING:
     from swarmtrain.run import RunFile
 
-__all__ = ["GivenRun", "example_scripts", "examples", "run_argument", "run_examples"]
-
 _SCRIPTS = {"finetune": ("docstrings.py",)}
 """Scripts that write the text of an example."""
 

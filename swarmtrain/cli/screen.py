@@ -49,15 +49,6 @@ from swarmtrain.words import (
     time_in_words,
 )
 
-__all__ = [
-    "UNCUT",
-    "draw_status",
-    "draw_watch",
-    "list_peers",
-    "plain_line",
-    "serving_lines",
-]
-
 UNCUT = 10_000
 """Width, or number of lines, without a terminal: everything is written."""
 _NAME_CELLS = 16

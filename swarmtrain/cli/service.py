@@ -18,8 +18,6 @@ import click
 from swarmtrain.cli.common import WhichPeer, example, which_peer
 from swarmtrain.cli.output import echo
 
-__all__ = ["UNDER_LAUNCHD", "agent", "command", "unit"]
-
 UNDER_LAUNCHD = "SWARMTRAIN_UNDER_LAUNCHD"
 """Variable of a peer that launchd starts. launchd starts a job again whatever code it failed with, so such a peer ends
 with code 0 where a person has to change something."""

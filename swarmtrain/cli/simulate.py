@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from swarmtrain.simulate.comparison import Comparison, ComparisonRow
     from swarmtrain.simulate.scenario import Scenario
 
-__all__ = ["command", "table_lines"]
-
 
 @click.command(
     name="simulate",

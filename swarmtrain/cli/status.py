@@ -13,8 +13,6 @@ from swarmtrain.cli.output import echo
 if TYPE_CHECKING:
     from swarmtrain.cli.peers import View
 
-__all__ = ["command", "print_page"]
-
 
 @click.command(
     name="status",

@@ -19,8 +19,6 @@ from types import FrameType
 from swarmtrain.errors import INTERRUPTED
 from swarmtrain.peer.lifecycle.stop import StopFlag
 
-__all__ = ["stop_on_signals"]
-
 
 @contextmanager
 def stop_on_signals(at_once: Callable[[], None] = lambda: None) -> Iterator[StopFlag]:

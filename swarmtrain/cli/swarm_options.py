@@ -13,20 +13,6 @@ from swarmtrain.words import counted
 if TYPE_CHECKING:
     from swarmtrain.run import RunFile
 
-__all__ = [
-    "CHURN",
-    "JITTER",
-    "LINK_DOWN",
-    "LINK_UP",
-    "LOSS",
-    "PEERS",
-    "RTT",
-    "links_said",
-    "peers_for",
-    "ranks",
-    "slowdowns",
-]
-
 _MAX_RTT_MS = 2000
 _LEAST_MBIT = 0.1
 

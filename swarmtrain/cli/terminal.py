@@ -23,8 +23,6 @@ from rich.text import Text
 from swarmtrain.cli.follow import Signal
 from swarmtrain.words import printable
 
-__all__ = ["Redraw", "TerminalConsole", "drawing", "listening"]
-
 Redraw = Callable[[int, int, bool], list[Text]]
 """Map (width, height, whether only ASCII can be shown) to lines."""
 

@@ -9,8 +9,6 @@ import click
 
 from swarmtrain.cli.option_errors import OptionError
 
-__all__ = ["TRACKERS", "report_to_option"]
-
 TRACKERS = ("tensorboard", "wandb", "trackio")
 """Trackers that there are; each is also the name of its package and of the extra that installs it."""
 

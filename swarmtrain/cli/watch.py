@@ -15,8 +15,6 @@ from swarmtrain.cli.page_address import CommandWithPage, PageAddress, web_option
 if TYPE_CHECKING:
     from swarmtrain.cli.peers import LocalPeer, View
 
-__all__ = ["command"]
-
 
 @click.command(
     name="watch",
@@ -168,7 +166,7 @@ class _JsonLines:
 
 
 def _training() -> int:
-    from swarmtrain.cli.peers import wire
+    from swarmtrain.v1 import control_pb2 as wire
 
     return int(wire.PEER_STATE_TRAINING)
 

@@ -18,8 +18,6 @@ from swarmtrain.data.mixture import MixedBatches, PeerPlace
 from swarmtrain.data.tokens import Tokens
 from swarmtrain.errors import RunFileError
 
-__all__ = ["BatchSource", "Batches", "Shards", "Windows", "held_out_batches"]
-
 START_TOKEN = ord("\n")
 """Token that begins a text for tokenizers in which every byte is a token."""
 _BLOCKS_A_SHARD = 8

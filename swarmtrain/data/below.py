@@ -11,8 +11,6 @@ from pathlib import Path
 
 from swarmtrain.errors import RunFileError
 
-__all__ = ["NOWHERE", "below", "is_plain_name"]
-
 NOWHERE = Path(os.devnull)
 """Folder for a run that reads no files: nothing is below it."""
 

@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["load_array", "store_array"]
-
 _FORM = "swarmtrain-array-1"
 _HEADER_BYTES = 4096
 _LOG = logging.getLogger(__name__)

@@ -24,8 +24,6 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-__all__ = ["ChatTemplate", "RenderedText"]
-
 _TODAY = datetime.datetime(2024, 7, 26)
 """Date for templates: the one that Llama's take where they are told none."""
 

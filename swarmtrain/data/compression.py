@@ -18,8 +18,6 @@ from typing import IO, Any
 from swarmtrain.errors import RunFileError
 from swarmtrain.extras import install_in_words
 
-__all__ = ["CompressionError", "is_compressed", "opened", "zstandard"]
-
 _ENDINGS = (".gz", ".zst")
 
 _MOST_GROWTH = 300

@@ -21,20 +21,8 @@ from swarmtrain.data.cache import load_array, store_array
 from swarmtrain.data.documents import Document, read_documents, source_files
 from swarmtrain.data.overlap import HeldOutIndex
 from swarmtrain.errors import Problem, RunFileError
-from swarmtrain.run import RunFile, SourceKeys
-
-__all__ = [
-    "Corpus",
-    "Document",
-    "HeldOut",
-    "cut_held_out",
-    "first_documents",
-    "held_out_of_sources",
-    "joined_held_out",
-    "prepare_corpus",
-    "read_documents",
-    "too_little_text",
-]
+from swarmtrain.run import RunFile
+from swarmtrain.run_data import SourceKeys
 
 HELD_OUT_PIECES = 8  # the held-out text comes from about so many places, or more
 MIN_PIECE_BYTES = 512  # a shorter piece would not be recognised in its document

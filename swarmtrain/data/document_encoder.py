@@ -22,8 +22,6 @@ from swarmtrain.data.tokenizer_file import TokenizerFile
 from swarmtrain.data.tokens import Tokenizer, Tokens
 from swarmtrain.errors import RunFileError
 
-__all__ = ["DocumentEncoder", "EncodedCorpus", "EncodedDocument", "joined_documents", "nothing_to_learn"]
-
 
 class EncodedDocument(NamedTuple):
     """Tokens of a text, or of a sample."""

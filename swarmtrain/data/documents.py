@@ -22,9 +22,7 @@ from swarmtrain.data.compression import CompressionError, is_compressed, opened
 from swarmtrain.data.overlap import near_duplicates
 from swarmtrain.data.rows import columns_of, text_of_row
 from swarmtrain.errors import Problem, RunFileError
-from swarmtrain.run import SourceKeys
-
-__all__ = ["Document", "SourceFile", "SourceSurvey", "read_documents", "source_files", "survey"]
+from swarmtrain.run_data import SourceKeys
 
 # Folders of a standard library that hold tests, tables, generated files or other packages.
 _LEFT_OUT_FOLDERS = frozenset(

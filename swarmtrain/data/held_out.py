@@ -24,8 +24,6 @@ from swarmtrain.data.tokens import Tokenizer
 from swarmtrain.data.windows import piece_starts
 from swarmtrain.run import RunFile
 
-__all__ = ["HeldOutTokens", "held_out_parts", "held_out_tokens"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutTokens:

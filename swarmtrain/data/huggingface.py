@@ -32,9 +32,7 @@ from swarmtrain.data.rows import columns_of, no_such_field, text_of_row, without
 from swarmtrain.errors import RunFileError, SwarmtrainError
 from swarmtrain.extras import install_in_words
 from swarmtrain.hub_login import hub_token
-from swarmtrain.run import SourceKeys
-
-__all__ = ["HubRows", "files_bytes", "fingerprint", "newest_revision", "read_texts"]
+from swarmtrain.run_data import SourceKeys
 
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")
 """Loaders of the library that read text from named files, and nothing else."""

@@ -19,8 +19,6 @@ from typing import Any, TypeAlias
 from swarmtrain.environment import minimal_environment
 from swarmtrain.words import one_line
 
-__all__ = ["LimitedProcess", "ProcessLimitError", "serve"]
-
 _log = logging.getLogger(__name__)
 _START_S = 60.0
 """Time that Python has to start, on a busy machine."""

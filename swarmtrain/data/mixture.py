@@ -22,8 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["MixedBatches", "PeerPlace", "SequenceSource", "peer_seed"]
-
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _COUNTED_AT_ONCE = 1 << 20
 """Sequences whose sources are found at once when a stream's place is counted: 8 MiB of numbers."""

@@ -30,8 +30,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["WINDOW_BYTES", "Cut", "HeldOutIndex", "near_duplicates", "sampled_windows"]
-
 WINDOW_BYTES = 64
 SAMPLED_ONE_IN = 16
 PASSAGE_BYTES = 4096

@@ -10,9 +10,7 @@ from typing import Any
 from swarmtrain.data.rows import columns_of, no_such_field, text_of_row, without_absent
 from swarmtrain.errors import RunFileError
 from swarmtrain.extras import install_in_words
-from swarmtrain.run import SourceKeys
-
-__all__ = ["column_bytes", "read_texts"]
+from swarmtrain.run_data import SourceKeys
 
 _ROWS = 1024
 """Rows held in memory at once."""

@@ -17,8 +17,6 @@ from torch import Tensor
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.mixture import MixedBatches
 
-__all__ = ["PrefetchedBatches", "prefetched"]
-
 _log = logging.getLogger(__name__)
 _MOST_AHEAD = 2
 _POLL_INTERVAL_S = 0.1

@@ -32,11 +32,10 @@ from swarmtrain.data.corpus import (
     first_documents,
     joined_held_out,
     prepare_corpus,
-    read_documents,
     too_little_text,
 )
 from swarmtrain.data.document_encoder import DocumentEncoder, EncodedCorpus, joined_documents, nothing_to_learn
-from swarmtrain.data.documents import survey
+from swarmtrain.data.documents import read_documents, survey
 from swarmtrain.data.held_out import held_out_tokens
 from swarmtrain.data.mixture import MixedBatches, PeerPlace, SequenceSource, peer_seed
 from swarmtrain.data.overlap import HeldOutIndex
@@ -54,20 +53,9 @@ from swarmtrain.data.tokens import (
 )
 from swarmtrain.data.windows import CorpusWindows
 from swarmtrain.errors import Problem, RunFileError
-from swarmtrain.run import DataSource, RunFile
+from swarmtrain.run import RunFile
+from swarmtrain.run_data import DataSource
 from swarmtrain.words import counted, percent_in_words
-
-__all__ = [
-    "FirstLook",
-    "PeerPlace",
-    "PublishableData",
-    "SourceText",
-    "TrainingData",
-    "first_look",
-    "publishable_data",
-    "training_batches",
-    "training_data",
-]
 
 STREAM_SAMPLE_BYTES = 1 << 25  # bytes that the bootstrap reads of a streamed data set; more for a large held-out text
 LOOK_DOCUMENTS = 8  # documents read of a data set that is only looked at

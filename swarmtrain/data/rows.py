@@ -16,9 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from swarmtrain.errors import RunFileError
-from swarmtrain.run import SourceKeys
-
-__all__ = ["columns_of", "has_turns", "no_such_field", "text_of_row", "without_absent"]
+from swarmtrain.run_data import SourceKeys
 
 _PROMPT, _COMPLETION = "prompt", "completion"
 

@@ -12,9 +12,8 @@ import numpy as np
 from swarmtrain.data.corpus import held_out_of_sources
 from swarmtrain.data.document_encoder import DocumentEncoder
 from swarmtrain.data.tokens import Tokenizer, Tokens
-from swarmtrain.run import DataSource, RunFile
-
-__all__ = ["NEUTRAL_PROMPT", "sample_prompt", "typed_prompt"]
+from swarmtrain.run import RunFile
+from swarmtrain.run_data import DataSource
 
 NEUTRAL_PROMPT = "The "
 """Prompt where there is no text to take one from."""

@@ -35,8 +35,6 @@ from swarmtrain.data.tokens import Tokens
 from swarmtrain.errors import RunFileError
 from swarmtrain.words import counted
 
-__all__ = ["BLOCK_ROWS", "PlaceLog", "SequenceStream", "StreamPlace", "StreamedRows", "TextBlocks", "stacked"]
-
 BLOCK_ROWS = 1000
 """Rows that are read, shuffled and compared with the held-out text at once."""
 

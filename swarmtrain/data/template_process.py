@@ -11,8 +11,6 @@ from swarmtrain.data.limited_process import LimitedProcess, ProcessLimitError, s
 from swarmtrain.errors import RunFileError
 from swarmtrain.extras import install_in_words
 
-__all__ = ["TemplateError", "TemplateProcess", "main"]
-
 _LIMIT_S = 10.0
 """Time that a conversation may take: a thousand times what one takes."""
 _MEMORY_BYTES = 1 << 30

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-__all__ = ["CHUNKS_AT_ONCE", "CHUNK_BYTES", "chunks"]
-
 CHUNK_BYTES = 1 << 16
 CHUNKS_AT_ONCE = 16
 """Chunks that are encoded at once: an encoder's result takes a hundred times the memory of its text."""

@@ -31,8 +31,6 @@ from swarmtrain.extras import install_in_words
 from swarmtrain.run import MAX_TOKENIZER_BYTES
 from swarmtrain.words import one_line
 
-__all__ = ["TokenizerBundle", "TokenizerFile"]
-
 _MAX_TEMPLATE_BYTES = 1 << 20
 _MAX_SPECIAL_TOKENS = 64
 _MAX_SPECIAL_BYTES = 256

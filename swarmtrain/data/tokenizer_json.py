@@ -18,8 +18,6 @@ import numpy as np
 from swarmtrain.data.tokenizer_file import TokenizerBundle
 from swarmtrain.data.tokens import MAGIC, byte_letters, merges_of, spellings_of
 
-__all__ = ["own_tokenizer", "tokenizer_config", "tokenizer_files", "tokenizer_json"]
-
 
 def tokenizer_json(tokenizer: bytes) -> bytes:
     """Return the `tokenizer.json` of a run's tokenizer: empty means bytes, and one that has such a file keeps it.

@@ -9,8 +9,6 @@ from typing import Any
 
 from swarmtrain.data.limited_process import serve
 
-__all__ = ["main"]
-
 _MOST_FRAME_TOKENS = 64
 _MOST_THREADS = 8
 """Each takes memory of its own, of which there is little."""

@@ -20,8 +20,6 @@ from swarmtrain.hub_login import hub_token
 from swarmtrain.run import MAX_TOKENIZER_BYTES
 from swarmtrain.words import one_line
 
-__all__ = ["NamedTokenizer", "bundle_of_files", "find_tokenizer", "tokenizer_of_folder"]
-
 _FILE, _CONFIG, _SPECIAL, _TEMPLATE = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -24,8 +24,6 @@ from swarmtrain.data.tokenizer_file import TokenizerBundle, TokenizerFile
 from swarmtrain.errors import BadBytesError, RunFileError
 from swarmtrain.extras import install_in_words
 
-__all__ = ["BpeTokenizer", "ByteTokenizer", "Tokenizer", "Tokens", "require_bpe", "tokenizer_from_bytes_untrusted"]
-
 MAGIC = b"swarmtrain-bpe-1"
 MAX_TOKEN_BYTES = 64
 NUM_BYTES = 256

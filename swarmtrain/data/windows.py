@@ -23,8 +23,6 @@ from swarmtrain.data.batches import Windows
 from swarmtrain.data.document_encoder import EncodedCorpus
 from swarmtrain.errors import RunFileError
 
-__all__ = ["CorpusWindows", "document_positions", "piece_starts"]
-
 Indices = npt.NDArray[np.int64]
 
 

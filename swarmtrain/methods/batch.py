@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from swarmtrain.methods.method import MergeMethod
 
-__all__ = ["BATCH"]
-
 BATCH = MergeMethod(
     name="batch",
     says="One large batch: volunteers add up gradients at the same weights until they have merge.target_tokens "

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from swarmtrain.methods.method import MergeMethod
 
-__all__ = ["DILOCO"]
-
 DILOCO = MergeMethod(
     name="diloco",
     says="Synchronous rounds: a signed roster lists whose pseudo-gradients everyone averages.",

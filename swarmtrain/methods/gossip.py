@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from swarmtrain.methods.method import MergeMethod
 
-__all__ = ["GOSSIP"]
-
 GOSSIP = MergeMethod(
     name="gossip",
     says="Nobody waits: each peer merges at its own pace what it pulled from a few partners.",

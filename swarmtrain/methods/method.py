@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["GradientFormat", "MergeMethod"]
-
 GradientFormat = Literal["fp32", "bf16", "int8", "int4", "int2"]
 """Equals `algorithm.quantize.Format`, which is in a layer above."""
 

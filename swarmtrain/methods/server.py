@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from swarmtrain.methods.method import MergeMethod
 
-__all__ = ["SERVER"]
-
 SERVER = MergeMethod(
     name="server",
     says="Nobody waits: the bootstrap applies each pseudo-gradient as it arrives, and everyone goes on from its "

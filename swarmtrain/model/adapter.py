@@ -31,8 +31,6 @@ from swarmtrain.protocol.adapter_groups import tensor_name
 from swarmtrain.run_adapter import AdapterSection
 from swarmtrain.words import one_line
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "LoraAdapter", "adapter_modules", "published_layers"]
-
 _log = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -18,8 +18,6 @@ from pathlib import Path
 from swarmtrain.errors import UserError
 from swarmtrain.model.provenance import description_of
 
-__all__ = ["atomic_folder"]
-
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:

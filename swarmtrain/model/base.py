@@ -13,22 +13,10 @@ from pathlib import Path
 
 from swarmtrain.errors import RunFileError, UserError
 from swarmtrain.model.hub import HubModel, HubSnapshot
-from swarmtrain.run import ModelSection, RunFile, with_model
+from swarmtrain.run import RunFile, with_model
 from swarmtrain.run_adapter import FILLED_ADAPTER_KEYS
-from swarmtrain.run_model import FILLED_MODEL_KEYS, PUBLISHED_BASE
+from swarmtrain.run_model import FILLED_MODEL_KEYS, PUBLISHED_BASE, ModelSection
 from swarmtrain.words import one_line
-
-__all__ = [
-    "base_description",
-    "base_files",
-    "base_in_words",
-    "base_of",
-    "changed_keys",
-    "downloaded",
-    "published_base",
-    "resolved_run",
-    "with_base_path",
-]
 
 
 def base_of(section: ModelSection, folder: Path) -> HubModel | Path:

@@ -10,8 +10,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["end_token"]
-
 
 def end_token(files: Mapping[str, bytes]) -> int | None:
     """Return the token's number, given a tokenizer's files by name; None if texts have no such token."""

@@ -12,8 +12,6 @@ from torch import Tensor
 from swarmtrain.algorithm.batch import compacted, num_targets
 from swarmtrain.model.language_model import LanguageModel
 
-__all__ = ["TextLoss", "evaluate"]
-
 
 @torch.inference_mode()
 def evaluate(model: LanguageModel, batches: Iterable[Tensor]) -> tuple[float, int]:

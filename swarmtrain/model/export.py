@@ -51,19 +51,8 @@ from swarmtrain.model.weight_files import (
     write_tensors,
     write_weights,
 )
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 from swarmtrain.words import one_line
-
-__all__ = [
-    "ExportedModel",
-    "adapted_model",
-    "cast_exported",
-    "copy_exported",
-    "export_merged",
-    "export_model",
-    "load_exported",
-    "open_regular",
-]
 
 _GIVE = "give the folder that `swarmtrain export`, or a bootstrap at the end of its run, wrote"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

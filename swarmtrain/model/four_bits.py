@@ -18,8 +18,6 @@ from swarmtrain.errors import UserError
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.run import RunFile
 
-__all__ = ["check_card_for_four_bits", "check_four_bits", "convert_frozen_layers"]
-
 
 def check_four_bits(run: RunFile) -> None:
     """Raise UserError if this run freezes no weights, or this machine has no `bitsandbytes`."""

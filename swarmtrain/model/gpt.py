@@ -27,9 +27,7 @@ from swarmtrain.model.key_value_cache import KeyValueCache
 from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length
 from swarmtrain.model.parameter_count import hidden_width
 from swarmtrain.model.recomputation import recomputed
-from swarmtrain.run import ModelSection
-
-__all__ = ["GPT", "build_model"]
+from swarmtrain.run_model import ModelSection
 
 ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-6

@@ -23,8 +23,6 @@ from torch.autograd.function import once_differentiable
 from swarmtrain.algorithm.batch import IGNORED
 from swarmtrain.model.loss_chunks import CARD_BYTES, LOW_PRECISION_BYTES, SMALL_BYTES, chunk_tokens
 
-__all__ = ["mean_loss", "only_targets", "product_type", "sum_of_losses"]
-
 
 def only_targets(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return x (N, D) and targets (N,) of those that are not `IGNORED` among x (B, T, D) and targets (B, T).

@@ -28,8 +28,6 @@ from swarmtrain.model.hub_download import DamagedFileError, HubBlob, check_room
 from swarmtrain.protocol.pinned_files.file_list import INDEX, MODEL_NAMES, files_to_pin, most_bytes
 from swarmtrain.words import one_line, size_in_words
 
-__all__ = ["HubError", "HubModel", "HubSnapshot"]
-
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 Advance = Callable[[int], None]

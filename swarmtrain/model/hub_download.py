@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-__all__ = ["DamagedFileError", "HubBlob", "check_room"]
-
 _log = logging.getLogger(__name__)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_BYTES = 50_000_000_000

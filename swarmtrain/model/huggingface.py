@@ -49,20 +49,8 @@ from swarmtrain.model.huggingface_probe import (
     traits_of,
 )
 from swarmtrain.model.language_model import check_length
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 from swarmtrain.words import one_line
-
-__all__ = [
-    "HuggingFaceModel",
-    "HuggingFaceShape",
-    "HuggingFaceStage",
-    "blocks_of",
-    "build_stage",
-    "initial_weight",
-    "load_stage",
-    "model_to_cut",
-    "stage_shapes",
-]
 
 
 @dataclass(frozen=True, eq=False)

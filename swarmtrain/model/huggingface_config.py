@@ -16,13 +16,6 @@ from typing import Any, cast
 from swarmtrain.errors import UserError
 from swarmtrain.words import one_line
 
-__all__ = [
-    "FLOAT_KEY",
-    "check_computed_plainly",
-    "check_names",
-    "whole_config",
-]
-
 _MAX_CONFIG_BYTES = 1_048_576
 
 _CODE_KEYS = ("auto_map", "custom_pipelines")

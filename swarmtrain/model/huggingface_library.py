@@ -27,19 +27,6 @@ from swarmtrain.extras import install_in_words
 from swarmtrain.model.huggingface_config import FLOAT_KEY
 from swarmtrain.words import one_line
 
-__all__ = [
-    "cache_argument",
-    "empty_library_model",
-    "library_config",
-    "library_model_of_stage",
-    "load_library_model",
-    "parameters_of",
-    "random_library_model",
-    "shape_keys",
-    "tensor_files",
-]
-
-
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 67_108_864
 

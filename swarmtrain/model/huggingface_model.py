@@ -33,21 +33,12 @@ from swarmtrain.model.huggingface_library import (
 from swarmtrain.model.huggingface_probe import ModelTraits, traits_of
 from swarmtrain.model.key_value_cache import KeyValueCache
 from swarmtrain.model.language_model import LanguageModel, ModelSpec, check_length, with_targets
-from swarmtrain.run import AdapterSection, ModelSection
+from swarmtrain.run_adapter import AdapterSection
+from swarmtrain.run_model import ModelSection
 from swarmtrain.words import one_line
 
 if TYPE_CHECKING:
     from swarmtrain.model.adapter import LoraAdapter
-
-__all__ = [
-    "HuggingFaceLanguageModel",
-    "adapter_keys",
-    "adapter_of",
-    "build_huggingface_model",
-    "cut_model",
-    "empty_huggingface_model",
-    "resolved_keys",
-]
 
 
 class HuggingFaceLanguageModel(LanguageModel):

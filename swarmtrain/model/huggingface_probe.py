@@ -28,8 +28,6 @@ from swarmtrain.errors import UserError
 from swarmtrain.model.huggingface_library import empty_library_model, library_config, random_library_model
 from swarmtrain.words import count_in_words, one_line
 
-__all__ = ["TESTED", "ModelTraits", "is_near", "logits_of", "place_of", "problem_of", "small_model", "traits_of"]
-
 TESTED = ("llama", "qwen2", "qwen3", "gpt2")
 """Families, by `model_type`, that this project tests."""
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["KeyValueCache"]
-
 
 class KeyValueCache:
     """Keys and values of each block of a model, for one sequence or a batch of equal length."""

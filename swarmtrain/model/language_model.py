@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from swarmtrain.algorithm.batch import inputs_of, positions_of, targets_of
 from swarmtrain.model.head_loss import mean_loss, only_targets, sum_of_losses
 from swarmtrain.model.key_value_cache import KeyValueCache
-from swarmtrain.run import AdapterSection, ModelSection
+from swarmtrain.run_adapter import AdapterSection
+from swarmtrain.run_model import ModelSection
 
 if TYPE_CHECKING:
     from swarmtrain.model.adapter import LoraAdapter
-
-__all__ = ["LanguageModel", "ModelSpec", "check_length", "with_targets"]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["CARD_BYTES", "LOW_PRECISION_BYTES", "SMALL_BYTES", "chunk_tokens"]
-
 SMALL_BYTES = 30 << 20
 """Most bytes of fp32 logits at once on a processor that computes in fp32, and wherever memory is short.
 

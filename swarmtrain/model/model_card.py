@@ -16,12 +16,11 @@ import tomli_w
 from swarmtrain.model.base import base_in_words
 from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.hub import HubModel
-from swarmtrain.run import AdapterSection, DataSource, RunFile
-from swarmtrain.run_adapter import FILLED_ADAPTER_KEYS
+from swarmtrain.run import RunFile
+from swarmtrain.run_adapter import FILLED_ADAPTER_KEYS, AdapterSection
+from swarmtrain.run_data import DataSource
 from swarmtrain.run_model import FILLED_MODEL_KEYS
 from swarmtrain.words import count_in_words, counted, one_line
-
-__all__ = ["ModelCard"]
 
 _MOST_CONTRIBUTORS = 1000
 _MOST_LAYERS = 8

@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-from swarmtrain.run import ModelSection, RunFile
-
-__all__ = [
-    "FROZEN_BYTES_PER_PARAMETER",
-    "block_parameters",
-    "frozen_bytes",
-    "hidden_width",
-    "num_frozen_parameters",
-    "num_parameters",
-    "num_trained_parameters",
-    "operations_per_token",
-    "position_numbers",
-    "similar_built_in",
-]
+from swarmtrain.run import RunFile
+from swarmtrain.run_model import ModelSection
 
 FROZEN_BYTES_PER_PARAMETER = 4
 """Memory of a parameter that is frozen beside an adapter: the weight alone, fp32."""

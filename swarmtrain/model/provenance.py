@@ -19,17 +19,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from swarmtrain import __version__
-from swarmtrain.run import AdapterSection, ModelSection
-
-__all__ = [
-    "CONFIG",
-    "DTYPES",
-    "LIBRARY_VERSION_KEY",
-    "Provenance",
-    "description_of",
-    "provenance_in",
-    "tokens_of_export",
-]
+from swarmtrain.run_adapter import AdapterSection
+from swarmtrain.run_model import ModelSection
 
 _KEY, _FORMAT = "swarmtrain", "swarmtrain-2"
 _S = TypeVar("_S", ModelSection, AdapterSection)

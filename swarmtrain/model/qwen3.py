@@ -18,9 +18,7 @@ from torch import Tensor
 
 from swarmtrain.model.gpt import GPT, NORM_EPSILON, ROTARY_BASE
 from swarmtrain.model.parameter_count import hidden_width
-from swarmtrain.run import ModelSection
-
-__all__ = ["Qwen3Reader", "as_qwen3", "qwen3_config"]
+from swarmtrain.run_model import ModelSection
 
 
 def qwen3_config(section: ModelSection) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from typing import cast
 
 from torch import Tensor
 
-__all__ = ["recomputed"]
-
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return function(x), keeping only `x` until the backward pass.

@@ -15,18 +15,10 @@ from swarmtrain.machine_memory import machine_memory
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.language_model import LanguageModel, ModelSpec
 from swarmtrain.model.parameter_count import position_numbers, similar_built_in
-from swarmtrain.run import AdapterSection, ModelSection, RunFile
+from swarmtrain.run import RunFile
+from swarmtrain.run_adapter import AdapterSection
+from swarmtrain.run_model import ModelSection
 from swarmtrain.words import size_in_words
-
-__all__ = [
-    "build_from_spec",
-    "build_run_model",
-    "check_positions",
-    "empty_model",
-    "spec_from_json",
-    "spec_of",
-    "spec_to_json",
-]
 
 _MADE_BYTES = 24
 """Bytes for each number of the table of positions while it is made: angles, cosines and sines, twice, fp64, and fp32.

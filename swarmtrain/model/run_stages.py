@@ -23,8 +23,6 @@ from swarmtrain.model.run_model import build_run_model
 from swarmtrain.model.stages import StageShape
 from swarmtrain.run import RunFile
 
-__all__ = ["RunStageShape", "build_run_stage", "check_weights", "empty_run_stage", "run_stage_shapes"]
-
 RunStageShape = StageShape | HuggingFaceShape
 """Part of a run's model that a stage holds."""
 

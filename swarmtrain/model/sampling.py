@@ -9,8 +9,6 @@ import torch
 from swarmtrain.model.key_value_cache import KeyValueCache
 from swarmtrain.model.language_model import LanguageModel
 
-__all__ = ["generate"]
-
 
 @torch.inference_mode()
 def generate(

@@ -31,8 +31,6 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BadGradientError", "DeviceStageWork", "StageModule", "StageWork", "TailResult"]
-
 _NUM_NORMS = 64  # gradients whose median norm is the usual one
 _NUM_FIRST = 16  # gradients before which the usual norm is only roughly known
 _MOST_TIMES, _MOST_TIMES_FIRST = 3.0, 1e4

@@ -27,19 +27,7 @@ from swarmtrain.model.gpt import NORM_EPSILON, Block, Embedding, Linear, initial
 from swarmtrain.model.head_loss import mean_loss
 from swarmtrain.model.language_model import check_length
 from swarmtrain.model.parameter_count import block_parameters
-from swarmtrain.run import ModelSection
-
-__all__ = [
-    "Costs",
-    "Stage",
-    "StageShape",
-    "balanced_boundaries",
-    "build_stage",
-    "expected_boundaries",
-    "joined_weights",
-    "measured_costs",
-    "stage_shapes",
-]
+from swarmtrain.run_model import ModelSection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,6 @@ from swarmtrain.extras import install_in_words
 from swarmtrain.model.huggingface_config import check_computed_plainly, check_names, whole_config
 from swarmtrain.words import one_line
 
-__all__ = ["TaskRequest", "score_lines", "task_scores"]
-
 _log = logging.getLogger(__name__)
 
 

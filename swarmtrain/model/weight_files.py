@@ -18,17 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = [
-    "INDEX",
-    "MAX_FILE_BYTES",
-    "WHOLE",
-    "check_hashes",
-    "file_sha256",
-    "read_weights",
-    "write_tensors",
-    "write_weights",
-]
-
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 2_000_000_000
 """Bytes of tensors in one file. What is not contiguous, or not on the processor, is copied for one file at a time, and

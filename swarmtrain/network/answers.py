@@ -24,8 +24,6 @@ from swarmtrain.protocol.gossip.partners import Place
 from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Serving", "SwarmAnswers"]
-
 _STATE_WAIT_S = 3.0  # a caller may ask for the state of a round that this peer is about to finish
 _MAX_OTHERS = 64  # presences in the reply to a greeting
 

@@ -28,27 +28,12 @@ from swarmtrain.algorithm.quantize import (
     surely_finite,
 )
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network.snapshots.store import Body, HeldSnapshot, TensorSpec, all_finite
+from swarmtrain.network.finite import all_finite
+from swarmtrain.network.snapshots.store import Body, HeldSnapshot, TensorSpec
 from swarmtrain.network.tensor_groups import TensorGroup
 from swarmtrain.protocol.gossip.partners import News
 from swarmtrain.protocol.gossip.pulls import GroupName, PublicationBytes
 from swarmtrain.run import RunFile
-
-__all__ = [
-    "ActivationCodec",
-    "GradientCodec",
-    "PublicationCodec",
-    "VectorCodec",
-    "average_bytes_untrusted",
-    "average_encoded_untrusted",
-    "average_of",
-    "body_of",
-    "body_of_pieces",
-    "body_of_state",
-    "tensor_specs",
-    "vector_sha256",
-    "vector_untrusted",
-]
 
 assert sys.byteorder == "little", "swarmtrain's wire format is little-endian, and so must the machine be"
 

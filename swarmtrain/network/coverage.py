@@ -25,8 +25,6 @@ from swarmtrain.protocol.tokens.shards import MAX_ROWS, Coverage, CoverageRow
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["CarriedRows", "DataCoverage", "ShardsOf", "rows_of", "shards_of"]
-
 _log = logging.getLogger(__name__)
 _PURPOSE = "coverage"
 _RULE = "shards"

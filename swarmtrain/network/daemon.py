@@ -33,18 +33,6 @@ from typing import Any
 
 from swarmtrain.environment import DAEMON, minimal_environment
 
-__all__ = [
-    "MAX_FRAME_BYTES",
-    "hivemind_module",
-    "own_time",
-    "owned_process_args",
-    "set_clock_offset",
-    "start_daemon",
-    "stop_daemon",
-    "stop_left_daemons",
-    "swarm_time",
-]
-
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 """Largest message from another peer; the daemon's own limit for small calls is the same."""
 

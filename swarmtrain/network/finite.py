@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-__all__ = ["all_finite", "none_negative"]
-
 _PIECE_BYTES = 1024 * 1024
 """Bytes checked together: the check takes a fraction of that as memory, however long the data is."""
 

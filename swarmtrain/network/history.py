@@ -17,15 +17,6 @@ from swarmtrain.v1 import snapshot_pb2 as pb
 if TYPE_CHECKING:
     from swarmtrain.network.swarm import Swarm
 
-__all__ = [
-    "ask_for_history",
-    "history_from_proto_untrusted",
-    "history_to_proto",
-    "point_of",
-    "sample_of",
-    "write_history",
-]
-
 _MAX_POINTS = 2 * CELLS
 _MAX_TEXT = 4000
 _POINT = [field.name for field in dataclasses.fields(HistoryPoint)]

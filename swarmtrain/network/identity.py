@@ -17,18 +17,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from swarmtrain.errors import BadBytesError, UserError
 from swarmtrain.network.files import write_atomically
 
-__all__ = [
-    "Identity",
-    "base58_decode",
-    "base58_encode",
-    "is_peer_id",
-    "load_or_create_identity",
-    "new_identity",
-    "peer_bytes",
-    "peer_id_from_bytes_untrusted",
-    "verify_untrusted",
-]
-
 _KEY_PREFIX = b"\x08\x01\x12\x40"  # protobuf PrivateKey{type: Ed25519, data: 64 bytes}
 _PEER_PREFIX = b"\x00\x24\x08\x01\x12\x20"  # identity multihash of PublicKey{type: Ed25519, data: 32 bytes}
 

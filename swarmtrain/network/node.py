@@ -40,8 +40,6 @@ from swarmtrain.protocol.membership.dial_budget import may_dial
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import one_line
 
-__all__ = ["DAEMON_START_S", "NOT_SERVED", "NetworkThread", "Node", "NodeSettings", "Stream", "TrafficCount"]
-
 NOT_SERVED = "does not serve this run"
 """Text of the `UnreachableError` for a peer that answers, but does not know the run or the call."""
 

@@ -11,8 +11,6 @@ from swarmtrain.events import Event, RefusedEvent
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.protocol.membership.accusations import NamedOnce
 
-__all__ = ["RULES", "Refusals", "rule_of"]
-
 _log = logging.getLogger(__name__)
 _AGAIN_S = 60.0
 RULES = {

@@ -24,11 +24,10 @@ from swarmtrain.network.links.throttle import Places, num_at_once
 from swarmtrain.network.node import Node, Stream
 from swarmtrain.network.reachability.dial_back import DialBack
 from swarmtrain.network.snapshots.replies import Reply, answer
-from swarmtrain.network.snapshots.store import CHUNK_BYTES, SnapshotStore, next_message
+from swarmtrain.network.snapshots.store import SnapshotStore, next_message
 from swarmtrain.protocol.membership.call_budget import CallBudget
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["Answers", "PeerCalls", "namespace_of", "service_type", "stream_name"]
 
 _log = logging.getLogger(__name__)
 _MAX_PULLS = 8

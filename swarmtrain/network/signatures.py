@@ -11,8 +11,6 @@ from swarmtrain.errors import BadBytesError
 from swarmtrain.network.identity import Identity, peer_bytes, verify_untrusted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["open_signed_untrusted", "payload_sha256", "sign"]
-
 _M = TypeVar("_M", bound=Message)
 
 

@@ -30,8 +30,6 @@ from swarmtrain.network.node import Node, TrafficCount
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import pipeline_pb2 as pb
 
-__all__ = ["StageAnswers", "StageClient", "StageHost", "StageLimits", "stage_stream_name"]
-
 _LENGTH_BYTES = 4
 _MAX_MESSAGE_BYTES = 256 * 1024
 _PIECE_BYTES = 256 * 1024

@@ -25,7 +25,7 @@ from swarmtrain.network.discovery.greeter import Greeter
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer
 from swarmtrain.network.discovery.known_peers import KnownPeers
 from swarmtrain.network.discovery.presence import OwnPresence, OwnRecords
-from swarmtrain.network.discovery.run_lookup import FoundRun, PublishedRun, fetch_published, find_run
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.discovery.token_accounting import TokenAccounting, counting_rules
 from swarmtrain.network.identity import Identity
 from swarmtrain.network.node import Node
@@ -44,8 +44,6 @@ from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["FoundRun", "PublishedRun", "Serving", "Swarm", "fetch_published", "find_run", "state_specs"]
 
 _log = logging.getLogger(__name__)
 _MAX_INVITED = 4  # peers in an invite

@@ -8,8 +8,6 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Awaited", "SingleFlight", "end_tasks", "logged", "run_together", "run_until"]
-
 _log = logging.getLogger(__name__)
 _AGAIN_S = 0.05  # until a task that has not ended is cancelled again
 _LEAST_LOOK_S, _MOST_LOOK_S = 0.01, 1.0  # between two looks whether time is left

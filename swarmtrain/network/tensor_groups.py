@@ -14,8 +14,6 @@ from swarmtrain.methods import GradientFormat
 from swarmtrain.network.snapshots.store import TensorSpec
 from swarmtrain.protocol.gossip.pulls import GroupName, GroupRule
 
-__all__ = ["DTYPES", "GroupRule", "TensorGroup", "groups_of", "rules_of"]
-
 DTYPES: dict[GradientFormat, str] = {
     "fp32": "float32",
     "bf16": "bfloat16",

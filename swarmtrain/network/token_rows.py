@@ -15,8 +15,6 @@ from swarmtrain.network.identity import is_peer_id, peer_bytes
 from swarmtrain.protocol.tokens.tally import ALL_OTHERS
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["MAX_ROWS_READ", "MAX_ROWS_TOLD", "add_token_rows", "check_token_rows_untrusted"]
-
 MAX_ROWS_READ = 16_384
 """Rows accepted: as many as a tally counts (`protocol.tokens.tally`)."""
 MAX_ROWS_TOLD = 4096

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from swarmtrain.algorithm.common_step import CommonOptimizer
 from swarmtrain.algorithm.outer import OuterState
-from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
+from swarmtrain.data.mixture import PeerPlace
+from swarmtrain.data.prepare import training_batches, training_data
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import Event
 from swarmtrain.model.run_model import build_run_model
-from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.peer.devices.choice import choose_compute
 from swarmtrain.peer.devices.report import ComputeReport
 from swarmtrain.peer.lifecycle.node import PeerSettings, held_out_loss, use_threads
@@ -25,8 +26,6 @@ from swarmtrain.peer.training.loop import loop_class
 from swarmtrain.peer.training.session import RoundReport, Session, Start
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
-
-__all__ = ["TrainedAlone", "train_alone"]
 
 ALONE = "alone"
 

@@ -34,12 +34,14 @@ from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.model.run_model import build_run_model
 from swarmtrain.model.run_stages import check_weights
+from swarmtrain.network.answers import Serving
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.discovery.run_lookup import PublishedRun, find_run
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import NetworkThread, Node
-from swarmtrain.network.swarm import PublishedRun, Serving, Swarm, find_run
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.peer.checkpoints.archive import Archive, checkpoint_of
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
@@ -57,18 +59,17 @@ from swarmtrain.peer.lifecycle.bootstrap_peer import (
 from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
 from swarmtrain.peer.lifecycle.node import (
     Emit,
-    Interrupted,
     PeerSettings,
-    StopFlag,
     check_addresses,
     clock_warnings,
     leave_swarm,
     named_weights,
-    process_age_s,
     show_invite,
     use_threads,
     wait_for,
 )
+from swarmtrain.peer.lifecycle.process import process_age_s
+from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
 from swarmtrain.peer.merging.consensus import ARCHIVED
 from swarmtrain.peer.merging.consensus_state import ConsensusState, consensus_state_of, fetch_consensus_state
 from swarmtrain.peer.merging.gossip_exchange import hosting_of
@@ -90,8 +91,6 @@ from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import PublishedSection, RunFile, published_bytes, run_sha256
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted
-
-__all__ = ["publish_run", "run_bootstrap"]
 
 _log = logging.getLogger(__name__)
 _LAST_ROUND_S = 20.0

@@ -16,25 +16,10 @@ from swarmtrain.events import times_below_allreduce
 from swarmtrain.model.loss_chunks import CARD_BYTES, SMALL_BYTES, chunk_tokens
 from swarmtrain.model.parameter_count import FROZEN_BYTES_PER_PARAMETER, num_frozen_parameters, position_numbers
 from swarmtrain.peer.checkpoints.files import KEPT
-from swarmtrain.peer.merging.costs import BYTES_PER_PARAMETER, copies, costs_of, publication_sizes, pulled_bytes
+from swarmtrain.peer.merging.costs import BYTES_PER_PARAMETER, costs_of
 from swarmtrain.protocol.devices import largest_part
 from swarmtrain.protocol.rounds.batch_end import planned_sequences
 from swarmtrain.run import RunFile
-
-__all__ = [
-    "Estimate",
-    "activation_bytes",
-    "activation_wire_bytes",
-    "copies",
-    "disk_bytes",
-    "estimate",
-    "estimates_of",
-    "merge_bytes",
-    "own_program_bytes",
-    "positions_bytes",
-    "publication_sizes",
-    "pulled_bytes",
-]
 
 # Proportional set sizes: torch, hivemind and swarmtrain's imports; the network daemon.
 IMPORTS_BYTES = 250_000_000

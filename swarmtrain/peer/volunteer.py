@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from swarmtrain.events import DoneEvent, PausedEvent, ResumedEvent, short_peer, stamped
+from swarmtrain.events import DoneEvent, PausedEvent, ResumedEvent, stamped
 from swarmtrain.network.discovery.invite import Invite
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import NetworkThread, Node
@@ -20,19 +20,10 @@ from swarmtrain.peer.devices.choice import check_device
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
 from swarmtrain.peer.lifecycle.needs import check_needs
-from swarmtrain.peer.lifecycle.node import (
-    Emit,
-    Interrupted,
-    PeerSettings,
-    StopFlag,
-    as_peer,
-    check_addresses,
-    leave_swarm,
-    process_age_s,
-    start_node,
-)
+from swarmtrain.peer.lifecycle.node import Emit, PeerSettings, as_peer, check_addresses, leave_swarm, start_node
+from swarmtrain.peer.lifecycle.process import process_age_s
 from swarmtrain.peer.lifecycle.run_fetch import RunFetcher
-from swarmtrain.peer.lifecycle.stop import explained_on_signal
+from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag, explained_on_signal
 from swarmtrain.peer.merging.rules import mean_of
 from swarmtrain.peer.model_files.fetcher import SwarmSource, fetch_and_serve, files_place
 from swarmtrain.peer.pipeline.pipeline_training import prepare_pipeline
@@ -40,8 +31,7 @@ from swarmtrain.peer.training.model_training import prepare_model
 from swarmtrain.peer.training.pause import ASKED, PauseSwitch
 from swarmtrain.run import NetworkSection
 from swarmtrain.v1 import control_pb2 as pb
-
-__all__ = ["Training", "Volunteer", "run_volunteer"]
+from swarmtrain.words import short_peer
 
 _UNKNOWN_RUN = NetworkSection(min_pull_bytes_per_s=0, stall_limit_s=600)
 

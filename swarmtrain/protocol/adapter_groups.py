@@ -16,8 +16,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["group_named", "groups_of_names", "tensor_name", "trained_groups"]
-
 _NAME = re.compile(r"group(\d{1,2})/")
 
 

@@ -17,26 +17,6 @@ from swarmtrain.words import counted, size_in_words
 if TYPE_CHECKING:
     from swarmtrain.run import RunFile
 
-__all__ = [
-    "PRECISIONS",
-    "CompileRequest",
-    "DeviceChoice",
-    "DeviceRequest",
-    "FoundDevice",
-    "Precision",
-    "PrecisionRequest",
-    "Probe",
-    "ProbeResult",
-    "cards_in_words",
-    "check_num_ranks",
-    "choose_device",
-    "fastest_precision",
-    "fits_no_single",
-    "largest_part",
-    "matching_devices",
-    "parse_device",
-]
-
 DeviceKind = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionRequest = Literal["auto", "fp32", "bf16", "fp16"]

@@ -10,8 +10,6 @@ import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
-__all__ = ["DutyCycle"]
-
 LEAST_REST_S = 0.005
 """Shorter rests are added up: to fall asleep and wake takes a share of them."""
 RECENT_STEPS = 21

@@ -16,16 +16,6 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = [
-    "CELLS",
-    "GAP",
-    "HistoryPoint",
-    "LossHistory",
-    "TextSample",
-    "ToldHistory",
-    "bounded",
-]
-
 CELLS = 2048
 """Cells of a run, so points of a curve at most."""
 GAP = 32

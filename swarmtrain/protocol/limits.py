@@ -17,21 +17,6 @@ from dataclasses import dataclass, field
 
 from swarmtrain.words import size_in_words
 
-__all__ = [
-    "ALWAYS",
-    "AUTO_TEMPERATURE",
-    "Hours",
-    "Limits",
-    "exact_size",
-    "highest_celsius",
-    "parse_hours",
-    "parse_size",
-    "parse_slowdown",
-    "parse_temperature",
-    "size_of_limit",
-    "temperature_of_limit",
-]
-
 _MAX_NICE = 19
 _MAX_THREADS = 4096
 _MAX_MBIT = 100_000

@@ -21,8 +21,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, Self, TypeVar
 
-__all__ = ["GradientUpload", "GradientUploads", "UploadVersions", "too_old"]
-
 _MAX_WORKERS = 4096
 """Workers whose rounds are remembered. Identities cost nothing."""
 _MAX_KEPT = 4

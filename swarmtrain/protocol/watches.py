@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 
 from swarmtrain.words import size_in_words
 
-__all__ = ["BatteryWatch", "CardMeasurement", "CardWatch", "HeatWatch", "IdleWatch", "MemoryWatch", "SteadySwitch"]
-
 BUSY_SHARE = 0.25
 """Share of all processors, averaged over `AVERAGE_S`, above which other programs count as using the machine."""
 QUIET_SHARE = 0.15

@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-__all__ = ["Clock", "Holds", "Timer"]
-
 
 class Timer:
     """Scheduled call, which can be cancelled."""

@@ -30,16 +30,14 @@ from swarmtrain.errors import UserError
 from swarmtrain.network.files import write_atomically
 from swarmtrain.packages import file_sha256
 from swarmtrain.peer.merging.rules import mean_of, source_sha256
-from swarmtrain.run import DataSection, RunFile
+from swarmtrain.run import RunFile
+from swarmtrain.run_data import DataSection
 from swarmtrain.simulate.learning.learner import Text, warm_weights
 from swarmtrain.simulate.learning.methods import METHODS, scenario_method
 from swarmtrain.simulate.learning.setting import RunOutcome, setting_of
 from swarmtrain.simulate.pipeline import play as pipeline_play
 from swarmtrain.simulate.scenario import GridPoint, Scenario, conditions_of
 from swarmtrain.simulate.systems.play import play_scenario
-
-__all__ = ["Comparison", "ComparisonRow", "Play", "compare", "document", "num_plays", "plays_of"]
-
 
 _Key = TypeVar("_Key")
 

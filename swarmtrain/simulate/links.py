@@ -22,8 +22,6 @@ from swarmtrain.rehearsal import LinksSection
 from swarmtrain.simulate.clock import Clock, Timer
 from swarmtrain.simulate.systems.messages import SimulatedLink
 
-__all__ = ["EXACT_UP_TO", "SharedLinks", "Transfer", "latency_s", "link_of", "max_min_rates", "rates"]
-
 EXACT_UP_TO = 500
 """Number of machines up to which rates are max-min fair."""
 _UNLIMITED_BYTES_PER_S = 1e12

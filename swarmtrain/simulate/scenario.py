@@ -19,25 +19,12 @@ from pydantic import Field, ValidationError, field_validator
 
 from swarmtrain.errors import UserError
 from swarmtrain.model.base import resolved_run
-from swarmtrain.problems import Section, one_line, problems_in_words, read_small_file
+from swarmtrain.problems import Section, problems_in_words, read_small_file
 from swarmtrain.rehearsal import LinksSection
 from swarmtrain.run import EXAMPLE as _RUN_EXAMPLE
 from swarmtrain.run import RunFile, parse_run
 from swarmtrain.simulate.traces import TraceSpan, load_trace
-
-__all__ = [
-    "ATTACKS",
-    "Away",
-    "GridPoint",
-    "Hang",
-    "HostileSection",
-    "PeersSection",
-    "Scenario",
-    "ScenarioChurn",
-    "ScenarioLinks",
-    "conditions_of",
-    "load_scenario",
-]
+from swarmtrain.words import one_line
 
 _MAX_POINTS = 10_000
 _EXAMPLE = "examples/scenarios/heterogeneous.toml"

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from swarmtrain.errors import UserError
-from swarmtrain.problems import one_line, read_small_text
-
-__all__ = ["EVENTS", "Trace", "TraceSpan", "load_trace", "trace_of"]
+from swarmtrain.problems import read_small_text
+from swarmtrain.words import one_line
 
 EVENTS = ("join", "leave", "crash", "hang", "wake")
 _COLUMNS = ("time_s", "peer", "event")

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["largest_triangles"]
-
 
 def largest_triangles(x: Sequence[float], y: Sequence[float], most: int) -> list[int]:
     """Return the places of at most `most` (3 or more) of the points (`x`, `y`), rising; `x` must not fall.

@@ -11,8 +11,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Feed"]
-
 _as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _MAX_GONE = 10_000
 """Rows whose end is remembered; a reader that has missed more gets everything anew."""

@@ -48,8 +48,6 @@ from swarmtrain.errors import SwarmtrainError
 from swarmtrain.network.reachability.listen import is_own_host
 from swarmtrain.web.feed import Feed
 
-__all__ = ["STATIC", "Order", "PageServer", "State"]
-
 _log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
 _MAX_READERS = 64

@@ -17,8 +17,6 @@ from typing import Any
 
 from swarmtrain.web.markup import Markup, element
 
-__all__ = ["bundled", "single_file"]
-
 _STATIC = Path(__file__).parent / "static"
 _CHARTS_SCRIPT, _CHARTS_STYLE = "vendor/uPlot.iife.min.js", "vendor/uPlot.min.css"
 _IMPORT = re.compile(r'^import \{ ([\w, ]+) \} from "\./(\w+)\.js";\n', re.MULTILINE)

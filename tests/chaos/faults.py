@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from chaos import seen
 from docker_engine import BUILD_S, IMAGE, Project, docker, status
 
-__all__ = ["ACTIONS", "CHECKS", "Swarm", "build_images", "hidden_reach", "hosts"]
-
 _FIREWALL = "swarmtrain-test-firewall"
 _NEXT = "swarmtrain-test-next"
 _CLOCKED = "swarmtrain-test-clock"

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from chaos.faults import ACTIONS
 
-__all__ = ["Scenario", "Step", "read"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Step:

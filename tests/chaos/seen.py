@@ -14,23 +14,6 @@ from typing import Any
 
 from docker_engine import docker, docker_logs
 
-__all__ = [
-    "Held",
-    "contributions",
-    "events",
-    "gap_s",
-    "grown",
-    "held",
-    "held_out_loss",
-    "in_short",
-    "returned_s",
-    "said",
-    "spread_returned",
-    "stall_share",
-    "tokens_lost",
-    "usual_s",
-]
-
 Events = Sequence[Mapping[str, Any]]
 _PROCESSES = """
 import glob, json, os

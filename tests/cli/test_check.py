@@ -12,7 +12,7 @@ import pytest
 from codes import codes_in
 
 from swarmtrain.cli.check import _batch_in_words, report, shards_in_words
-from swarmtrain.cli.estimate import Estimate, doubts, estimate
+from swarmtrain.cli.estimate import doubts
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.data.prepare import FirstLook
 from swarmtrain.data.tokenizer_json import tokenizer_json
@@ -23,6 +23,7 @@ from swarmtrain.model.gpt import build_model
 from swarmtrain.model.language_model import ModelSpec
 from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.peer.devices import expected_device as module
+from swarmtrain.peer.estimate import Estimate, estimate
 from swarmtrain.peer.lifecycle.preparation import summary_of
 from swarmtrain.protocol.devices import FoundDevice
 from swarmtrain.run import RunFile, load_run, parse_run

@@ -27,7 +27,7 @@ from swarmtrain.peer.devices.model_device import move_model
 from swarmtrain.peer.lifecycle.node import PeerSettings
 from swarmtrain.peer.lifecycle.start_options import StartedFile
 from swarmtrain.protocol.devices import DeviceRequest, FoundDevice
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
 CPU, CARD = FoundDevice(name="cpu", title=""), FoundDevice(name="cuda:0", title="A Card", free_bytes=10**9)

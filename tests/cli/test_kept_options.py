@@ -10,11 +10,11 @@ import pytest
 
 from swarmtrain.cli.facts import sentence
 from swarmtrain.cli.main import run
-from swarmtrain.cli.peers import PeerPhase, View, wire
+from swarmtrain.cli.peers import PeerPhase, View
 from swarmtrain.events import DoneEvent
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.links.proxy import FailingPulls
-from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.control.limits import options_of
 from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder
 from swarmtrain.peer.lifecycle.node import PeerSettings
@@ -24,6 +24,7 @@ from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.protocol.limits import AUTO_TEMPERATURE, Limits, exact_size, parse_size
 from swarmtrain.run import parse_run
 from swarmtrain.v1 import control_pb2 as pb
+from swarmtrain.v1 import control_pb2 as wire
 
 DONE = DoneEvent(held_out_loss=None, tokens=0, run_tokens=0, wall_s=0.0, reason="asked")
 

@@ -26,7 +26,8 @@ from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.peer.checkpoints import export
 from swarmtrain.peer.lifecycle import node
 from swarmtrain.protocol.devices import DeviceRequest
-from swarmtrain.run import ModelSection, PublishedSection, parse_run, published_bytes
+from swarmtrain.run import PublishedSection, parse_run, published_bytes
+from swarmtrain.run_model import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
 

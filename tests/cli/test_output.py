@@ -20,7 +20,7 @@ from swarmtrain.events import WarningEvent, to_json_line
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.checkpoints import export
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 from swarmtrain.words import printable
 
 HOSTILE = "a\x1b]52;c;cm0gLXJm\x07\x9b2Jb\u202etxt.exe\u2066\x7f\x08\r\u2028c"

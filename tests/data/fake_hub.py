@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from small_hub import SmallHub, small_hub
 
-__all__ = ["SmallHub", "fake_hub"]
-
 
 @contextmanager
 def fake_hub(monkeypatch: pytest.MonkeyPatch, cache: Any) -> Iterator[SmallHub]:

@@ -16,7 +16,7 @@ from swarmtrain.data import compression, documents
 from swarmtrain.data.compression import CompressionError, opened
 from swarmtrain.data.documents import read_documents, survey
 from swarmtrain.errors import RunFileError
-from swarmtrain.run import SourceKeys
+from swarmtrain.run_data import SourceKeys
 
 LINES = [json.dumps({"text": f"line {number} " + "word " * (number % 30)}) for number in range(3000)]
 DATA = "\n".join(LINES).encode()

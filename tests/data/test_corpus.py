@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from codes import raises_code
 
-from swarmtrain.data.corpus import Corpus, Document, cut_held_out, prepare_corpus, read_documents
+from swarmtrain.data.corpus import Corpus, Document, cut_held_out, prepare_corpus
+from swarmtrain.data.documents import read_documents
 from swarmtrain.errors import RunFileError
-from swarmtrain.run import DataSection
+from swarmtrain.run_data import DataSection
 
 TEXT = DataSection(source="text", paths=("*.txt",))
 

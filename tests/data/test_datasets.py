@@ -14,7 +14,8 @@ import torch
 from codes import raises_code
 
 from swarmtrain.data import huggingface
-from swarmtrain.data.prepare import PeerPlace, publishable_data, training_batches, training_data
+from swarmtrain.data.mixture import PeerPlace
+from swarmtrain.data.prepare import publishable_data, training_batches, training_data
 from swarmtrain.data.streams import StreamPlace, TextBlocks
 from swarmtrain.errors import RunFileError
 from swarmtrain.run import RunFile

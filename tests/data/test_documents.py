@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from swarmtrain.data.corpus import Document, read_documents
+from swarmtrain.data.corpus import Document
+from swarmtrain.data.documents import read_documents
 from swarmtrain.errors import RunFileError
-from swarmtrain.run import DataSection
+from swarmtrain.run_data import DataSection
 
 
 def _text(*paths: str) -> DataSection:

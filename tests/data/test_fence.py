@@ -25,7 +25,8 @@ from fake_hub import SmallHub, fake_hub
 
 from swarmtrain.data.documents import source_files
 from swarmtrain.data.huggingface import files_bytes
-from swarmtrain.data.prepare import PeerPlace, first_look, publishable_data, training_batches, training_data
+from swarmtrain.data.mixture import PeerPlace
+from swarmtrain.data.prepare import first_look, publishable_data, training_batches, training_data
 from swarmtrain.errors import BadBytesError, RunFileError, UserError
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.lifecycle.preparation import data_base

@@ -12,7 +12,8 @@ from codes import raises_code
 from swarmtrain.data import huggingface
 from swarmtrain.data.documents import read_documents, survey
 from swarmtrain.errors import RunFileError
-from swarmtrain.run import DataSection, parse_run
+from swarmtrain.run import parse_run
+from swarmtrain.run_data import DataSection
 
 CHAT = [{"role": "user", "content": "how ☃?"}, {"role": "assistant", "content": "well"}]
 WRITTEN = '{"messages":[{"role":"user","content":"how ☃?"},{"role":"assistant","content":"well"}]}'.encode()

@@ -14,9 +14,8 @@ from made_tokenizers import MARKED, PLAIN, made_tokenizer, tokenizer_json, write
 
 from swarmtrain.algorithm.batch import IGNORED, num_rows, num_targets, positions_of
 from swarmtrain.data.held_out import held_out_parts
-from swarmtrain.data.mixture import MixedBatches
+from swarmtrain.data.mixture import MixedBatches, PeerPlace
 from swarmtrain.data.prepare import (
-    PeerPlace,
     PublishableData,
     TrainingData,
     first_look,

@@ -18,8 +18,8 @@ from fake_hub import fake_hub
 
 from swarmtrain.data import streams
 from swarmtrain.data.corpus import held_out_of_sources
-from swarmtrain.data.mixture import MixedBatches
-from swarmtrain.data.prepare import PeerPlace, first_look, publishable_data, training_batches, training_data
+from swarmtrain.data.mixture import MixedBatches, PeerPlace
+from swarmtrain.data.prepare import first_look, publishable_data, training_batches, training_data
 from swarmtrain.errors import RunFileError
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.run import RunFile, parse_published_untrusted, run_sha256

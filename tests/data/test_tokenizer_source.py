@@ -24,7 +24,8 @@ from swarmtrain.peer.checkpoints.export import Sampling, sample_text, tokenizer_
 from swarmtrain.peer.lifecycle.node import save_weights
 from swarmtrain.protocol.devices import DeviceRequest
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import ModelSection, RunFile, parse_published_untrusted, parse_run
+from swarmtrain.run import RunFile, parse_published_untrusted, parse_run
+from swarmtrain.run_model import ModelSection
 
 pytest.importorskip("huggingface_hub")
 NOW = datetime.datetime(2030, 1, 2, tzinfo=datetime.UTC)

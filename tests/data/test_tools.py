@@ -18,7 +18,7 @@ from swarmtrain.data.held_out import learnt_text
 from swarmtrain.data.overlap import HeldOutIndex
 from swarmtrain.data.tokenizer_file import TokenizerFile
 from swarmtrain.errors import RunFileError
-from swarmtrain.run import DataSection
+from swarmtrain.run_data import DataSection
 
 LLAMA = """\
 {{- bos_token }}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from swarmtrain.data.batches import Batches
-from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
+from swarmtrain.data.mixture import PeerPlace
+from swarmtrain.data.prepare import TrainingData, publishable_data, training_batches, training_data
 from swarmtrain.errors import BadBytesError
 from swarmtrain.run import RunFile
 

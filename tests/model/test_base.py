@@ -26,14 +26,15 @@ from swarmtrain.model.base import (
 )
 from swarmtrain.model.hub import HubModel
 from swarmtrain.model.run_model import build_run_model
-from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.estimate import estimate
 from swarmtrain.peer.lifecycle.preparation import summary_of
 from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.model_files.base_files import pin_base
 from swarmtrain.peer.model_files.fetcher import FilesPlace
-from swarmtrain.run import ModelSection, RunFile, parse_published_untrusted, run_sha256
+from swarmtrain.run import RunFile, parse_published_untrusted, run_sha256
+from swarmtrain.run_model import ModelSection
 from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.methods import METHODS
 from swarmtrain.simulate.learning.setting import setting_of

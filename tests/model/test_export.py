@@ -27,11 +27,12 @@ from swarmtrain.model.export import cast_exported, copy_exported, export_model, 
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.provenance import tokens_of_export
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.checkpoints.export import export_from_folder, export_from_swarm, onlooker_place
-from swarmtrain.peer.lifecycle.node import StopFlag
-from swarmtrain.run import ModelSection, PublishedSection, RunFile, RunSection, published_bytes, run_sha256
+from swarmtrain.peer.lifecycle.stop import StopFlag
+from swarmtrain.run import PublishedSection, RunFile, RunSection, published_bytes, run_sha256
+from swarmtrain.run_model import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
 

@@ -19,7 +19,7 @@ from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.key_value_cache import KeyValueCache
 from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.model.sampling import generate
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 
 PINNED = "7964e91b4bce18c4aff1affe2691b7f4702507d94a778aaa3d85bb7e9eaef487"
 GOLDEN = [5.7616, 3.6945, 1.2375, 0.1737]

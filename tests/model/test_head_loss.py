@@ -23,7 +23,7 @@ from swarmtrain.model.evaluation import evaluate
 from swarmtrain.model.gpt import build_model
 from swarmtrain.model.head_loss import mean_loss, only_targets, sum_of_losses
 from swarmtrain.model.loss_chunks import chunk_tokens
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 
 V, D = 300, 24
 

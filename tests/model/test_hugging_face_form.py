@@ -19,7 +19,7 @@ from swarmtrain.errors import UserError
 from swarmtrain.model import weight_files
 from swarmtrain.model.export import export_model, load_exported
 from swarmtrain.model.gpt import GPT, build_model
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 
 transformers = pytest.importorskip("transformers")
 

@@ -28,7 +28,8 @@ from swarmtrain.model.run_stages import build_run_stage, run_stage_shapes
 from swarmtrain.model.sampling import generate
 from swarmtrain.model.stages import joined_weights
 from swarmtrain.peer.checkpoints.export import tokenizer_of
-from swarmtrain.run import ModelSection, RunFile
+from swarmtrain.run import RunFile
+from swarmtrain.run_model import ModelSection
 
 pytestmark = pytest.mark.slow  # importing the library alone takes seconds
 

@@ -32,7 +32,8 @@ from swarmtrain.model.run_model import build_run_model, empty_model, spec_from_j
 from swarmtrain.model.run_stages import build_run_stage, check_weights, run_stage_shapes
 from swarmtrain.model.sampling import generate
 from swarmtrain.model.stages import joined_weights
-from swarmtrain.run import ModelSection, RunFile
+from swarmtrain.run import RunFile
+from swarmtrain.run_model import ModelSection
 
 pytestmark = pytest.mark.slow  # importing the library alone takes seconds
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from swarmtrain.algorithm.batch import compacted, join_rows, num_rows, with_rows
 from swarmtrain.model.gpt import build_model
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 1], [*range(12)]])
 BEGINS = (0, 5, 9, 10, 12)

@@ -15,7 +15,7 @@ from swarmtrain.model.evaluation import evaluate
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.model.recomputation import recomputed
 from swarmtrain.model.sampling import generate
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 
 SECTION = ModelSection(context_tokens=32, num_layers=3, width=32, num_heads=2)
 BATCH = torch.randint(0, 256, (4, 33), generator=torch.Generator().manual_seed(1))

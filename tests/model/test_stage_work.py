@@ -17,7 +17,7 @@ from swarmtrain.model.gpt import build_model
 from swarmtrain.model.stage_work import BadGradientError, DeviceStageWork, StageWork
 from swarmtrain.model.stages import Stage, build_stage, stage_shapes
 from swarmtrain.peer.devices.compute import autocast
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=3, width=16, num_heads=2)
 CONSTANTS = InnerConstants(

@@ -21,7 +21,7 @@ from swarmtrain.model.stages import (
     measured_costs,
     stage_shapes,
 )
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=4, width=16, num_heads=2)
 EVERY_CUT = [cut for n in range(6) for cut in itertools.combinations(range(5), n)]

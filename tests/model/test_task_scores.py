@@ -16,7 +16,7 @@ from swarmtrain.data.tokenizer_json import tokenizer_json
 from swarmtrain.model.export import export_model
 from swarmtrain.model.gpt import build_model
 from swarmtrain.model.language_model import ModelSpec
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=1, width=16, num_heads=2)
 RESULTS = {"arc_easy": {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none": 0.0125, "f1,strict": 0.5}}

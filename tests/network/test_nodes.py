@@ -31,6 +31,7 @@ from swarmtrain.network import daemon
 from swarmtrain.network.daemon import hivemind_module, set_clock_offset, swarm_time
 from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.discovery.records import PRESENCE, bucket_key
+from swarmtrain.network.discovery.run_lookup import find_run
 from swarmtrain.network.identity import load_or_create_identity, new_identity
 from swarmtrain.network.model_files.early_service import serve_files_early
 from swarmtrain.network.model_files.served_file import ServedFile
@@ -40,7 +41,6 @@ from swarmtrain.network.reachability import listen
 from swarmtrain.network.reachability.listen import cannot_listen
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
 from swarmtrain.network.snapshots.store import (
-    CHUNK_BYTES,
     Body,
     HeldSnapshot,
     PullLimits,
@@ -52,10 +52,9 @@ from swarmtrain.network.snapshots.store import (
     pull_chunks,
     pull_manifest,
 )
-from swarmtrain.network.swarm import find_run
 from swarmtrain.peer.lifecycle.node import clock_warning
 from swarmtrain.protocol.membership.dial_budget import may_dial
-from swarmtrain.run import NetworkSection
+from swarmtrain.run import CHUNK_BYTES, NetworkSection
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.processes

@@ -20,7 +20,8 @@ from swarmtrain.network.node import TrafficCount
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.service import service_type
 from swarmtrain.network.snapshots.replies import Reply
-from swarmtrain.network.snapshots.store import CHUNK_BYTES, SnapshotStore
+from swarmtrain.network.snapshots.store import SnapshotStore
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 MALLORY, ANNA = SimpleNamespace(remote_id="mallory"), SimpleNamespace(remote_id="anna")

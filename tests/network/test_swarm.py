@@ -15,15 +15,17 @@ from virtual_loop import virtual_swarm
 from swarmtrain.compatibility import PROTOCOL
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.events import Event, PeerJoinedEvent, PeerLeftEvent, RefusedEvent
+from swarmtrain.network.answers import Serving
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.discovery.records import presence_to_proto
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.identity import Identity, new_identity, peer_bytes
 from swarmtrain.network.node import NodeSettings, TrafficCount
 from swarmtrain.network.signatures import sign
 from swarmtrain.network.snapshots.store import Body
-from swarmtrain.network.swarm import PublishedRun, Serving, Swarm
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.protocol.archive.departure import DepartureQueue
 from swarmtrain.protocol.membership import membership
 from swarmtrain.protocol.membership.hosts import HostCandidate, Reach

@@ -16,13 +16,14 @@ from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import UserError
 from swarmtrain.events import DeviceEvent, Event
-from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.peer.alone import TrainedAlone, train_alone
 from swarmtrain.peer.lifecycle.node import PeerSettings
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.protocol.devices import DeviceRequest, PrecisionRequest
 from swarmtrain.protocol.limits import Limits
-from swarmtrain.run import DataSection, RunFile
+from swarmtrain.run import RunFile
+from swarmtrain.run_data import DataSection
 
 TOKENS = 12 * 64
 WORDS = ["one", "volunteer", "alone", "learns", "what", "a", "swarm", "would"]

@@ -33,17 +33,6 @@ from swarmtrain.protocol.gossip.engine import GossipEngine
 from swarmtrain.protocol.gossip.messages import MergeFragment
 from swarmtrain.protocol.gossip.partners import PublicationVersion
 
-__all__ = [
-    "Record",
-    "around",
-    "generator",
-    "plain",
-    "prelude",
-    "put",
-    "record",
-    "take_out",
-]
-
 
 def prelude(path: Path) -> str:
     """Return Python code that makes a volunteer write its record to `path`, for `Swarm.join`."""

@@ -23,7 +23,8 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.pacing import first_inner_steps, round_inner_steps, steps_of_everybody
 from swarmtrain.algorithm.robust import ClipIncident
 from swarmtrain.data.batches import BatchSource
-from swarmtrain.data.prepare import PeerPlace, training_batches, training_data
+from swarmtrain.data.mixture import PeerPlace
+from swarmtrain.data.prepare import training_batches, training_data
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import vector_sha256
 from swarmtrain.peer.lifecycle.preparation import initial_seed
@@ -38,8 +39,6 @@ from swarmtrain.simulate.learning.fragment import LearningFragment, Published
 from swarmtrain.simulate.learning.gossip import LearningPeer, LearningWorld
 from swarmtrain.simulate.learning.learner import Learner, Text
 from swarmtrain.simulate.learning.setting import Setting
-
-__all__ = ["Replayed", "ReplayedPeer", "replay", "replay_lines", "text_from", "text_of"]
 
 Event = Mapping[str, Any]
 

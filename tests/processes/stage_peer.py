@@ -34,7 +34,7 @@ from swarmtrain.peer.pipeline.stage_loop import StageLoop
 from swarmtrain.peer.pipeline.stage_service import StageServer, StageShapes, WireCalls
 from swarmtrain.protocol.pipeline.ledger import Discard, Due, Key, LedgerLimits, StageLedger, TakeStep
 from swarmtrain.protocol.pipeline.router import Router
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 
 RUN = hashlib.sha256(b"a run of stages").hexdigest()
 MODEL = ModelSection(context_tokens=16, num_layers=3, width=32, num_heads=2)

@@ -17,11 +17,11 @@ from swarmtrain.events import PeerJoinedEvent, RefusedEvent, RoundEvent
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.discovery.invite import Invite, parse_invite
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.rounds.roster import roster_untrusted
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, SnapshotStore, TensorSpec, build_snapshot
-from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.network.swarm import Swarm as Membership
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.protocol.membership.membership import PeerInfo

@@ -1,6 +1,6 @@
 """Lives one after another: what was trained, and how far the run is, survive everybody's leaving.
 
-Servers, rounds, lives of seconds and others that come and go are played in virtual time (`tests/simulate/search`).
+Servers, rounds, lives of seconds and others that come and go are played in virtual time (`tests/fault_search`).
 The learning rate of these runs falls from the first step on, so that it can only rise where tokens were forgotten.
 """
 

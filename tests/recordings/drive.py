@@ -60,8 +60,6 @@ from swarmtrain.protocol.gossip.started_pulls import GossipPulls
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.run import parse_published_untrusted, run_sha256
 
-__all__ = ["Difference", "drive", "run_bytes"]
-
 _COMPARED = (
     "asks", "began", "busy", "called", "answered", "failed", "choice", "decodes", "downloads", "ended", "host_failed",
     "incident", "merges", "news", "places", "publishes_as", "readies", "requests", "rows", "times.assume",

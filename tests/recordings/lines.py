@@ -20,26 +20,6 @@ from torch.nn import functional
 from swarmtrain import __version__
 from swarmtrain.compatibility import PROTOCOL
 
-__all__ = [
-    "DECISIONS",
-    "EVENTS",
-    "FOLDER",
-    "INNER",
-    "Block",
-    "Decision",
-    "Event",
-    "Header",
-    "Line",
-    "Recording",
-    "all_files",
-    "header_of",
-    "load",
-    "news_name",
-    "probe_sha256",
-    "save",
-    "typed",
-]
-
 FOLDER = Path(__file__).parent
 Line: TypeAlias = Mapping[str, Any]
 """Line of the file: `kind`, `peer` (the number of its peer), and the fields of the kind."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import recording
+from fault_search.gossip import draw_gossip, play_gossip
+from fault_search.schedule import FaultSchedule, ScheduledFault
 from learnt import setting, tiny
 from lines import Line, Recording, header_of, news_name
 from recording import around, plain
@@ -47,12 +49,9 @@ from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning import churn
 from swarmtrain.simulate.learning.gossip import LearningPeer, LearningWorld, VirtualRunner
 from swarmtrain.simulate.learning.hostile import HostileWorld
-from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
-from swarmtrain.simulate.search.schedule import FaultSchedule, ScheduledFault
-from swarmtrain.simulate.systems.gossip import GossipPeer, SimulatedPublication
+from swarmtrain.simulate.systems.gossip import GossipPeer
 from swarmtrain.simulate.systems.network import PullRefusal
-
-__all__ = ["LEARNING", "SYSTEMS", "record_learning", "record_systems", "recorded_schedule"]
+from swarmtrain.simulate.systems.publications import SimulatedPublication
 
 LEARNING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({}, {"run__total_tokens": 18_000}),

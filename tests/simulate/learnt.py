@@ -12,8 +12,6 @@ from swarmtrain.simulate.learning.learner import Text
 from swarmtrain.simulate.learning.setting import Setting, setting_of
 from swarmtrain.simulate.scenario import Scenario, load_scenario
 
-__all__ = ["setting", "tiny", "write_scenario"]
-
 _RUN: dict[str, dict[str, Any]] = {
     "run": {"name": "tiny", "seed": 5, "total_tokens": 12_000},
     "model": {"context_tokens": 32, "num_layers": 1, "width": 16, "num_heads": 2, "feed_forward_ratio": 2.0},

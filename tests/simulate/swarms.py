@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from swarmtrain.simulate.search.rounds import counted_twice, not_one_model
+from fault_search.rounds import counted_twice, not_one_model
+
 from swarmtrain.simulate.systems.messages import Phase
 from swarmtrain.simulate.systems.world import SynchronousWorld
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from codes import raises_code
 from learnt import tiny
-from test_gossip_exchange import World, run_file, worlds
+from test_gossip_exchange import World, run_file, worlds  # noqa: F401 - a fixture
 
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import RunFileError, RunTimeError, UserError
@@ -23,9 +23,6 @@ from swarmtrain.peer.merging.rules import GROUP, mean_of
 from swarmtrain.run import parse_run
 from swarmtrain.simulate import comparison
 from swarmtrain.simulate.comparison import Play, compare, plays_of
-
-__all__ = ["worlds"]
-"""Fixture of other tests, used here too."""
 
 PAGE = (Path(__file__).parents[2] / "docs" / "simulating.md").read_text(encoding="utf-8")
 SECTION = PAGE.partition("## A merge rule of your own")[2].partition("\n## ")[0]
@@ -90,7 +87,9 @@ def test_it_is_compared_and_what_is_kept_is_by_its_file(install: Callable[..., P
 
 @pytest.mark.parametrize("changed", [(), (("/ 2\n", "* 0\n"),)], ids=["the median", "a rule of zero"])
 def test_real_peers_merge_by_it(
-    install: Callable[..., Path], worlds: list[World], changed: tuple[tuple[str, str], ...]
+    install: Callable[..., Path],
+    worlds: list[World],  # noqa: F811
+    changed: tuple[tuple[str, str], ...],
 ) -> None:
     install(*changed)
     worlds.append(World(run_file(robust=RULE, outer_momentum=0.0), 3))

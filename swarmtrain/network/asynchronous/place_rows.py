@@ -13,8 +13,6 @@ from swarmtrain.network.identity import is_peer_id, peer_bytes, peer_id_from_byt
 from swarmtrain.protocol.gossip.partners import Place
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["MAX_ROWS_TOLD", "add_place_rows", "check_place_rows_untrusted", "places_untrusted"]
-
 MAX_ROWS_TOLD = 1024
 """Rows over all fragments at most; they make a state 50 KB larger."""
 _MAX_ROWS_READ = 4096  # four times what a peer of today writes

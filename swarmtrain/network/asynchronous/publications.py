@@ -33,17 +33,6 @@ from swarmtrain.protocol.gossip.partners import PublicationVersion
 from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = [
-    "OwnPublication",
-    "PublicationRules",
-    "Publisher",
-    "Pulling",
-    "group_untrusted",
-    "is_signed_by_untrusted",
-    "publication_untrusted",
-    "request_of",
-]
-
 _WEIGHTS, _GRADIENT = "weights", "gradient"
 """Tensor groups requested by a boolean flag instead of by name: the wire format is older than other tensor groups."""
 _MAX_NAME_BYTES = 32

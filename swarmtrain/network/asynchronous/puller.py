@@ -32,8 +32,6 @@ from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.protocol.membership.membership import Membership
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Puller", "failure_of"]
-
 
 def failure_of(
     error: PeerError, kind: Literal["busy", "away", "silent", "failed"] | None = None, *, is_authors: bool = False

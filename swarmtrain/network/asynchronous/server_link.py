@@ -37,18 +37,6 @@ from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.server import GradientUpload, GradientUploads, UploadVersions
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = [
-    "GradientReceiver",
-    "GradientUploader",
-    "Pulls",
-    "RoundTimes",
-    "ServedWeights",
-    "ServerLink",
-    "UploadRules",
-    "describe_weights",
-    "entered_round_untrusted",
-]
-
 _log = logging.getLogger(__name__)
 _POLL_INTERVAL_S = 0.25  # between two looks at who may have a new round, and after a failed pull
 _ASK_AGAIN_S = 2.0  # a worker that had nothing is asked again after this, even if its presence shows no new round

@@ -16,22 +16,15 @@ from dataclasses import dataclass
 from swarmtrain.errors import BadBytesError, PeerError
 from swarmtrain.network.asynchronous.place_rows import check_place_rows_untrusted
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.finite import all_finite
 from swarmtrain.network.rounds.merger import RoundSettings
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots.download import download_snapshot
-from swarmtrain.network.snapshots.store import (
-    CHUNK_BYTES,
-    HeldSnapshot,
-    SnapshotStore,
-    all_finite,
-    empty_held,
-    manifest_untrusted,
-)
+from swarmtrain.network.snapshots.store import HeldSnapshot, SnapshotStore, empty_held, manifest_untrusted
 from swarmtrain.network.tasks import run_together
 from swarmtrain.network.token_rows import check_token_rows_untrusted
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["MOMENTA", "FetchedState", "StateFetcher"]
 
 _log = logging.getLogger(__name__)
 _LEAST_LIMIT_S = 20.0  # for one state, or a reply with its manifest, however small

@@ -19,8 +19,6 @@ from swarmtrain.errors import BadBytesError
 from swarmtrain.network.daemon import hivemind_module
 from swarmtrain.network.discovery.records import MAX_BUCKET_BYTES, MAX_BUCKET_RECORDS, bound_storage
 
-__all__ = ["use_bounded_protocol"]
-
 _log = logging.getLogger(__name__)
 _MAX_FOUND = 8
 """Buckets that one call may ask for. A peer asks for one."""

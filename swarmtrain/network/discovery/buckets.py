@@ -22,8 +22,6 @@ from swarmtrain.network.daemon import hivemind_module
 from swarmtrain.network.discovery.records import RecordRules, unsigned_untrusted
 from swarmtrain.protocol.membership.records import ALL_EVERY, ASKED, FEW, REPLICAS
 
-__all__ = ["Buckets"]
-
 _log = logging.getLogger(__name__)
 _WORKERS = 4  # concurrent calls of a search
 _MAX_KEYS = 256

@@ -18,8 +18,6 @@ from swarmtrain.network.tasks import end_tasks
 from swarmtrain.protocol.membership.membership import PeerState
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Greeter"]
-
 _log = logging.getLogger(__name__)
 _REDIALLED = 4  # peers that seem gone, dialled each time
 _NEW_AT_ONCE = 32  # peers greeted each time that may not know us

@@ -19,8 +19,6 @@ from swarmtrain.compatibility import PROTOCOL, UPDATE, protocol_mismatch
 from swarmtrain.errors import BadBytesError, InviteError
 from swarmtrain.network.identity import base58_decode, base58_encode, peer_bytes, peer_id_from_bytes_untrusted
 
-__all__ = ["Invite", "InvitedPeer", "format_invite", "invite_in", "parse_invite", "where_it_serves"]
-
 _PREFIX = "st1"
 _NEXT_STEP = "ask for the whole line again and copy it in one piece"
 _PLAIN = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]+)/tcp/([0-9]{1,5})")

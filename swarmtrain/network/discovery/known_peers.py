@@ -20,8 +20,6 @@ from swarmtrain.protocol.membership.membership import Membership, MembershipChan
 from swarmtrain.protocol.membership.records import MAX_READ_BUCKETS, buckets_to_read
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["KnownPeers"]
-
 _MAX_STAMP_SKEW_S = 120.0  # a presence may be stamped so far in the future
 
 

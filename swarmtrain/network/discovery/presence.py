@@ -20,8 +20,6 @@ from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["OwnPresence", "OwnRecords"]
-
 _MAX_OWN_ADDRESSES = 8
 _PROGRESS_TTL_S = 86_400.0  # a day: the tokens of a peer that left still count
 

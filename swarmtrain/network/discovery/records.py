@@ -40,28 +40,6 @@ from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.run_adapter import MOST_GROUPS
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = [
-    "MAX_BUCKET_BYTES",
-    "MAX_BUCKET_RECORDS",
-    "MAX_LOSS",
-    "MAX_RECORD_BYTES",
-    "PRESENCE",
-    "PROGRESS",
-    "RecordRules",
-    "bound_storage",
-    "bucket_key",
-    "hashed_key",
-    "make_validator",
-    "num_records",
-    "open_presence_untrusted",
-    "presence_from_proto_untrusted",
-    "presence_to_proto",
-    "progress_from_proto_untrusted",
-    "progress_to_proto",
-    "record_from_value_untrusted",
-    "unsigned_untrusted",
-]
-
 PRESENCE = "presence"
 PROGRESS = "progress"
 MAX_RECORD_BYTES = 1024

@@ -33,8 +33,6 @@ from swarmtrain.run import RunFile, run_sha256
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer, time_in_words
 
-__all__ = ["FoundRun", "PublishedRun", "fetch_published", "find_run", "refusal_untrusted", "version_fields"]
-
 _OTHERS_S = 0.5  # peers that answer within this of the first count too
 _MORE_VOICES_S = 3.0
 """Seconds to wait for more peers if those that answered first report that the clock is far off."""

@@ -23,8 +23,6 @@ from swarmtrain.protocol.tokens.tally import CountingRules, Tally, agreed_counts
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["TokenAccounting", "counting_rules"]
-
 _MAX_BUCKETS_A_PASS = 1024
 _MAX_NAMES = 4096
 _BURST_ROUNDS = 2  # a peer may claim so many rounds at once beyond what its speed explains

@@ -12,8 +12,6 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["PACKET_BYTES", "Lateness", "Narrowing", "Outage", "Outages", "piece_bytes"]
-
 PACKET_BYTES = 1448
 """Bytes of a stream in one Ethernet frame."""
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 
 from swarmtrain.network.links.throttle import Throttle
 
-__all__ = ["LinkMeter"]
-
 _WINDOWS_S = (1.0, 2.0, 4.0, 8.0)
 _LOOK_S = 0.5
 """Seconds between two looks at the recent pieces."""

@@ -27,21 +27,6 @@ from dataclasses import dataclass, field
 from swarmtrain.network.links.impairments import PACKET_BYTES, Lateness, Narrowing, Outage, Outages, piece_bytes
 from swarmtrain.network.tasks import end_tasks
 
-__all__ = [
-    "FailingPulls",
-    "Line",
-    "LinkShape",
-    "PeerLink",
-    "PeerLinks",
-    "Way",
-    "accepted",
-    "carry",
-    "listening_socket",
-    "plain_socket",
-    "receiver",
-    "sender",
-]
-
 _log = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
 _PRIVATE_PORTS = range(20_000, 32_000)

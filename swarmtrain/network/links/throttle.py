@@ -15,8 +15,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-__all__ = ["BYTES_PER_S_OF_MBIT", "Places", "Throttle", "TokenBucket", "TransferTimes", "num_at_once"]
-
 BYTES_PER_S_OF_MBIT = 125_000
 """Bytes per second in a megabit per second."""
 

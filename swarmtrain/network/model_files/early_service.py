@@ -21,8 +21,6 @@ from swarmtrain.network.service import namespace_of, service_type
 from swarmtrain.network.snapshots.store import SnapshotStore
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["serve_files_early"]
-
 _log = logging.getLogger(__name__)
 _INTRODUCE_EVERY_S = 15.0
 

@@ -28,8 +28,6 @@ from swarmtrain.protocol.pinned_files.file_list import PinnedFile, check_chunk_l
 from swarmtrain.protocol.pinned_files.transfer import PATIENCE_S, FileTransfer, RangeRequest, RequestEnd
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["FileCalls", "FileDisk", "PeerFetch", "RunTarget"]
-
 _SEARCH_EVERY_S = 15.0
 _BUSY_STALLS = 60
 """Limits of a stalled transfer after which sources that are only busy are given up: ten minutes, unless the run file

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from swarmtrain.run import CHUNK_BYTES
 
-__all__ = ["ServedFile"]
-
 _threads = ThreadPoolExecutor(4, "served-files")
 """Threads that wait for the disk. Not asyncio's pool: decoding and merging must not queue behind them."""
 

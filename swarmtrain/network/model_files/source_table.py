@@ -13,8 +13,6 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.records import open_presence_untrusted, presence_from_proto_untrusted
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["MOST_SOURCES", "FileSourceTable"]
-
 MOST_SOURCES = 32
 _KEPT_S = 60.0
 """They say it again every 15 s."""

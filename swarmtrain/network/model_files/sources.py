@@ -29,8 +29,6 @@ from swarmtrain.network.signatures import sign
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["FileSources"]
-
 _log = logging.getLogger(__name__)
 _MAX_PEERS = 256
 _MAX_OF_ONE = 32

@@ -27,8 +27,6 @@ from swarmtrain.network.signatures import open_signed_untrusted
 from swarmtrain.protocol.membership.dial_budget import DialBudget, dial_targets
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["DIAL_S", "PURPOSE", "DialBack"]
-
 DIAL_S = 4.0  # a failure is reported after exactly this
 PURPOSE = "dial"
 _log = logging.getLogger(__name__)

@@ -33,8 +33,6 @@ from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.protocol.membership.hosts import KEPT_OF_A_GUEST, Guests, most_guests
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["HostedPublications"]
-
 _log = logging.getLogger(__name__)
 _ASK_AGAIN_S = 1.0  # between two questions to a guest about one tensor group
 _WAIT_S = 20.0  # for a guest's answer; then a reader gets what is here

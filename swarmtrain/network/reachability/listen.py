@@ -12,8 +12,6 @@ import psutil
 
 from swarmtrain.errors import RunTimeError
 
-__all__ = ["cannot_listen", "check_addresses", "is_own_host", "is_taken", "own_addresses", "port_taken"]
-
 _MAX_SHOWN = 4
 _FOREIGN = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM)

@@ -30,8 +30,6 @@ from swarmtrain.protocol.membership.membership import Membership
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer
 
-__all__ = ["ReachabilityMonitor", "is_loopback_only"]
-
 _log = logging.getLogger(__name__)
 _POLL_INTERVAL_S = 1.0
 _KEEP_ALIVE_S = 3.0  # between two calls to each host, which keep its connection open (decision 19)

@@ -24,8 +24,6 @@ from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer
 
-__all__ = ["DialOutcome", "GreetingAnswer", "ask_to_be_dialled", "ask_to_dial", "knock", "tcp_ports"]
-
 _MAX_OTHERS = 64
 _CALL_S = 4.0  # for the call itself, besides the dialling
 _STRANGER_S = 16.0

@@ -10,8 +10,6 @@ from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.roles import MAX_PIECES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["RoundAnswers", "question_of"]
-
 
 def question_of(request: pb.RoundRequest) -> ev.RoundQuestion:
     """Return the question that a request asks."""

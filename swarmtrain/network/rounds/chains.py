@@ -20,8 +20,6 @@ from swarmtrain.protocol.rounds.messages import SignedRoster
 from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["ChainStore", "NextRosters", "chain_untrusted"]
-
 _MAX_BYTES = 2 * 1024 * 1024 + 512 * 1024
 """Most bytes of a chain on the wire, and of the own chain in memory: a frame has 4 MiB."""
 _KEPT_BYTES = 256 * 1024

@@ -10,20 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.finite import none_negative
+from swarmtrain.network.finite import all_finite, none_negative
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.snapshots.store import (
-    HeldSnapshot,
-    PullLimits,
-    SnapshotStore,
-    SourcePace,
-    all_finite,
-    pull_chunks,
-)
+from swarmtrain.network.snapshots.store import HeldSnapshot, PullLimits, SnapshotStore, SourcePace, pull_chunks
 from swarmtrain.network.tasks import run_together, run_until
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["Downloads", "WaitsFor", "check_finite", "check_not_negative"]
 
 _log = logging.getLogger(__name__)
 _OF_ROUNDS = (pb.SNAPSHOT_KIND_PSEUDO_GRADIENT, pb.SNAPSHOT_KIND_SHARE)

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network.snapshots.store import CHUNK_BYTES, Snapshot, TensorSpec, manifest_untrusted
+from swarmtrain.network.snapshots.store import Snapshot, TensorSpec, manifest_untrusted
 from swarmtrain.protocol.adapter_groups import group_named, groups_of_names
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["GradientGroups", "GradientPiece"]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from swarmtrain.network.rounds.gradient_groups import GradientGroups, GradientPi
 from swarmtrain.network.rounds.roster import check_publication
 from swarmtrain.network.signatures import open_signed_untrusted
 from swarmtrain.network.snapshots.store import (
-    CHUNK_BYTES,
     Body,
     HeldSnapshot,
     PullLimits,
@@ -41,11 +40,10 @@ from swarmtrain.protocol.rounds.link_claims import AveragingTimes
 from swarmtrain.protocol.rounds.roles import MAX_PIECES, PIECES_AT_ONCE, share_pieces
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, share_ranges, sources_of
 from swarmtrain.protocol.rounds.share_waits import MergeLimit, ShareWaits, author_due_s
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.run_batch import BatchTarget
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer
-
-__all__ = ["AuthorPatience", "Average", "Merger", "RoundSettings", "ShareOwners", "UnobtainableError"]
 
 _log = logging.getLogger("swarmtrain.network.rounds.runner")
 _ASK_AGAIN_S = 0.1  # between two questions for a share

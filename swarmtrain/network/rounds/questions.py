@@ -17,8 +17,6 @@ from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["RoundQuestions", "Said"]
-
 _log = logging.getLogger("swarmtrain.network.rounds.runner")
 
 

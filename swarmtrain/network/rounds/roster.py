@@ -13,8 +13,6 @@ from swarmtrain.protocol.rounds.messages import SignedRoster
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["CheckedRosters", "check_publication", "named", "publication_of", "roster_untrusted", "sign_roster"]
-
 _MAX_ENTRIES = 4096
 _MAX_COUNTER = 2**60
 _MAX_CHECKED = 256  # rosters remembered as verified

@@ -21,8 +21,6 @@ from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["EndedRound", "Outcome", "RosterMean"]
-
 _log = logging.getLogger("swarmtrain.network.rounds.runner")
 _Event: TypeAlias = ev.Event[pb.Signed, pb.ChainLink]
 _SignedRoster: TypeAlias = ev.SignedRoster[pb.Signed]

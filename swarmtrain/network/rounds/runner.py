@@ -26,10 +26,9 @@ from swarmtrain.network.rounds.downloads import Downloads
 from swarmtrain.network.rounds.merger import Average, Merger, RoundSettings, ShareOwners
 from swarmtrain.network.rounds.questions import RoundQuestions
 from swarmtrain.network.rounds.roster import CheckedRosters, named, publication_of, sign_roster
-from swarmtrain.network.rounds.round_end import EndedRound, Outcome, RosterMean
+from swarmtrain.network.rounds.round_end import EndedRound, Outcome
 from swarmtrain.network.rounds.state_fetch import (
     JoinedState,
-    NewState,
     PeerStates,
     RequestedStates,
     StateSearch,
@@ -44,8 +43,6 @@ from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["NewState", "Outcome", "RosterMean", "RoundRunner"]
 
 _log = logging.getLogger(__name__)
 

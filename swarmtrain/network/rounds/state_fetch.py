@@ -19,8 +19,6 @@ from swarmtrain.protocol.rounds import messages as ev
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["JoinedState", "NewState", "PeerStates", "RequestedStates", "StateSearch", "StateSource"]
-
 _MAX_OFFERED = 8
 """Limit of offered states that are kept, the latest ones: most are never pulled, and none of their bytes have
 arrived."""

@@ -13,8 +13,6 @@ from swarmtrain.errors import BrokenOffError, BusyError, PeerError, UnreachableE
 from swarmtrain.network.snapshots.store import HeldSnapshot, PullLimits, PullStream, pull_chunks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["ATTEMPTS", "SnapshotCalls", "download_snapshot"]
-
 _log = logging.getLogger(__name__)
 ATTEMPTS = 3
 """Streams opened at a peer before its breaking off counts as a failure."""

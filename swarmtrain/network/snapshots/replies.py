@@ -27,8 +27,6 @@ from swarmtrain.network.daemon import MAX_FRAME_BYTES
 from swarmtrain.network.tasks import end_tasks
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["ChunkReply", "Replies", "Reply", "answer", "put_untrusted"]
-
 _HEAD_BYTES = 9  # marker and length
 _MESSAGE, _ERROR = 0, 1
 _END_OF_REQUESTS = bytes([_ERROR]) + bytes(8)

@@ -19,8 +19,6 @@ from swarmtrain.protocol.gossip.partners import Place
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["SECOND_MOMENT", "FillManifest", "StateProvider", "state_specs"]
-
 _POLL_INTERVAL_S = 2.0  # between two looks whether a state built on demand is still being read
 
 SECOND_MOMENT = "moment-2"

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
 
 from swarmtrain.errors import BadBytesError, BrokenOffError, BusyError, PeerError, StalledError, UnreachableError
-from swarmtrain.network.finite import all_finite
 from swarmtrain.network.identity import Identity, peer_bytes
 from swarmtrain.network.links.throttle import Throttle, num_at_once
 from swarmtrain.network.model_files.served_file import ServedFile
@@ -29,31 +28,6 @@ from swarmtrain.network.snapshots.replies import ChunkReply, Reply
 from swarmtrain.protocol.membership.readers import GIVES_WAY_S, Reader, Readers
 from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = [
-    "CHUNKS_UNCHECKED",
-    "CHUNK_BYTES",
-    "Body",
-    "ChunkTarget",
-    "HeldSnapshot",
-    "NumServed",
-    "PullLimits",
-    "PullOpener",
-    "PullStream",
-    "Snapshot",
-    "SnapshotStore",
-    "SourcePace",
-    "TensorSpec",
-    "all_chunks",
-    "all_finite",
-    "build_snapshot",
-    "empty_held",
-    "manifest_untrusted",
-    "next_message",
-    "pull_chunks",
-    "pull_manifest",
-    "pull_run",
-]
 
 _CHUNKS_A_PULL = 256
 """Chunks requested in one stream: 64 MiB."""

@@ -15,8 +15,6 @@ from swarmtrain.peer.model_files.model_folder import path_of_list
 from swarmtrain.run import parse_published_untrusted, run_sha256
 from swarmtrain.words import one_line
 
-__all__ = ["base_of_export", "load_with_base", "merged_export"]
-
 
 def merged_export(source: Path, target: Path, place: FilesPlace) -> int:
     """Write the whole model that the adapter in `source` makes of its base; return the run's tokens.

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swarmtrain.algorithm.outer import OuterState
+from swarmtrain.network.answers import Serving
 from swarmtrain.network.coverage import CarriedRows
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.swarm import Serving, Swarm
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
 from swarmtrain.peer.checkpoints.manager import CheckpointManager
 from swarmtrain.peer.merging.consensus_state import ConsensusState
@@ -23,8 +24,6 @@ from swarmtrain.protocol.archive.schedule import ArchiveSchedule, adds_to_archiv
 from swarmtrain.protocol.gossip.partners import Place
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
-
-__all__ = ["Archive", "checkpoint_of"]
 
 _log = logging.getLogger(__name__)
 _HOLDS = "holds"

@@ -24,13 +24,11 @@ from swarmtrain.machine_memory import machine_memory
 from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.export import ExportedModel, load_exported
 from swarmtrain.model.language_model import LanguageModel
-from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.peer.checkpoints.export import Sampling, continuation
 from swarmtrain.peer.lifecycle.node import eval_event, held_out_loss_of
 from swarmtrain.protocol.history import HistoryPoint, TextSample
 from swarmtrain.protocol.tokens.progress import Progress
-
-__all__ = ["ArchiveSampler", "held_out_point", "rest_s", "text_sample"]
 
 _log = logging.getLogger(__name__)
 _REST_OF_WORK = 19.0

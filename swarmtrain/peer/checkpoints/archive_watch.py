@@ -7,13 +7,12 @@ from collections.abc import Collection
 from concurrent.futures import Future
 
 from swarmtrain.network.node import NetworkThread
-from swarmtrain.network.rounds.runner import NewState
+from swarmtrain.network.rounds.state_fetch import NewState
 from swarmtrain.network.swarm import Swarm
-from swarmtrain.peer.lifecycle.node import StopFlag, wait_for
+from swarmtrain.peer.lifecycle.node import wait_for
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.protocol.archive.watched import ArchivesSeen
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound
-
-__all__ = ["ArchiveWatch"]
 
 _SAMPLE = 16
 

@@ -37,8 +37,6 @@ from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = ["Checkpoint", "load_newest", "load_newest_weights", "save"]
-
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 

@@ -34,9 +34,10 @@ from swarmtrain.model.run_stages import empty_run_stage, run_stage_shapes
 from swarmtrain.model.sampling import generate
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.discovery.invite import Invite, parse_invite
+from swarmtrain.network.discovery.run_lookup import PublishedRun, fetch_published, find_run
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.swarm import PublishedRun, Swarm, fetch_published, find_run
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoints.adapter_base import load_with_base, merged_export
 from swarmtrain.peer.checkpoints.checkpoint import load_newest_weights
 from swarmtrain.peer.checkpoints.files import CheckpointFolder
@@ -46,7 +47,6 @@ from swarmtrain.peer.devices.model_device import move_model
 from swarmtrain.peer.lifecycle.folder import PeerFolder, peer_folder, running_invite
 from swarmtrain.peer.lifecycle.node import (
     PeerSettings,
-    StopFlag,
     leave_swarm,
     named_weights,
     save_model,
@@ -56,6 +56,7 @@ from swarmtrain.peer.lifecycle.node import (
     useful_threads,
     wait_for,
 )
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.merging.consensus_state import fetch_consensus_state
 from swarmtrain.peer.model_files.base_files import described_model
 from swarmtrain.peer.model_files.fetcher import FilesPlace, SwarmSource
@@ -64,20 +65,6 @@ from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import parse_published_untrusted
 from swarmtrain.words import ago_in_words, counted
-
-__all__ = [
-    "Sampling",
-    "cast_model",
-    "chat_prompt",
-    "continuation",
-    "export_from_folder",
-    "export_from_swarm",
-    "model_of_folder",
-    "model_of_swarm",
-    "onlooker_place",
-    "sample_text",
-    "tokenizer_of",
-]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16

@@ -25,18 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = [
-    "FORMAT",
-    "KEPT",
-    "CheckpointFolder",
-    "DamagedError",
-    "StoredCheckpoint",
-    "TensorBytes",
-    "Unused",
-    "Written",
-    "newest_written",
-]
-
 _log = logging.getLogger(__name__)
 
 KEPT = 3

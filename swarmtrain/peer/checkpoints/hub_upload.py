@@ -20,8 +20,6 @@ from swarmtrain.extras import install_in_words
 from swarmtrain.run import parse_published_untrusted, run_sha256
 from swarmtrain.words import one_line
 
-__all__ = ["HELD_OUT", "check_login", "has_own_text", "kept_or_temporary", "upload_model"]
-
 HELD_OUT = "held-out.txt"
 """File of an export that is a piece of the run's text, word for word."""
 

@@ -20,7 +20,8 @@ from swarmtrain.events import WarningEvent
 from swarmtrain.network.codec import body_of_state
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer
-from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.network.discovery.run_lookup import PublishedRun
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
 from swarmtrain.peer.checkpoints.files import CheckpointFolder, StoredCheckpoint
 from swarmtrain.peer.checkpoints.writer import Checkpointer
@@ -28,8 +29,6 @@ from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.node import Emit
 from swarmtrain.peer.training.session import Session
 from swarmtrain.v1 import control_pb2 as control_pb
-
-__all__ = ["CheckpointManager", "PeersFile", "checkpointer_of", "kept_stages", "known_peers", "run_to_resume"]
 
 _log = logging.getLogger(__name__)
 _MAX_PEERS = 16

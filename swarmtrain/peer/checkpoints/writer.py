@@ -28,8 +28,6 @@ from swarmtrain.peer.lifecycle.process import trim_heap
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 
-__all__ = ["MOST_COPIED", "Checkpointer"]
-
 _log = logging.getLogger(__name__)
 _REPEAT_S = 300.0
 _NICER_BY = 5

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from swarmtrain.events import ArrivingEvent, Event
-from swarmtrain.network.snapshots.store import CHUNK_BYTES, HeldSnapshot
+from swarmtrain.network.snapshots.store import HeldSnapshot
 from swarmtrain.peer.control.board import StatusBoard
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.words import size_in_words
-
-__all__ = ["DownloadProgress", "FileProgress"]
 
 _EVERY_S = 2.0
 _EVERY_SHARE = 0.01

@@ -43,7 +43,6 @@ from swarmtrain.events import (
     WarningEvent,
     data_in_words,
     merge_in_words,
-    short_peer,
     times_below_allreduce,
 )
 from swarmtrain.peer.control.growth import Growth
@@ -52,8 +51,7 @@ from swarmtrain.peer.control.history import PeerHistory
 from swarmtrain.peer.estimate import Estimate
 from swarmtrain.protocol.history import HistoryPoint
 from swarmtrain.v1 import control_pb2 as pb
-
-__all__ = ["OVER", "LossCurve", "Pulse", "StatusBoard", "Watched"]
+from swarmtrain.words import short_peer
 
 MAX_LOSSES = 512
 _MAX_NOTICES = 8

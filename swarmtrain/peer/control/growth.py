@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-__all__ = ["Growth"]
-
 _WINDOW_S = 60.0
 _STOPPED_AFTER = 2.0
 """Multiple of the usual interval after which a count that has not changed is taken to grow more slowly."""

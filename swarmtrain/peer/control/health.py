@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from swarmtrain.v1 import control_pb2 as pb
 
-__all__ = ["Vitals", "health"]
-
 _AT_WORK = (pb.PEER_STATE_TRAINING, pb.PEER_STATE_SERVING)
 
 

@@ -42,8 +42,6 @@ from swarmtrain.protocol.history import (
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import one_line, stages_in_words
 
-__all__ = ["HISTORY_NAME", "MAX_EVENTS", "PeerHistory", "read_history"]
-
 HISTORY_NAME = "history.pb"
 MAX_EVENTS = 1024
 _FIRST_EVENTS = 64

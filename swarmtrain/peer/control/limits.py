@@ -50,8 +50,6 @@ from swarmtrain.run import NetworkSection, RunFile
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, size_in_words
 
-__all__ = ["LimitEnforcer", "Measured", "check_memory", "kept_limits", "least_cost", "limit_link", "options_of"]
-
 LOOK_EVERY_S = 3.0
 _LAST_LOOK_S = 5.0
 """Seconds that the end waits for a look at the machine: a driver that hangs must not keep a peer from ending."""

@@ -25,17 +25,6 @@ from swarmtrain.events import Event, WarningEvent, in_words
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.words import one_line
 
-__all__ = [
-    "LOG_NAME",
-    "LogFormatter",
-    "bug_in_words",
-    "log_event",
-    "log_to_file_only",
-    "log_to_terminal",
-    "logged",
-    "peer_log",
-]
-
 LOG_NAME = "peer.log"
 LOG_MAX_BYTES = 5_000_000
 LOGS_KEPT = 3  # older files, besides the current one

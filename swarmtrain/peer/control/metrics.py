@@ -32,8 +32,6 @@ from swarmtrain.peer.control.usage import Usage
 from swarmtrain.peer.estimate import Estimate
 from swarmtrain.v1 import control_pb2 as pb
 
-__all__ = ["METRICS", "EventCounts", "MetricsServer", "PeerCollector", "serving_metrics"]
-
 _log = logging.getLogger(__name__)
 _MAX_RULES = 32
 _MAX_CALLS = 8

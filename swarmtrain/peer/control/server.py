@@ -43,8 +43,6 @@ from swarmtrain.peer.control.history import HISTORY_NAME
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 
-__all__ = ["MAX_WATCHERS", "SERVICE", "ControlHandlers", "ControlServer", "read_status"]
-
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 

@@ -33,7 +33,8 @@ from swarmtrain.peer.control.history import read_history
 from swarmtrain.peer.control.server import ControlHandlers, ControlServer, read_status
 from swarmtrain.peer.estimate import Estimate
 from swarmtrain.peer.lifecycle.folder import PeerFolder
-from swarmtrain.peer.lifecycle.node import Emit, PeerSettings, process_age_s
+from swarmtrain.peer.lifecycle.node import Emit, PeerSettings
+from swarmtrain.peer.lifecycle.process import process_age_s
 from swarmtrain.peer.lifecycle.stop import StopFlag, StopTraining
 from swarmtrain.peer.merging.roster_exchange import SwarmExchange
 from swarmtrain.peer.training.pause import ASKED, PauseSwitch
@@ -41,12 +42,10 @@ from swarmtrain.protocol.adapter_groups import trained_groups
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.pipeline.stages import places_of
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import AdapterSection
+from swarmtrain.run_adapter import AdapterSection
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1.snapshot_pb2 import HistoryReply
 from swarmtrain.words import counted, stages_in_words
-
-__all__ = ["MAX_SHOWN_PEERS", "ControlSession", "bootstrap_pulse", "control_session", "swarm_looker", "volunteer_pulse"]
 
 MAX_SHOWN_PEERS = 1024
 _PATIENCE_S = 60.0

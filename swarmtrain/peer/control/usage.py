@@ -10,8 +10,6 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Usage", "set_niceness"]
-
 _MOST_NICE = 19
 _SUPPLIES = Path("/sys/class/power_supply")
 _PROCESSOR_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal", "soc_thermal", "acpitz")

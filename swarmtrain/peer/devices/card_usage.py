@@ -24,8 +24,6 @@ import torch
 from swarmtrain.protocol.watches import CardMeasurement
 from swarmtrain.words import one_line
 
-__all__ = ["CardUsage", "card_problem"]
-
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _ALL = 100

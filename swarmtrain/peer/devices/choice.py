@@ -37,15 +37,6 @@ from swarmtrain.protocol.devices import (
 )
 from swarmtrain.run import RunFile
 
-__all__ = [
-    "ChosenCompute",
-    "FittingMicrobatch",
-    "check_device",
-    "choose_compute",
-    "fitting_microbatch",
-    "precisions_of",
-]
-
 _SHARE_OF_CARD = 0.9
 """Share of a card's free memory that is planned for: estimates err, and the allocator wastes some."""
 

@@ -31,8 +31,6 @@ from swarmtrain.peer.devices.compute import CACHE_VARIABLE, ComputeDevice, finis
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.protocol.devices import CompileRequest, Precision
 
-__all__ = ["CompiledLoss", "missing_compiler"]
-
 _log = logging.getLogger(__name__)
 
 _LEAST_PARAMETERS = 10_000_000

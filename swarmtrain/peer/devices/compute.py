@@ -14,18 +14,6 @@ from swarmtrain.model.four_bits import convert_frozen_layers
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.protocol.devices import Precision
 
-__all__ = [
-    "CACHE_VARIABLE",
-    "ComputeDevice",
-    "StepQueue",
-    "autocast",
-    "does_not_fit",
-    "enough_memory",
-    "finish",
-    "is_out_of_memory",
-    "release_cached",
-]
-
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """Environment variable with the folder of torch's compiler's cache."""
 

@@ -37,8 +37,6 @@ from swarmtrain.peer.devices.rank_group import RankGroup, RankLostError
 from swarmtrain.peer.devices.rank_process import OUT_OF_MEMORY, STORE, ready_key
 from swarmtrain.peer.lifecycle.stop import StopTraining
 
-__all__ = ["DataParallelRanks"]
-
 LIMIT_S = 600.0
 """Time limit of a collective, as torch has it for nccl: a rank may be slower than others by a part of a batch, or by
 the compiling of its loss."""

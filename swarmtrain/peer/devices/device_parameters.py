@@ -15,8 +15,6 @@ from swarmtrain.peer.devices.host_copies import HostCopier, HostCopy
 from swarmtrain.peer.merging.updates import LentWeights
 from swarmtrain.peer.training.parameters import ParameterSource
 
-__all__ = ["DeviceParameters"]
-
 
 @dataclass
 class _LentCopy:

@@ -10,8 +10,6 @@ from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, cards_in_wor
 from swarmtrain.run import RunFile
 from swarmtrain.words import counted, device_in_words, size_in_words
 
-__all__ = ["ExpectedDevice", "expected_device", "found_in_words"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedDevice:

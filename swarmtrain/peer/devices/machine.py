@@ -25,21 +25,8 @@ from swarmtrain.model.stages import StageShape, expected_boundaries, stage_shape
 from swarmtrain.peer.devices.compute import autocast, finish, is_out_of_memory
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.protocol.devices import FoundDevice, Precision, ProbeResult
-from swarmtrain.run import ModelSection, RunFile
-
-__all__ = [
-    "BYTES_PER_PARAMETER",
-    "card_bytes_of_graph",
-    "card_bytes_of_stage",
-    "find_devices",
-    "least_bytes",
-    "least_part_bytes",
-    "missing_card",
-    "num_trained",
-    "parameters_bytes",
-    "part_bytes",
-    "probe_device",
-]
+from swarmtrain.run import RunFile
+from swarmtrain.run_model import ModelSection
 
 _PROCESSOR_PARAMETERS = 10_000_000
 """Below this size a processor's lower precision is not tried: converting numbers takes what multiplying saves."""

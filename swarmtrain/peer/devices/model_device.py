@@ -13,8 +13,6 @@ from swarmtrain.peer.devices.compute import is_out_of_memory, release_cached
 from swarmtrain.peer.devices.machine import find_devices, missing_card
 from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, matching_devices
 
-__all__ = ["move_model"]
-
 
 def move_model(model: LanguageModel, request: DeviceRequest, num_sequences: int, tell: Callable[[str], None]) -> str:
     """Move `model` to the best device asked for that works, and return the device's name.

@@ -33,8 +33,6 @@ from swarmtrain.peer.devices.compute import ComputeDevice, is_out_of_memory
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.training.gradients import add_gradient
 
-__all__ = ["RankGroup", "RankLostError", "loopback_interface", "lost_if_it_fails"]
-
 _BUCKET_BYTES = 25_000_000
 """Bytes of gradients that are summed at once, as DistributedDataParallel does."""
 

@@ -32,8 +32,6 @@ from swarmtrain.peer.devices.compute import CACHE_VARIABLE, ComputeDevice, is_ou
 from swarmtrain.peer.devices.rank_group import RankGroup, RankLostError
 from swarmtrain.peer.lifecycle.stop import StopTraining
 
-__all__ = ["OUT_OF_MEMORY", "STORE", "RankWork", "main", "ready_key"]
-
 _log = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = 3

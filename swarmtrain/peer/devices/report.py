@@ -10,8 +10,6 @@ from swarmtrain.peer.devices.choice import ChosenCompute
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.run import RunFile
 
-__all__ = ["ComputeReport"]
-
 
 @dataclass
 class ComputeReport:

@@ -29,8 +29,6 @@ from swarmtrain.peer.training.session import LoopCheckpoint
 if TYPE_CHECKING:
     from swarmtrain.peer.devices.sharded_model import ShardedModel
 
-__all__ = ["ShardedLoop"]
-
 
 @dataclass(eq=False)
 class ShardedRanks(DataParallelRanks):

@@ -25,8 +25,6 @@ from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.rank_group import RankGroup, lost_if_it_fails
 from swarmtrain.protocol.devices import largest_part
 
-__all__ = ["ShardedModel"]
-
 
 class ShardedModel:
     """This rank's part of a model, and its optimizer. All ranks call the same methods in the same order."""

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from swarmtrain.peer.training.pause import LONGEST_SLEEP_S, wait_until
 from swarmtrain.protocol.duty_cycle import DutyCycle
 
-__all__ = ["StepRests"]
-
 
 @dataclass
 class StepRests:

@@ -9,8 +9,6 @@ from swarmtrain.peer.doctor.machine import Finding
 from swarmtrain.protocol.devices import FoundDevice, ProbeResult, cards_in_words, fastest_precision
 from swarmtrain.words import size_in_words
 
-__all__ = ["check_card", "check_card_watch", "check_devices"]
-
 
 def check_devices(found: Sequence[FoundDevice], missing: str) -> Finding:
     """List the devices; `missing` says why torch shows no card that is there."""

@@ -34,6 +34,7 @@ from swarmtrain.model.base import base_in_words
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, parse_invite
 from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import DAEMON_START_S, NOT_SERVED, NetworkThread, Node, NodeSettings
+from swarmtrain.network.reachability.listen import own_addresses
 from swarmtrain.network.reachability.probe import DialOutcome, GreetingAnswer, ask_to_dial, knock
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.peer.control.usage import Usage
@@ -45,7 +46,6 @@ from swarmtrain.peer.doctor.machine import (
     check_power,
     check_python,
     check_torch,
-    own_addresses,
     place_of,
     version_of,
 )
@@ -58,8 +58,6 @@ from swarmtrain.words import count_in_words, counted, short_peer, size_in_words,
 
 if TYPE_CHECKING:
     from swarmtrain.peer.devices.compute import ComputeDevice
-
-__all__ = ["Doctor", "DoctorSettings"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

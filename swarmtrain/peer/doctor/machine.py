@@ -19,21 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
 
-from swarmtrain.network.reachability.listen import own_addresses
 from swarmtrain.words import counted
-
-__all__ = [
-    "DiskPlace",
-    "Finding",
-    "check_addresses",
-    "check_ports",
-    "check_power",
-    "check_python",
-    "check_torch",
-    "own_addresses",
-    "place_of",
-    "version_of",
-]
 
 Level = Literal["ok", "warning", "problem"]
 

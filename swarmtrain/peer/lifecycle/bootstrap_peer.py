@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swarmtrain.data.tokens import Tokenizer, tokenizer_from_bytes_untrusted
 from swarmtrain.errors import RunTimeError, UserError
-from swarmtrain.events import ArchivedEvent, DoneEvent, WarningEvent, short_peer, stamped
+from swarmtrain.events import ArchivedEvent, DoneEvent, WarningEvent, stamped
 from swarmtrain.model.evaluation import TextLoss
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.network.daemon import swarm_time
@@ -36,11 +36,11 @@ from swarmtrain.peer.lifecycle.node import (
     had_ended,
     held_out_loss_of,
     kept_final_model,
-    process_age_s,
     save_final_weights,
     save_weights,
     start_node,
 )
+from swarmtrain.peer.lifecycle.process import process_age_s
 from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.model_files.fetcher import FilesPlace, SwarmSource, fetch_and_serve
 from swarmtrain.peer.model_files.model_folder import ModelFolder
@@ -48,8 +48,7 @@ from swarmtrain.protocol.archive.departure import DepartureQueue
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.run_end import may_come_back
 from swarmtrain.protocol.tokens.progress import Progress
-
-__all__ = ["COUNTS_EVERY_S", "FLUSH_S", "LAST_ARCHIVE_S", "LAST_SAMPLE", "LINGER_S", "LOOK_EVERY_S", "BootstrapPeer"]
+from swarmtrain.words import short_peer
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import WarningEvent
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.node import NetworkThread, Node
-from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.control.limits import LimitEnforcer
 from swarmtrain.peer.control.session import ControlSession
 from swarmtrain.peer.devices.compute import ComputeDevice, finish
@@ -27,8 +27,6 @@ from swarmtrain.peer.local.slowdown import SlowedSteps
 from swarmtrain.peer.training.pause import PauseSwitch
 from swarmtrain.protocol.pipeline.ledger import Kind
 from swarmtrain.run import RunFile
-
-__all__ = ["SlowedWork", "VolunteerContext"]
 
 _T = TypeVar("_T")
 

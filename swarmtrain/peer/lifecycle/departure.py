@@ -18,12 +18,11 @@ from swarmtrain.events import WarningEvent
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.control.session import ControlSession
-from swarmtrain.peer.lifecycle.node import Interrupted, wait_for
+from swarmtrain.peer.lifecycle.node import wait_for
+from swarmtrain.peer.lifecycle.stop import Interrupted
 from swarmtrain.peer.pipeline.stage_replica import StageReplica
 from swarmtrain.protocol.archive.departure import Leave, before_leaving
 from swarmtrain.v1 import control_pb2, snapshot_pb2
-
-__all__ = ["hand_over", "hand_over_stages"]
 
 _T = TypeVar("_T")
 _IDLE_S = 10.0

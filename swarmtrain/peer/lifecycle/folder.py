@@ -43,14 +43,12 @@ from typing import Any
 
 from swarmtrain.errors import BadBytesError, NewerRunError, SwarmtrainError, UserError
 from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.files import write_atomically
-from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.lifecycle.folder_lock import is_in_use, is_lock_of
 from swarmtrain.peer.lifecycle.start_options import StartedFile
 from swarmtrain.protocol.membership.dial_budget import may_dial
 from swarmtrain.run import parse_published_untrusted, run_sha256
-
-__all__ = ["PeerFolder", "is_in_use", "peer_folder", "running_invite"]
 
 _FILES = ("held-out.txt", "tokenizer.bin", "model-files.json", "run.toml")
 """Order of writing: the run comes last, so that a folder that has it has all its files, whenever its peer was

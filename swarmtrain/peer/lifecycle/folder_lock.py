@@ -9,8 +9,6 @@ import fcntl
 import os
 from pathlib import Path
 
-__all__ = ["Holder", "holder", "holder_pid", "is_in_use", "is_lock_of"]
-
 
 class Holder(enum.Enum):
     """Holder of a folder, as its lock says."""

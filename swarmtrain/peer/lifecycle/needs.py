@@ -10,7 +10,7 @@ from typing import NamedTuple
 from swarmtrain.errors import RunTimeError
 from swarmtrain.machine_memory import machine_memory
 from swarmtrain.model.parameter_count import num_trained_parameters
-from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.peer.control.limits import check_memory, least_cost
 from swarmtrain.peer.devices.machine import find_devices
 from swarmtrain.peer.estimate import disk_bytes
@@ -18,8 +18,6 @@ from swarmtrain.peer.lifecycle.node import PeerSettings
 from swarmtrain.protocol.pinned_files.file_list import PinnedFiles
 from swarmtrain.run import RunFile
 from swarmtrain.words import size_in_words
-
-__all__ = ["Needs", "check_needs", "needs_of"]
 
 _DATA_COPIES = 4
 """Times the size of its files that a data set of the hub takes: as files, as the library's tables, and as tokens."""

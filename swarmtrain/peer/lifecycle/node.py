@@ -27,51 +27,22 @@ from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.model.model_card import ModelCard
 from swarmtrain.model.run_model import spec_of
 from swarmtrain.network.discovery.invite import Invite, format_invite, where_it_serves
+from swarmtrain.network.discovery.run_lookup import FoundRun, PublishedRun
 from swarmtrain.network.identity import load_or_create_identity, peer_id_from_bytes_untrusted
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.reachability import listen
 from swarmtrain.network.reachability.monitor import is_loopback_only
-from swarmtrain.network.rounds.runner import NewState
+from swarmtrain.network.rounds.state_fetch import NewState
 from swarmtrain.network.snapshots.store import NumServed, TensorSpec, all_chunks
-from swarmtrain.network.swarm import FoundRun, PublishedRun, Swarm
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.lifecycle.folder import PeerFolder
-from swarmtrain.peer.lifecycle.process import process_age_s
 from swarmtrain.peer.lifecycle.start_options import Started
-from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.protocol.devices import CompileRequest, DeviceRequest, PrecisionRequest
 from swarmtrain.protocol.limits import Limits
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1.control_pb2 import PeerStatus
 from swarmtrain.words import short_peer, time_in_words
-
-__all__ = [
-    "Emit",
-    "Interrupted",
-    "PeerSettings",
-    "StopFlag",
-    "as_peer",
-    "clock_warning",
-    "clock_warnings",
-    "eval_event",
-    "had_ended",
-    "held_out_loss",
-    "held_out_loss_of",
-    "invite_event",
-    "kept_final_model",
-    "leave_swarm",
-    "named_weights",
-    "process_age_s",
-    "save_final_weights",
-    "save_model",
-    "save_weights",
-    "show_invite",
-    "start_node",
-    "state_of",
-    "use_threads",
-    "useful_threads",
-    "wait_for",
-    "weights_in",
-]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -7,13 +7,11 @@ from pathlib import Path
 
 from swarmtrain.data.below import NOWHERE
 from swarmtrain.errors import UserError
-from swarmtrain.events import count_in_words
 from swarmtrain.model.base import base_in_words
 from swarmtrain.model.parameter_count import num_parameters, num_trained_parameters
-from swarmtrain.run import RunFile, SourceKeys
-from swarmtrain.words import shares_in_words
-
-__all__ = ["data_base", "initial_seed", "source_shares_in_words", "summary_of"]
+from swarmtrain.run import RunFile
+from swarmtrain.run_data import SourceKeys
+from swarmtrain.words import count_in_words, shares_in_words
 
 
 def initial_seed(run: RunFile, peer: str) -> int:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["keeping_freed_memory", "process_age_s", "trim_heap", "use_few_arenas"]
-
 _M_ARENA_MAX, _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -8, -1, -3, -4
 """Parameters of glibc's `mallopt`."""
 _ARENAS = 2

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from swarmtrain.errors import BadBytesError, ClockError, NewerRunError, PeerError, RunTimeError, VersionError
 from swarmtrain.events import FetchedEvent
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer
+from swarmtrain.network.discovery.run_lookup import PublishedRun, fetch_published, find_run
 from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.swarm import PublishedRun, fetch_published, find_run
 from swarmtrain.peer.checkpoints.manager import known_peers, run_to_resume
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.needs import Needs, needs_of
@@ -19,8 +19,6 @@ from swarmtrain.peer.lifecycle.node import Emit, PeerSettings, clock_warnings, w
 from swarmtrain.peer.lifecycle.preparation import summary_of
 from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.run import parse_published_untrusted
-
-__all__ = ["RunFetcher"]
 
 _log = logging.getLogger(__name__)
 _FIND_S = 15.0

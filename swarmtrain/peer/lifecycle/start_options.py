@@ -17,8 +17,6 @@ from pathlib import Path
 
 from swarmtrain.network.files import write_atomically
 
-__all__ = ["Started", "StartedFile"]
-
 _log = logging.getLogger(__name__)
 _NAME = "started.json"
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 
 from swarmtrain.errors import Problem, RunTimeError
 
-__all__ = ["Interrupted", "StopFlag", "StopTraining", "explained_on_signal"]
-
 
 class StopTraining(Exception):  # noqa: N818 - a signal, not an error
     """Raised by an `Exchange` to end training between two steps."""

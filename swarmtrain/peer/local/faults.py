@@ -12,8 +12,6 @@ from typing import Protocol
 from swarmtrain.network.links.impairments import Narrowing, Outage
 from swarmtrain.rehearsal import Deed, FaultEvent
 
-__all__ = ["Connections", "FaultInjection", "Processes"]
-
 
 class Processes(Protocol):
     """Processes of a rehearsal, as faults strike them."""

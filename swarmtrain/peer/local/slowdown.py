@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 
 from swarmtrain.peer.training.pause import wait_until
 
-__all__ = ["Slowdown", "SlowedSteps"]
-
 RECENT_STEPS = 21
 """Number of last steps whose median is the time alone: a page fault or a cold cache does not change it."""
 MOST_STEPS_BEHIND = 10

@@ -30,8 +30,6 @@ from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.rehearsal import LinksSection, RehearsalFile
 
-__all__ = ["BOOTSTRAP", "LocalLinks", "LocalSwarm", "link_shape"]
-
 BOOTSTRAP = "bootstrap"
 """Name of the bootstrap among the children."""
 _STOP_LIMIT_S = 10.0

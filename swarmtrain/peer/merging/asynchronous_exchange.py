@@ -24,8 +24,6 @@ from swarmtrain.peer.training.session import Start
 from swarmtrain.protocol.membership.run_end import still_needed_apart
 from swarmtrain.protocol.tokens.progress import Progress
 
-__all__ = ["AsynchronousExchange"]
-
 _log = logging.getLogger(__name__)
 _ANNOUNCE_S = 5.0
 _SOURCES = 3

@@ -16,8 +16,6 @@ from swarmtrain.network.codec import VectorCodec
 from swarmtrain.peer.merging.consensus import layout_of_specs
 from swarmtrain.peer.merging.robustness import Naming, Robustness
 
-__all__ = ["AveragedGroup"]
-
 
 class AveragedGroup:
     """One such tensor group of one fragment. Legend: S numbers in it."""

@@ -18,7 +18,7 @@ from swarmtrain.algorithm.quantize import FedBackSum
 from swarmtrain.events import WarningEvent
 from swarmtrain.network.codec import body_of_pieces
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.rounds.runner import RosterMean
+from swarmtrain.network.rounds.round_end import RosterMean
 from swarmtrain.network.snapshots.store import Body
 from swarmtrain.peer.merging.common_steps import common_optimizer, common_step
 from swarmtrain.peer.merging.roster_exchange import RosterExchange
@@ -35,8 +35,6 @@ from swarmtrain.protocol.rounds.batch_end import (
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.words import count_in_words, time_in_words
-
-__all__ = ["BatchExchange"]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16

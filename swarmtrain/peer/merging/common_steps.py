@@ -8,8 +8,6 @@ from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.run import RunFile
 
-__all__ = ["common_optimizer", "common_step"]
-
 
 def common_optimizer(run: RunFile, shapes: Sequence[tuple[int, ...]]) -> CommonOptimizer:
     """Return the optimizer of a run's common steps for trained tensors of these shapes."""

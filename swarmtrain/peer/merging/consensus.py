@@ -28,22 +28,6 @@ from swarmtrain.protocol.gossip.partners import Place
 from swarmtrain.run import MergeSection
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = [
-    "ARCHIVED",
-    "SAMPLE",
-    "consensus_of",
-    "consensus_of_vectors",
-    "counts_in_untrusted",
-    "fragments_of_specs",
-    "layout_of_specs",
-    "mean_of_near",
-    "not_far_behind",
-    "outvoted",
-    "places_of_untrusted",
-    "round_of",
-    "theta_of",
-]
-
 ARCHIVED = 16
 """Number of volunteers whose weights are averaged for the archive."""
 SAMPLE = 4

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.network.asynchronous.state_fetcher import FetchedState
-from swarmtrain.network.rounds.runner import NewState
+from swarmtrain.network.rounds.state_fetch import NewState
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.lifecycle.node import state_of
 from swarmtrain.peer.merging.consensus import (
@@ -28,8 +28,6 @@ from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.protocol.tokens.tally import agreed_counts
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["ConsensusState", "WantedStates", "consensus_state_of", "fetch_consensus_state"]
 
 WantedStates = Callable[[Mapping[str, int], Collection[str]], bool]
 """Function of each peer's tokens in some states and of the states' authors; returns whether those weights are worth

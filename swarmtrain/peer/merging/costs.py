@@ -13,19 +13,6 @@ from swarmtrain.protocol.gossip.pulls import LARGE_MODEL, PublicationBytes, Want
 from swarmtrain.protocol.rounds.roles import carried_bytes
 from swarmtrain.run import RunFile
 
-__all__ = [
-    "BYTES_PER_PARAMETER",
-    "BatchCosts",
-    "DilocoCosts",
-    "GossipCosts",
-    "MergeCosts",
-    "ServerCosts",
-    "copies",
-    "costs_of",
-    "publication_sizes",
-    "pulled_bytes",
-]
-
 # fp32: weights, gradients, AdamW's two moments, outer weights, outer momentum, the last two publications, and the copy
 # of the moments that a checkpoint is written from.
 BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 4 + 2 * 4 + 8

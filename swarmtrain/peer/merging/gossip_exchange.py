@@ -30,6 +30,8 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.algorithm.robust import ClipIncident
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, WarningEvent
+from swarmtrain.methods.method import GradientFormat
+from swarmtrain.network.answers import Serving
 from swarmtrain.network.asynchronous.publications import OwnPublication, PublicationRules, Publisher
 from swarmtrain.network.asynchronous.puller import Puller
 from swarmtrain.network.codec import PublicationCodec
@@ -37,7 +39,7 @@ from swarmtrain.network.coverage import rows_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.reachability.hosts import HostedPublications
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, TensorSpec
-from swarmtrain.network.swarm import Serving, Swarm
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.network.tensor_groups import TensorGroup, groups_of, rules_of
 from swarmtrain.peer.lifecycle.node import wait_for
 from swarmtrain.peer.merging.asynchronous_exchange import AsynchronousExchange
@@ -66,10 +68,7 @@ from swarmtrain.protocol.gossip.partners import is_too_old
 from swarmtrain.protocol.gossip.pulls import LARGE_MODEL, GroupName
 from swarmtrain.protocol.membership.hosts import callable_first
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import GradientFormat
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["GossipExchange", "hosting_of"]
 
 _LAST_ROUND_S = 20.0
 """Seconds that a peer that is done waits for others' last round."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 
 from swarmtrain.algorithm.gossip import PreparedMerge as PreparedMerge
 from swarmtrain.errors import BadBytesError, PeerError
+from swarmtrain.methods.method import GradientFormat
 from swarmtrain.network.asynchronous.puller import Puller, failure_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.snapshots.store import HeldSnapshot
@@ -49,9 +50,6 @@ from swarmtrain.protocol.gossip.messages import (
 )
 from swarmtrain.protocol.gossip.partners import Place
 from swarmtrain.protocol.membership.membership import Membership
-from swarmtrain.run import GradientFormat
-
-__all__ = ["Engine", "GossipRunner", "Merging"]
 
 _log = logging.getLogger(__name__)
 _POLL_INTERVAL_S = 0.25

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from swarmtrain.algorithm.gossip import PartnerUpdate
 
-__all__ = ["KeptPublication"]
-
 
 @dataclass(frozen=True)
 class KeptPublication:

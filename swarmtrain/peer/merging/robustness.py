@@ -28,8 +28,6 @@ from swarmtrain.errors import BadBytesError, RunTimeError
 from swarmtrain.peer.merging.rules import is_ours, mean_of
 from swarmtrain.protocol.gossip.cut_history import CutHistory
 
-__all__ = ["Naming", "Robustness", "apart", "robust_mean"]
-
 _GRADIENTS = "clipped_gradients"
 _DISPLACEMENTS = "clipped_displacements"
 _log = logging.getLogger(__name__)

@@ -24,15 +24,17 @@ from swarmtrain.algorithm.pacing import round_inner_steps, small_batch_round
 from swarmtrain.errors import RunTimeError
 from swarmtrain.events import CaughtUpEvent
 from swarmtrain.methods import MergeMethod, load_object
+from swarmtrain.network.answers import Serving
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.node import NetworkThread
-from swarmtrain.network.rounds.runner import NewState, Outcome, RosterMean
+from swarmtrain.network.rounds.round_end import Outcome, RosterMean
+from swarmtrain.network.rounds.state_fetch import NewState
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, build_snapshot
-from swarmtrain.network.swarm import Serving, Swarm
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoints.archive_watch import ArchiveWatch
-from swarmtrain.peer.lifecycle.node import StopFlag, state_of, wait_for
-from swarmtrain.peer.lifecycle.stop import StopTraining
+from swarmtrain.peer.lifecycle.node import state_of, wait_for
+from swarmtrain.peer.lifecycle.stop import StopFlag, StopTraining
 from swarmtrain.peer.merging.updates import Averaged, LocalUpdate, OuterUpdate, Replaced
 from swarmtrain.peer.training.pause import PauseSwitch
 from swarmtrain.peer.training.session import Start
@@ -43,8 +45,6 @@ from swarmtrain.protocol.rounds.rosters import steps_of_round
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["RosterExchange", "SwarmExchange", "exchange_of"]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16

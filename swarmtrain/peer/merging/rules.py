@@ -17,8 +17,6 @@ from swarmtrain.algorithm.robust import flag_mean, trimmed_mean
 from swarmtrain.errors import RunFileError
 from swarmtrain.packages import entry_of, file_sha256, find_external
 
-__all__ = ["GROUP", "Mean", "is_ours", "mean_of", "source_sha256"]
-
 GROUP = "swarmtrain.merge_rules"
 
 Mean: TypeAlias = Callable[[Sequence[Tensor], Sequence[float]], Tensor]

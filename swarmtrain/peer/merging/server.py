@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swarmtrain.algorithm.outer import Buffer, DelayedNesterov, OuterConstants, OuterState, momentum_at
 from swarmtrain.algorithm.robust import ClipIncident
-from swarmtrain.events import ClippedEvent, WarningEvent, short_peer
+from swarmtrain.events import ClippedEvent, WarningEvent
 from swarmtrain.network.asynchronous.publications import OwnPublication, Publisher
 from swarmtrain.network.asynchronous.server_link import GradientReceiver, Pulls, UploadRules, describe_weights
 from swarmtrain.network.codec import PublicationCodec, body_of
@@ -33,8 +33,7 @@ from swarmtrain.protocol.membership.accusations import NamedOnce
 from swarmtrain.protocol.server import UploadVersions, too_old
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["MergeServer"]
+from swarmtrain.words import short_peer
 
 _log = logging.getLogger(__name__)
 _DRAIN_S = 20.0

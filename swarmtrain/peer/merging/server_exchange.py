@@ -21,6 +21,7 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import BadBytesError, RunTimeError
 from swarmtrain.events import WarningEvent
+from swarmtrain.network.answers import Serving
 from swarmtrain.network.asynchronous.server_link import (
     GradientUploader,
     Pulls,
@@ -33,7 +34,6 @@ from swarmtrain.network.asynchronous.state_fetcher import FetchedState as Fetche
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.snapshots.store import Body
-from swarmtrain.network.swarm import Serving
 from swarmtrain.network.tensor_groups import groups_of
 from swarmtrain.peer.lifecycle.node import wait_for
 from swarmtrain.peer.merging.asynchronous_exchange import AsynchronousExchange
@@ -43,8 +43,6 @@ from swarmtrain.peer.training.session import Start
 from swarmtrain.protocol.membership.membership import PeerState
 from swarmtrain.protocol.server import GradientUpload
 from swarmtrain.protocol.tokens.progress import Progress
-
-__all__ = ["ServerExchange", "lead"]
 
 _log = logging.getLogger(__name__)
 _SAMPLE = 16

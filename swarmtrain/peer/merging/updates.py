@@ -26,20 +26,6 @@ from swarmtrain.protocol.gossip.fragments import FragmentRound
 from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.protocol.tokens.progress import Progress
 
-__all__ = [
-    "Averaged",
-    "BatchMean",
-    "Gathered",
-    "LentWeights",
-    "LocalUpdate",
-    "MergeFields",
-    "MergeInput",
-    "OuterUpdate",
-    "Replaced",
-    "Served",
-]
-
-
 _FEW = 1 << 18
 """Up to this size the difference takes two calls, since each call releases Python's lock and waits to get it back."""
 

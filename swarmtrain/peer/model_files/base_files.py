@@ -8,14 +8,12 @@ from pathlib import Path
 
 from swarmtrain.model.base import base_of, downloaded
 from swarmtrain.model.hub import HubModel
-from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.peer.lifecycle.node import PeerSettings
 from swarmtrain.peer.model_files.fetcher import FilesPlace, ModelFileFetcher, SwarmSource, names_in, pin_folder
 from swarmtrain.peer.model_files.model_folder import ModelFolder
 from swarmtrain.protocol.pinned_files.file_list import PinnedFiles
 from swarmtrain.run import RunFile
-
-__all__ = ["BaseFiles", "described_model", "kept_model_folder", "pin_base", "place_of_base"]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from swarmtrain.errors import BadBytesError, RunFileError, RunTimeError, UserErr
 from swarmtrain.events import WarningEvent
 from swarmtrain.model.hub import HubError, HubModel
 from swarmtrain.network.discovery.invite import InvitedPeer
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.model_files.early_service import serve_files_early
 from swarmtrain.network.model_files.fetch import PeerFetch, RunTarget
 from swarmtrain.network.model_files.served_file import ServedFile
@@ -26,7 +27,6 @@ from swarmtrain.network.node import NetworkThread, Node
 from swarmtrain.network.refusals import Refusals
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.snapshots.store import PullLimits
-from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.control.arrival import FileProgress
 from swarmtrain.peer.control.session import ControlSession
 from swarmtrain.peer.lifecycle.node import Emit, PeerSettings, wait_for
@@ -44,17 +44,6 @@ from swarmtrain.protocol.pinned_files.file_list import (
 )
 from swarmtrain.run import NetworkSection
 from swarmtrain.words import size_in_words
-
-__all__ = [
-    "Disk",
-    "FilesPlace",
-    "ModelFileFetcher",
-    "SwarmSource",
-    "fetch_and_serve",
-    "files_place",
-    "names_in",
-    "pin_folder",
-]
 
 _POLL_INTERVAL_S = 0.2
 _FULL = (errno.ENOSPC, errno.EDQUOT)

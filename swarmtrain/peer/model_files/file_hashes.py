@@ -17,8 +17,6 @@ from swarmtrain.network.model_files.served_file import ServedFile
 from swarmtrain.protocol.pinned_files.file_list import PinnedFile
 from swarmtrain.run import CHUNK_BYTES
 
-__all__ = ["Advance", "FileHashes", "HashedFile", "hash_file"]
-
 _log = logging.getLogger(__name__)
 _BLOCK_BYTES = 8 * CHUNK_BYTES
 

@@ -27,8 +27,6 @@ from swarmtrain.peer.model_files.file_hashes import Advance, FileHashes
 from swarmtrain.peer.model_files.part_file import PartFile
 from swarmtrain.protocol.pinned_files.file_list import PinnedFile, PinnedFiles
 
-__all__ = ["ModelFolder", "path_of_list", "pinned_list"]
-
 _log = logging.getLogger(__name__)
 _CHUNKS = ".chunks"
 

@@ -21,8 +21,6 @@ from swarmtrain.peer.model_files.file_hashes import Advance, FileHashes, hash_fi
 from swarmtrain.protocol.pinned_files.file_list import PinnedFile
 from swarmtrain.run import CHUNK_BYTES
 
-__all__ = ["ArrivingRun", "PartFile"]
-
 
 class PartFile:
     """Part of one pinned file on the disk. Chunks may be written from several threads at once."""

@@ -61,8 +61,6 @@ from swarmtrain.protocol.pipeline.stages import FirstStageWatch
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import control_pb2 as control_pb
 
-__all__ = ["PipelineBootstrap"]
-
 _log = logging.getLogger(__name__)
 _LAST_PULL_S = 3.0
 _LAST_ROUND_S = 30.0

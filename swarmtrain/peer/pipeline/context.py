@@ -12,8 +12,6 @@ from swarmtrain.peer.pipeline.mover import StageMover
 from swarmtrain.peer.pipeline.stage_replicas import StageReplicas
 from swarmtrain.protocol.pipeline.balance import Rule
 
-__all__ = ["PipelineContext"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineContext:

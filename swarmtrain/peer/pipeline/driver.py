@@ -42,8 +42,6 @@ from swarmtrain.protocol.pipeline.messages import (
 )
 from swarmtrain.protocol.pipeline.router import Router
 
-__all__ = ["Driver", "FinishedMicrobatch", "MicrobatchReport", "StageAttempt", "StageCalls", "StageResult", "Tail"]
-
 _log = logging.getLogger(__name__)
 
 

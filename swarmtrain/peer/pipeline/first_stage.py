@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 
-from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches
+from swarmtrain.data.mixture import PeerPlace
+from swarmtrain.data.prepare import TrainingData, training_batches
 from swarmtrain.errors import RunTimeError
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.lifecycle.context import VolunteerContext
@@ -16,8 +17,6 @@ from swarmtrain.peer.pipeline.stage_replicas import StageReplicas
 from swarmtrain.peer.pipeline.stage_service import WireCalls
 from swarmtrain.protocol.pipeline.balance import StagePeer
 from swarmtrain.protocol.pipeline.stages import places_of
-
-__all__ = ["FirstStage"]
 
 _LAST_DRAIN_S = 0.5
 _STOP_DRIVING_S = 5.0

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from swarmtrain.data.batches import BatchSource
 
-__all__ = ["MicrobatchSource", "NoBatches"]
-
 
 class MicrobatchSource:
     """Batches of a peer, handed out by microbatch. Thread-safe. Shapes: B sequences, T context tokens."""

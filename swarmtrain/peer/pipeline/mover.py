@@ -25,8 +25,6 @@ from swarmtrain.protocol.pipeline.moves import (
 )
 from swarmtrain.words import short_peer
 
-__all__ = ["StageMover"]
-
 
 class StageMover:
     """Decides which stages a volunteer holds."""

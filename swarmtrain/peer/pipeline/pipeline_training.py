@@ -31,8 +31,9 @@ from swarmtrain.peer.devices.compute import ComputeDevice, enough_memory
 from swarmtrain.peer.devices.report import ComputeReport
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.departure import hand_over_stages
-from swarmtrain.peer.lifecycle.node import leave_swarm, process_age_s, show_invite
+from swarmtrain.peer.lifecycle.node import leave_swarm, show_invite
 from swarmtrain.peer.lifecycle.preparation import data_base
+from swarmtrain.peer.lifecycle.process import process_age_s
 from swarmtrain.peer.pipeline.context import PipelineContext
 from swarmtrain.peer.pipeline.first_stage import FirstStage
 from swarmtrain.peer.pipeline.mover import StageMover
@@ -48,8 +49,6 @@ from swarmtrain.protocol.pipeline.balance import Rule
 from swarmtrain.protocol.pipeline.moves import MovePolicy
 from swarmtrain.protocol.pipeline.stages import FirstStageWatch, stage_costs
 from swarmtrain.run import RunFile
-
-__all__ = ["PipelineTraining", "prepare_pipeline"]
 
 _log = logging.getLogger(__name__)
 _POLL_INTERVAL_S = 0.2

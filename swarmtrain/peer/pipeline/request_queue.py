@@ -38,8 +38,6 @@ from swarmtrain.protocol.pipeline.stage_queue import (
 if TYPE_CHECKING:
     from swarmtrain.peer.pipeline.stage_transfer import StageTransfer
 
-__all__ = ["StageRequestQueue", "Task"]
-
 _ERRORS: dict[str, type[PeerError]] = {"busy": BusyError, "gone": GoneError, "wrong": BadBytesError}
 
 

@@ -27,8 +27,6 @@ from swarmtrain.protocol.pipeline.ledger import Key
 from swarmtrain.protocol.pipeline.router import Router
 from swarmtrain.run import RunFile
 
-__all__ = ["MicrobatchScheduler", "TellRetries"]
-
 _log = logging.getLogger(__name__)
 _POLL_INTERVAL_S = 0.5
 _DRAIN_S = 4.0

@@ -6,7 +6,7 @@ from swarmtrain.events import AssignedEvent, JoinedEvent
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.peer.checkpoints.manager import kept_stages
-from swarmtrain.peer.lifecycle.node import process_age_s
+from swarmtrain.peer.lifecycle.process import process_age_s
 from swarmtrain.peer.pipeline.context import PipelineContext
 from swarmtrain.peer.pipeline.first_stage import FirstStage
 from swarmtrain.peer.pipeline.microbatch_source import NoBatches
@@ -15,8 +15,6 @@ from swarmtrain.peer.pipeline.stage_replica import StageReplica, StageSite
 from swarmtrain.protocol.pipeline.balance import first_stages
 from swarmtrain.protocol.pipeline.stages import FirstStageWatch
 from swarmtrain.words import counted
-
-__all__ = ["StageAssignment"]
 
 _POLL_INTERVAL_S = 0.2
 _COMPANY_S = 1.0

@@ -25,8 +25,6 @@ from swarmtrain.peer.training.loop import InnerStep, RoundOver
 from swarmtrain.protocol.pipeline.ledger import Add, Discard, Due, Forget, Kind, Subtract, TakeStep
 from swarmtrain.protocol.pipeline.router import WORK_SHARES
 
-__all__ = ["StageLoop", "WorkMeter"]
-
 _log = logging.getLogger(__name__)
 _POLL_INTERVAL_S = 0.2
 _RECENT = 96

@@ -14,8 +14,6 @@ from swarmtrain.peer.pipeline.stage_service import WireCalls
 from swarmtrain.protocol.pipeline import moves
 from swarmtrain.words import stages_in_words
 
-__all__ = ["StageMoves"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -13,14 +13,12 @@ from swarmtrain.events import StageThroughputEvent, StartedEvent
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.records import MAX_KEPT
 from swarmtrain.network.tasks import logged
-from swarmtrain.peer.lifecycle.node import process_age_s
+from swarmtrain.peer.lifecycle.process import process_age_s
 from swarmtrain.peer.pipeline.context import PipelineContext
 from swarmtrain.peer.pipeline.first_stage import FirstStage
 from swarmtrain.peer.training.round_report import tell_loss
 from swarmtrain.protocol.pipeline.balance import StagePeer
 from swarmtrain.protocol.pipeline.stages import places_of
-
-__all__ = ["StageRecord"]
 
 _TELL_EVERY_S = 1.0
 _THROUGHPUT_EVERY_S = 10.0

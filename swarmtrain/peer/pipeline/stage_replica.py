@@ -47,8 +47,6 @@ from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.pipeline.ledger import LedgerLimits, StageLedger
 
-__all__ = ["StageReplica", "StageSite", "emit_of_stage"]
-
 _log = logging.getLogger(__name__)
 _LEAVING = "leaving"
 _END_S = 30.0

@@ -12,8 +12,6 @@ from swarmtrain.peer.pipeline.stage_replica import StageReplica
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import control_pb2 as pb
 
-__all__ = ["StageReplicas", "stages_pulse"]
-
 _PATIENCE_S = 600.0
 """Seconds without progress before a stage counts as stuck: it may well wait for others, through no fault of this
 peer.

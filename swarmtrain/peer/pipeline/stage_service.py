@@ -25,8 +25,6 @@ from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
 from swarmtrain.protocol.pipeline.ledger import Acknowledged, Key, Kind, Settlement
 from swarmtrain.v1 import pipeline_pb2 as pb
 
-__all__ = ["StageServer", "StageShapes", "WireCalls"]
-
 _KINDS: dict[Kind, pb.StageKind] = {
     "forward": pb.STAGE_KIND_FORWARD,
     "backward": pb.STAGE_KIND_BACKWARD,

@@ -23,8 +23,6 @@ from swarmtrain.peer.estimate import (
 from swarmtrain.run import RunFile
 from swarmtrain.words import size_in_words
 
-__all__ = ["StageRoom", "cut_and_measure", "room_for_stages", "stage_bytes", "whole_tokens_per_s"]
-
 _OF_MACHINE = 0.5
 """Share of the machine's memory that a volunteer without a limit takes."""
 

@@ -17,8 +17,6 @@ from swarmtrain.protocol.pipeline.ledger import Kind
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 
-__all__ = ["StageTrainer", "stage_parameters"]
-
 
 def stage_parameters(work: StageWork, *, is_host: bool = True) -> ParameterSource:
     """Return the parameters of a stage in main memory (`is_host`) or on a device.

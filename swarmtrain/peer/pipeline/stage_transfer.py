@@ -15,8 +15,6 @@ from torch import Tensor
 from swarmtrain.peer.devices.host_copies import HostCopier, HostCopy
 from swarmtrain.peer.pipeline.driver import Tail
 
-__all__ = ["StageTransfer"]
-
 
 class StageTransfer:
     """Copies of one stage's inputs and answers, to its device and back.

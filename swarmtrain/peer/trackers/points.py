@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from swarmtrain.events import EvalEvent, Event, RoundEvent, StageThroughputEvent
 from swarmtrain.v1 import control_pb2 as pb
 
-__all__ = ["Curves", "Point", "Position"]
-
 
 @dataclass(frozen=True)
 class Point:

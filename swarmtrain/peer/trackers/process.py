@@ -22,8 +22,6 @@ from typing import IO, Any
 
 from swarmtrain.peer.trackers.sinks import SINKS, Sink, TrackedPeer
 
-__all__ = ["draw", "main"]
-
 _log = logging.getLogger(__name__)
 _FINISH_S = 180
 """Seconds in which the libraries must have finished, as they may still send points to their servers."""

@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from swarmtrain.events import EvalEvent, Event, InviteEvent, RoundEvent, StageThroughputEvent, StartedEvent, short_peer
+from swarmtrain.events import EvalEvent, Event, InviteEvent, RoundEvent, StageThroughputEvent, StartedEvent
 from swarmtrain.machine_memory import machine_memory
 from swarmtrain.network.files import write_atomically
 from swarmtrain.peer.control.board import StatusBoard
@@ -35,8 +35,7 @@ from swarmtrain.peer.trackers.sinks import TrackedPeer
 from swarmtrain.peer.trackers.tracker import Trackers
 from swarmtrain.run import run_sha256
 from swarmtrain.v1 import control_pb2 as pb
-
-__all__ = ["CurveRecorder", "recording"]
+from swarmtrain.words import short_peer
 
 _log = logging.getLogger(__name__)
 _SAMPLE_EVERY_S = 15.0

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["SINKS", "Place", "Sink", "TensorBoardSink", "TrackedPeer", "TrackioSink", "WandbSink"]
-
 _INIT_LIMIT_S = 60.0
 """Seconds for W&B's server to answer at the start; without an answer points are kept on the disk."""
 

@@ -25,8 +25,6 @@ from swarmtrain.peer.trackers.points import Point
 from swarmtrain.peer.trackers.sinks import TrackedPeer
 from swarmtrain.words import one_line
 
-__all__ = ["Trackers"]
-
 _log = logging.getLogger(__name__)
 _AGAIN_S = 60.0
 _FINISH_S = 3.0

@@ -12,8 +12,6 @@ from swarmtrain.algorithm.inner import LossScale
 from swarmtrain.peer.devices.compute import ComputeDevice, is_out_of_memory
 from swarmtrain.peer.lifecycle.stop import StopTraining
 
-__all__ = ["add_gradient"]
-
 
 def add_gradient(
     loss_of: Callable[[Tensor], Tensor],

@@ -47,8 +47,6 @@ from swarmtrain.run import RunFile
 if TYPE_CHECKING:
     from swarmtrain.peer.devices.data_parallel import DataParallelRanks
 
-__all__ = ["InnerLoop", "InnerStep", "ModelLoop", "RoundOver", "inner_constants", "loop_class"]
-
 _KEPT_TIMES = 64
 
 

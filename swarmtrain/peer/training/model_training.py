@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from swarmtrain.algorithm.outer import flatten
+from swarmtrain.data.mixture import PeerPlace
 from swarmtrain.data.prefetch import PrefetchedBatches, prefetched
-from swarmtrain.data.prepare import PeerPlace, TrainingData, training_batches, training_data
+from swarmtrain.data.prepare import TrainingData, training_batches, training_data
 from swarmtrain.errors import ClockError, RunTimeError
 from swarmtrain.events import DoneEvent, JoinedEvent, StartedEvent, WarningEvent
 from swarmtrain.model.evaluation import TextLoss
@@ -44,13 +45,12 @@ from swarmtrain.peer.lifecycle.node import (
     held_out_loss_of,
     kept_final_model,
     leave_swarm,
-    process_age_s,
     save_final_weights,
     show_invite,
     weights_in,
 )
 from swarmtrain.peer.lifecycle.preparation import data_base, initial_seed
-from swarmtrain.peer.lifecycle.process import keeping_freed_memory
+from swarmtrain.peer.lifecycle.process import keeping_freed_memory, process_age_s
 from swarmtrain.peer.lifecycle.stop import Interrupted
 from swarmtrain.peer.merging.roster_exchange import SwarmExchange, exchange_of
 from swarmtrain.peer.merging.updates import Replaced
@@ -64,8 +64,6 @@ from swarmtrain.protocol.archive.load import is_measurement_due
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.run import RunFile
 from swarmtrain.words import counted
-
-__all__ = ["ModelTraining", "merge_thread", "prepare_model"]
 
 _log = logging.getLogger(__name__)
 _LINGER_S = 60.0

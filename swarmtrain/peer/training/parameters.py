@@ -19,8 +19,6 @@ from swarmtrain.peer.merging.updates import LentWeights
 from swarmtrain.protocol.adapter_groups import groups_of_names
 from swarmtrain.protocol.gossip.pulls import GroupName
 
-__all__ = ["HostParameters", "ParameterSource"]
-
 
 class ParameterSource(ABC):
     """Named tensors, used by one thread between two steps. Legend: P numbers in all of them, Q in one fragment."""

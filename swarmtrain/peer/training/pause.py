@@ -10,8 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["ASKED", "PauseSwitch", "wait_until"]
-
 ASKED = "asked"
 """Source name of a pause that the person asked for."""
 LONGEST_SLEEP_S = 0.05

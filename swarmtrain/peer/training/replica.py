@@ -21,8 +21,6 @@ from swarmtrain.protocol.gossip.fragments import FragmentRounds
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import MergeSection
 
-__all__ = ["MergedFragment", "Replica"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class MergedFragment:

@@ -11,8 +11,6 @@ from swarmtrain.peer.merging.roster_exchange import SwarmExchange
 from swarmtrain.peer.merging.updates import MergeFields
 from swarmtrain.peer.training.session import RoundReport
 
-__all__ = ["round_event", "tell_loss", "what_was_merged"]
-
 
 def round_event(report: RoundReport, exchange: SwarmExchange, stage: int | None = None) -> RoundEvent:
     """Return the event of a round of a whole model, or of `stage`."""

@@ -28,26 +28,14 @@ from torch import Tensor
 from swarmtrain.algorithm.inner import LentMoments, Moments
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError
+from swarmtrain.methods.method import GradientFormat
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.merging.updates import LocalUpdate, OuterUpdate, Replaced
 from swarmtrain.peer.training.parameters import ParameterSource
 from swarmtrain.peer.training.replica import MergedFragment, Replica
 from swarmtrain.protocol.gossip.fragments import merged_step, published
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import GradientFormat, RunFile
-
-__all__ = [
-    "Exchange",
-    "LocalCheckpoint",
-    "LoopCheckpoint",
-    "LoopState",
-    "NextStep",
-    "RoundReport",
-    "Session",
-    "Start",
-    "Worker",
-    "skippable_tokens",
-]
+from swarmtrain.run import RunFile
 
 _MAX_SKIPPED_ROUNDS = 4
 

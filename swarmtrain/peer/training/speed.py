@@ -16,8 +16,6 @@ from swarmtrain.peer.pipeline.stage_sizes import whole_tokens_per_s
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.run import RunFile
 
-__all__ = ["measure_speed", "most_steps_per_s", "too_slow_in_words"]
-
 LIMIT_S = 8.0
 _MATRIX = 512
 _CARD_MATRIX = 4096  # a smaller one is over before the next is asked for

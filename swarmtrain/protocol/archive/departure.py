@@ -11,8 +11,6 @@ from enum import Enum
 
 from swarmtrain.protocol.membership.membership import Membership, PeerState
 
-__all__ = ["LAST_HOLDER_S", "DepartureQueue", "FellowDepartures", "Leave", "before_leaving"]
-
 LAST_HOLDER_S = 60.0
 """Seconds for which the last holder of work waits for a bootstrap that does not answer."""
 

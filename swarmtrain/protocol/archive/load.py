@@ -11,15 +11,6 @@ from collections.abc import Iterable
 
 from swarmtrain.protocol.membership.membership import PeerInfo
 
-__all__ = [
-    "archive_bytes",
-    "archive_every_s",
-    "archived_sources",
-    "is_early_archive_due",
-    "is_measurement_due",
-    "not_the_slowest",
-]
-
 _MOST_SOURCES = 16
 """Volunteers whose weights are averaged, at most."""
 _LEAST_SOURCES = 3

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 
 from swarmtrain.protocol.membership.membership import PeerInfo
 
-__all__ = ["ArchiveSchedule", "adds_to_archive", "tokens_gained"]
-
 _REFUSED_S = 60.0
 """Seconds after which a state is archived even though it lacks more tokens of the archive than it adds."""
 

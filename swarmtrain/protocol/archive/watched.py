@@ -11,8 +11,6 @@ from collections.abc import Collection
 
 from swarmtrain.protocol.membership.membership import Membership
 
-__all__ = ["ArchivesSeen"]
-
 
 class ArchivesSeen:
     """Bootstraps that have reported their progress to this peer, and have been present since."""

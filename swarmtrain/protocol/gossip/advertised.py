@@ -13,8 +13,6 @@ from swarmtrain.protocol.gossip.fragments import advertised_round, advertised_ve
 from swarmtrain.protocol.gossip.partners import Candidate, PublicationVersion
 from swarmtrain.protocol.membership.membership import PeerInfo
 
-__all__ = ["AdvertisedFragments", "beyond"]
-
 _MOST = 16384
 """Limit of cached records."""
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["NAMED_AT", "CutHistory"]
-
 NAMED_AT = 3
 """Count at which a peer is named. In virtual time honest peers that came and went were cut in at most two rounds in a
 row."""

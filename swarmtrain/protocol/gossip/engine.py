@@ -32,6 +32,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
+from swarmtrain.methods.method import GradientFormat
 from swarmtrain.protocol.gossip.advertised import AdvertisedFragments
 from swarmtrain.protocol.gossip.merge_plans import MergePlan
 from swarmtrain.protocol.gossip.merge_preparation import MergePreparation
@@ -74,9 +75,7 @@ from swarmtrain.protocol.gossip.pulls import (
 )
 from swarmtrain.protocol.gossip.started_pulls import GossipPull, GossipPulls
 from swarmtrain.protocol.gossip.state import CommandList, FragmentState, ReadyMerge, ReceivedPublications
-from swarmtrain.run import GradientFormat, MergeSection
-
-__all__ = ["GossipEngine", "GossipSettings"]
+from swarmtrain.run import MergeSection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,19 +14,6 @@ from dataclasses import dataclass, field
 
 from swarmtrain.protocol.gossip.partners import PublicationVersion
 
-__all__ = [
-    "COPY_S",
-    "FragmentRound",
-    "FragmentRounds",
-    "advertised_round",
-    "advertised_version",
-    "merged_step",
-    "merged_with",
-    "published",
-    "publishes_every",
-    "steps_of_fragment",
-]
-
 _FEWEST_PUBLICATIONS = 8
 """Number of publications a round, at least, however rarely a peer publishes."""
 _LEAST_BETWEEN_S = 1.0

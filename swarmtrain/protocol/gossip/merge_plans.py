@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from swarmtrain.methods.method import GradientFormat
 from swarmtrain.protocol.gossip.pulls import ahead_rounds, expected_step_s, is_moved
-from swarmtrain.run import GradientFormat
-
-__all__ = ["MergePlan", "MergePlanner", "TrainersRound"]
 
 _GUESSED_ROUND_S = 1.0
 """Duration that a round is assumed to have before this peer knows its speed."""

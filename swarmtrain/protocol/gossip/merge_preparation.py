@@ -24,8 +24,6 @@ from swarmtrain.protocol.gossip.peers import OtherPeers
 from swarmtrain.protocol.gossip.pull_schedule import PullSchedule
 from swarmtrain.protocol.gossip.state import CommandList, FragmentState, ReadyMerge
 
-__all__ = ["MergePreparation"]
-
 _LEFT_OUT_S = 0.25
 """Seconds, at least, for which a tensor group that could not be merged is not asked for again."""
 

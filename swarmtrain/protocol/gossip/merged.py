@@ -25,8 +25,6 @@ from swarmtrain.protocol.gossip.partners import (
 from swarmtrain.protocol.gossip.pulls import GroupName, GroupRule
 from swarmtrain.protocol.membership.membership import PeerInfo
 
-__all__ = ["MergedPublications"]
-
 _RESTART_ROUNDS = 3
 """Rounds by which a peer may honestly be behind its own publications: it was killed and continued from a checkpoint."""
 

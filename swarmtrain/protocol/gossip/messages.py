@@ -18,41 +18,6 @@ from swarmtrain.protocol.gossip.partners import News, Place, PublicationVersion
 from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.protocol.membership.membership import PeerInfo
 
-__all__ = [
-    "AdvertisedProgress",
-    "AskPartner",
-    "CancelPull",
-    "ConsensusTaken",
-    "DecodePublication",
-    "DownloadPublication",
-    "FetchConsensus",
-    "FindRoute",
-    "GossipCommand",
-    "GossipEvent",
-    "Held",
-    "LinkRateAssumed",
-    "MergeDue",
-    "MergeFragment",
-    "MergePrepared",
-    "MergesPlanned",
-    "PartnerBackedOff",
-    "PartnerReplied",
-    "PartnersChanged",
-    "Payload",
-    "PeerCalled",
-    "PrepareMerge",
-    "PublicationDecoded",
-    "PublicationDownloaded",
-    "PullFailed",
-    "PullFailure",
-    "PullTimerFired",
-    "PullsPaused",
-    "Ready",
-    "ReceivedPublication",
-    "ReportFailure",
-    "RouteFound",
-]
-
 Held = TypeVar("Held")
 """Handle of a publication in the caller's storage; the engine only passes it on."""
 Payload = TypeVar("Payload")

@@ -13,8 +13,6 @@ from typing import TypeAlias
 from swarmtrain.protocol.gossip.partners import BackOff
 from swarmtrain.protocol.gossip.pulls import GroupName, idle_s
 
-__all__ = ["OpenPull", "OpenPulls", "Which"]
-
 Which: TypeAlias = tuple[GroupName, str]
 """Tensor group, and the PeerID of its author."""
 

@@ -24,26 +24,6 @@ from typing import TypeAlias
 
 from swarmtrain.protocol.gossip.pulls import GroupName
 
-__all__ = [
-    "VARIANTS",
-    "BackOff",
-    "Candidate",
-    "Delta",
-    "Full",
-    "Ledger",
-    "News",
-    "Partners",
-    "Place",
-    "PublicationVersion",
-    "Stale",
-    "WeightsOnly",
-    "agreed_places",
-    "is_too_old",
-    "left_behind",
-    "median_round",
-    "rounds_behind",
-]
-
 _MAX_PEERS = 4096
 """Limit of each table of peers. Identities cost nothing, so a flood of them must not fill the memory."""
 

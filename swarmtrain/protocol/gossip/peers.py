@@ -24,8 +24,6 @@ from swarmtrain.protocol.gossip.pulls import GroupName
 from swarmtrain.protocol.membership.hosts import HostOrder
 from swarmtrain.protocol.membership.membership import PeerInfo
 
-__all__ = ["OtherPeers", "PartnerChoice"]
-
 
 class OtherPeers:
     """Other live volunteers, as they advertised themselves last, and the round from which staleness is measured."""

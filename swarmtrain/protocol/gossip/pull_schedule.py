@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from swarmtrain.methods.method import GradientFormat
 from swarmtrain.protocol.gossip.merge_plans import MergePlan
 from swarmtrain.protocol.gossip.pulls import (
     GroupName,
@@ -21,9 +22,6 @@ from swarmtrain.protocol.gossip.pulls import (
     plan_pulls,
     total_bytes,
 )
-from swarmtrain.run import GradientFormat
-
-__all__ = ["Due", "DuePulls", "NextMerge", "PullSchedule"]
 
 _OLD_PULL_S = 30.0
 """Seconds after which a pull is given up, or `_OLD_PULL_ROUNDS` rounds if that is longer."""

@@ -10,28 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
-__all__ = [
-    "LINK_SHARE",
-    "GroupName",
-    "GroupRule",
-    "PublicationBytes",
-    "PullPlan",
-    "PullTimes",
-    "WantedPartners",
-    "ahead_rounds",
-    "expected_step_s",
-    "expected_transfer",
-    "gradient_format",
-    "idle_s",
-    "is_moved",
-    "most_pulls",
-    "plan_pulls",
-    "pull_start",
-    "round_began_s",
-    "round_ends_s",
-    "total_bytes",
-]
-
 GroupName: TypeAlias = str
 """Kind of values in a publication, by its name in the run's list (`network.tensor_groups`): for example the weights at
 the

@@ -40,8 +40,6 @@ from swarmtrain.protocol.gossip.pull_schedule import PullSchedule
 from swarmtrain.protocol.gossip.pulls import BytesBegun, GroupName, round_began_s
 from swarmtrain.protocol.gossip.state import CommandList, FragmentState
 
-__all__ = ["GossipPull", "GossipPulls"]
-
 
 @dataclass(slots=True)
 class GossipPull(Generic[Held]):

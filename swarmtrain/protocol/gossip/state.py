@@ -11,8 +11,6 @@ from swarmtrain.protocol.gossip.open_pulls import OpenPulls, Which
 from swarmtrain.protocol.gossip.peers import PartnerChoice
 from swarmtrain.protocol.gossip.pulls import GroupName
 
-__all__ = ["CommandList", "FragmentState", "ReadyMerge", "ReceivedPublications"]
-
 
 @dataclass(slots=True)
 class CommandList(Generic[Held, Payload, Ready]):

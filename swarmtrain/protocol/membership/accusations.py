@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["NamedOnce"]
-
 _NAME_AGAIN_S = 6 * 3600.0
 """Seconds after which a peer may be named again for the same rule."""
 _AT_ONCE = 16

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["LATELY_S", "Arrivals"]
-
 LATELY_S = 30.0
 """Seconds for which an arrival counts as recent."""
 _OLD = (("round", "rounds behind"), ("shards", ""))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["CallBudget"]
-
 _MAX_CALLERS = 4096
 _FORGET_AFTER_S = 600.0
 """Seconds after which a caller is forgotten. Its whole burst has long been refilled by then."""

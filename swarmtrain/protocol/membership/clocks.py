@@ -13,8 +13,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["MOST_CORRECTED_S", "ClockVerdict", "judge_clock"]
-
 _TOLERANCE_S = 1.0
 """Offsets below this are not corrected."""
 _OUTLIER_S = 60.0

@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["MAX_PORTS", "DialBudget", "dial_targets", "is_public", "may_be_dialled", "may_dial"]
-
 MAX_PORTS = 4
 """Ports that are dialled at each address."""
 _MAX_HOSTS = 2

@@ -21,23 +21,6 @@ from swarmtrain.protocol.gossip.partners import BackOff
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.words import counted
 
-__all__ = [
-    "KEPT_OF_A_GUEST",
-    "MAX_GUESTS",
-    "MAX_HOSTS",
-    "NUM_ASKED",
-    "Guests",
-    "HostCandidate",
-    "HostChoice",
-    "HostOrder",
-    "Reach",
-    "Reachability",
-    "callable_first",
-    "from_outside",
-    "host_candidates",
-    "most_guests",
-]
-
 MAX_HOSTS = 4
 """Limit of hosts in a presence record."""
 

@@ -16,8 +16,6 @@ from operator import itemgetter
 from swarmtrain.protocol.pipeline.balance import StagePeer
 from swarmtrain.protocol.rounds.roles import LinkRates
 
-__all__ = ["MAX_PEERS", "Membership", "MembershipChange", "PeerInfo", "PeerState"]
-
 MAX_PEERS = 4096
 """Limit of the table. Strangers that are only known from records or from other peers do not enter a full one."""
 

@@ -17,8 +17,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["GIVES_WAY_S", "Reader", "Readers"]
-
 GIVES_WAY_S = 30.0
 """Seconds after which a reader may have to give way. At the slowest speed that is tolerated, four chunks take this
 long."""

@@ -12,25 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
 
-__all__ = [
-    "ALL_EVERY",
-    "ASKED",
-    "BUCKET_LIMIT",
-    "COUNTED_AT_ONCE",
-    "COUNT_EVERY_S",
-    "FEW",
-    "MAX_DEPTH",
-    "MAX_READ_BUCKETS",
-    "MOST_COUNT_EVERY_S",
-    "READ_EVERY_S",
-    "REPLICAS",
-    "bucket_of",
-    "buckets_to_read",
-    "choose_bucket",
-    "peer_bits",
-    "read_every_s",
-]
-
 BUCKET_LIMIT = 64
 """Records at which a bucket is full: newcomers go one bit deeper. One by one, 64 subkeys take the DHT 0.7 s, 500 take
 4.7 s, and 2,000 take 43 s (decision 3)."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 from swarmtrain.protocol.membership.membership import Membership, PeerState
 from swarmtrain.protocol.tokens.progress import Progress
 
-__all__ = ["may_come_back", "still_needed", "still_needed_apart"]
-
 _RETURNS_S = 120.0
 """Seconds within which a peer that went away may come back."""
 

@@ -20,22 +20,6 @@ from typing import Any
 from swarmtrain.errors import BadBytesError, RunFileError
 from swarmtrain.run import CHUNK_BYTES
 
-__all__ = [
-    "INDEX",
-    "MAX_FILE_BYTES",
-    "MAX_LIST_BYTES",
-    "MAX_SMALL_FILE_BYTES",
-    "MODEL_NAMES",
-    "PinnedFile",
-    "PinnedFiles",
-    "check_chunk_list_untrusted",
-    "files_of_run_untrusted",
-    "files_to_pin",
-    "is_pinned_name",
-    "is_weights_name",
-    "most_bytes",
-]
-
 MAX_LIST_BYTES = 1_048_576
 """Size of a list of files at most."""
 MAX_FILE_BYTES = 2**36

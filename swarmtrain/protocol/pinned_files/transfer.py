@@ -21,8 +21,6 @@ from enum import Enum
 from swarmtrain.protocol.pinned_files.file_list import PinnedFile
 from swarmtrain.run import CHUNK_BYTES
 
-__all__ = ["BUSY_LIMIT_S", "MOST_STREAMS", "PATIENCE_S", "FileTransfer", "RangeRequest", "RequestEnd"]
-
 MOST_STREAMS = 4
 """Sources that serve at once."""
 PATIENCE_S = 120.0

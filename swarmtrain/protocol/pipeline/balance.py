@@ -23,23 +23,6 @@ from dataclasses import dataclass
 
 from swarmtrain.words import count_in_words, short_peer, stages_in_words
 
-__all__ = [
-    "Joiner",
-    "Rule",
-    "StageChange",
-    "StagePeer",
-    "anchor",
-    "change_by_queues",
-    "changes",
-    "compute_speed",
-    "first_stages",
-    "live",
-    "may_move_again",
-    "my_change",
-    "stage_rates",
-    "stages_for_joiner",
-]
-
 _COOLDOWN_S = 60.0
 """Seconds for which a peer stays after a move: its speed in the new place, and the others' since then, must be measured
 first."""

@@ -46,8 +46,6 @@ from swarmtrain.protocol.pipeline.messages import (
 )
 from swarmtrain.protocol.pipeline.router import WORK_SHARES, Router, most_in_flight
 
-__all__ = ["DriverEngine", "DriverPace"]
-
 _BACKWARD_ATTEMPTS = 3
 """Attempts at a backward before the microbatch starts again at that stage."""
 _ALL_FAILED_S = 2.0

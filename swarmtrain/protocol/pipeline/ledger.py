@@ -24,23 +24,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
-__all__ = [
-    "Acknowledged",
-    "Add",
-    "Discard",
-    "Due",
-    "Forget",
-    "Key",
-    "Kind",
-    "LedgerLimits",
-    "Settlement",
-    "StageLedger",
-    "Subtract",
-    "TakeStep",
-    "Verdict",
-    "Work",
-]
-
 Kind: TypeAlias = Literal["forward", "backward", "tail"]
 """Part of a microbatch at one stage."""
 

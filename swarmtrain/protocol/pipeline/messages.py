@@ -9,30 +9,6 @@ from typing import Literal, TypeAlias
 from swarmtrain.protocol.pipeline.balance import StagePeer
 from swarmtrain.protocol.pipeline.ledger import Key, Kind, Settlement
 
-__all__ = [
-    "AskStage",
-    "Back",
-    "CancelStageCall",
-    "DrawMicrobatch",
-    "DrivingCommand",
-    "DrivingEvent",
-    "Fault",
-    "GiveUp",
-    "Lost",
-    "MicrobatchDrawn",
-    "NoMicrobatch",
-    "NotTold",
-    "PeersSeen",
-    "Retried",
-    "Shut",
-    "StageCallDone",
-    "StageCallFailed",
-    "Tell",
-    "TimeCame",
-    "ToldOf",
-    "Wrong",
-]
-
 Fault: TypeAlias = Literal["busy", "gone", "unreachable", "wrong"]
 """Why a call has no result.
 

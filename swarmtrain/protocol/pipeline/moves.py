@@ -25,27 +25,6 @@ from swarmtrain.protocol.pipeline.balance import (
 )
 from swarmtrain.protocol.pipeline.stage_leases import LeaseRequest, StageLease, StageLeases
 
-__all__ = [
-    "AskToStay",
-    "FetchFailed",
-    "FetchStages",
-    "LeaveStages",
-    "MoveCommand",
-    "MoveEngine",
-    "MoveEvent",
-    "MovePolicy",
-    "Moved",
-    "Moves",
-    "PlacesSeen",
-    "StagesFetched",
-    "StagesLeft",
-    "StayAnswer",
-    "StayAnswered",
-    "StayAsked",
-    "StaysHere",
-]
-
-
 # ---------------------------------------------------------------- events
 
 

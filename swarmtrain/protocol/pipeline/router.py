@@ -28,8 +28,6 @@ from dataclasses import dataclass, field
 from swarmtrain.protocol.pipeline.balance import StagePeer
 from swarmtrain.protocol.pipeline.ledger import Kind
 
-__all__ = ["VARIANTS", "WORK_SHARES", "Router", "driver_share", "most_in_flight"]
-
 VARIANTS = ("round-robin", "least-completion")
 """Ways to choose a peer; the first is the default."""
 WORK_SHARES: Mapping[Kind, float] = {"forward": 1 / 3, "backward": 2 / 3, "tail": 1.0}

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 
 from swarmtrain.words import short_peer
 
-__all__ = ["LeaseRequest", "StageLease", "StageLeases"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseRequest:

@@ -17,23 +17,6 @@ from typing import Literal, TypeAlias
 
 from swarmtrain.protocol.pipeline.ledger import Due, Forget, Key, Kind, Settlement, StageLedger, Work
 
-__all__ = [
-    "AnswerStageCalls",
-    "Closed",
-    "Compute",
-    "Computed",
-    "Free",
-    "Late",
-    "Opened",
-    "QueueCommand",
-    "QueueEvent",
-    "Refuse",
-    "Settles",
-    "Spoilt",
-    "StageCallReceived",
-    "StageQueue",
-]
-
 _ORDER: tuple[Kind, ...] = ("backward", "tail", "forward")
 """Order in which waiting parts are computed."""
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.pipeline.balance import StagePeer
 
-__all__ = ["FirstStageWatch", "places_of", "stage_costs"]
-
 _NEARLY = 0.95
 """Share of the run's tokens that counts as nearly all: the rounds under way are not counted yet."""
 _LAST_ROUND_S = 30.0

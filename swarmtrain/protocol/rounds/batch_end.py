@@ -29,8 +29,6 @@ from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.rounds.rosters import RoundPublication
 from swarmtrain.run_batch import BatchTarget
 
-__all__ = ["STALE_SHARE", "BatchEnd", "BatchRules", "BatchShare", "others_in", "planned_sequences", "plausible_entries"]
-
 STALE_SHARE = 0.75
 """Share of `network.presence_ttl_s` after which a peer that has said nothing is not counted: presence is renewed after
 a third of it."""

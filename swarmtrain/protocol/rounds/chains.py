@@ -28,20 +28,6 @@ from typing import Generic, NamedTuple, TypeVar
 
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster, better_roster
 
-__all__ = [
-    "MAX_LINKS",
-    "Chain",
-    "ChainLink",
-    "ChainView",
-    "Chains",
-    "Flaw",
-    "ShownChain",
-    "Stands",
-    "chain_holds",
-    "chain_view",
-    "flaw",
-]
-
 MAX_LINKS = 512
 """Rosters that a chain keeps, the newest."""
 

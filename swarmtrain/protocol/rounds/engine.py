@@ -51,8 +51,6 @@ from swarmtrain.protocol.rounds.state import KnownRound
 from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay, Open, PeerSurvey, Questions, StateSearches
 from swarmtrain.run_batch import BatchTarget
 
-__all__ = ["RoundEngine", "RoundRules"]
-
 _LEAST_LOOK_S = 0.005
 """Seconds between two checks, at least."""
 _KEEP_ROUNDS = 3

@@ -32,8 +32,6 @@ from swarmtrain.protocol.rounds.roles import (
 )
 from swarmtrain.protocol.rounds.rosters import Roster
 
-__all__ = ["AveragingTimes", "LinkClaims"]
-
 _LATE_DOUBTS, _MAX_DOUBTS = 2, 10
 """Halvings of a claim for each share that is late, and at most: a thousandth of what it says."""
 _FORGIVE_ROUNDS = 8

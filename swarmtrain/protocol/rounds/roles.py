@@ -27,21 +27,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = [
-    "MAX_PIECES",
-    "PIECES_AT_ONCE",
-    "LinkRates",
-    "Roles",
-    "averaging_s",
-    "carried_bytes",
-    "carrying_s",
-    "divide",
-    "equal_shares",
-    "known_rates",
-    "largest_share",
-    "share_pieces",
-]
-
 _LEAST_OF_EQUAL = 0.1
 """Shares of less than this part of an equal one are none: each costs a pull from everyone."""
 _MOST_OF_EQUAL = 3

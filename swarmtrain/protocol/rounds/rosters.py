@@ -28,35 +28,6 @@ from functools import cached_property
 
 from swarmtrain.protocol.rounds.roles import equal_shares
 
-__all__ = [
-    "AdvertisedRound",
-    "ApplyDecision",
-    "CatchUpDecision",
-    "Decision",
-    "Roster",
-    "RoundPublication",
-    "RoundView",
-    "SignDecision",
-    "Standing",
-    "Standings",
-    "WaitDecision",
-    "better_roster",
-    "decide",
-    "idled",
-    "is_silent",
-    "joining_steps",
-    "peers_to_ask",
-    "pulls_whole",
-    "round_steps",
-    "share_ranges",
-    "sources_of",
-    "standing",
-    "standings",
-    "steps_of_round",
-    "worst_roster",
-]
-
-
 _ASKING_SILENCES = 3
 """Multiple of `silence_s` after the time limit for which candidates are asked for the first time one after the other.
 Without it, peers that say that they are there and answer nothing could hold up a round: identities cost nothing."""

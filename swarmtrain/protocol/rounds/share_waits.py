@@ -16,8 +16,6 @@ from collections.abc import Sequence
 
 from swarmtrain.protocol.rounds.link_claims import AveragingTimes
 
-__all__ = ["MergeLimit", "ShareWaits", "author_due_s", "merge_limit_s", "piece_due_s", "share_due_s"]
-
 _PATIENCE = 2.0
 """Multiple of the time that its owner and whoever waits should need after which a share of which nothing comes is
 overdue."""

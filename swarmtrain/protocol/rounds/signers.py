@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["Signers"]
-
 _IDLE_POINTS = 4
 """Points for a missed turn; a turn taken removes one."""
 _MAX_IDLE = 2

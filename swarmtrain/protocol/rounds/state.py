@@ -16,8 +16,6 @@ from swarmtrain.protocol.rounds.messages import Envelope, SignedRoster
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication, better_roster, worst_roster
 from swarmtrain.protocol.rounds.state_search import CatchingUp, Hearsay
 
-__all__ = ["KnownRound"]
-
 _MAX_ATTEMPTS = 8
 """Rosters that are kept of each signer, the latest attempts."""
 _MAX_ROSTERS = 64

@@ -23,8 +23,6 @@ from swarmtrain.protocol.rounds.chains import Chain, Chains, ChainView, Flaw, Li
 from swarmtrain.protocol.rounds.messages import Command, Envelope, PeerReply, RoundQuestion
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster
 
-__all__ = ["CatchingUp", "Hearsay", "PeerSurvey", "Questions", "Search", "StateSearches"]
-
 _CHAIN_TRIES = 2
 """Peers that are asked for the chain of one roster."""
 _CHAIN_AGAIN_S = 1.0

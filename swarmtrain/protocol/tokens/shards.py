@@ -20,8 +20,6 @@ import heapq
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["MAX_ROWS", "MAX_SHARDS", "Coverage", "CoverageRow", "RowIncident"]
-
 MAX_SHARDS = 1024
 """Limit of a run's shards."""
 MAX_ROWS = 16

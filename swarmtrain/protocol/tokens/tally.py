@@ -23,8 +23,6 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-__all__ = ["ALL_OTHERS", "CountingRules", "Tally", "TokenIncident", "agreed_counts", "quick_speed", "typical_speed"]
-
 ALL_OTHERS = "12D3KooWGp4AYpum6toAV1JQ2pEY2cHKc9W9uUgwHbdDP16N4RS7"
 """PeerID of nobody, under which a state of a run with very many peers sums up the smallest counts
 (`network.token_rows`)."""

@@ -30,8 +30,6 @@ from swarmtrain.simulate.learning.learner import Learner
 from swarmtrain.simulate.learning.setting import Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["Comer", "Company", "schedule", "takes_state"]
-
 _BYTES = 4  # of a number, as states travel
 
 

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from swarmtrain.algorithm.fragments import Fragment
+from swarmtrain.methods.method import GradientFormat
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.peer.merging.robustness import Robustness
 from swarmtrain.protocol.gossip.partners import PublicationVersion
 from swarmtrain.protocol.gossip.pulls import GroupName, PublicationBytes
 from swarmtrain.protocol.tokens.shards import CoverageRow
-from swarmtrain.run import GradientFormat
-
-__all__ = ["LearningFragment", "Published"]
 
 
 @dataclass

@@ -68,8 +68,6 @@ from swarmtrain.simulate.learning.fragment import LearningFragment, Published
 from swarmtrain.simulate.learning.setting import Recorder, RunOutcome, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["LearningPeer", "LearningWorld", "VirtualRunner"]
-
 Unprepared: TypeAlias = PrepareMerge[Published, PartnerUpdate]
 """Merge that is ready but for its arithmetic, which is done once, when it is merged."""
 Event: TypeAlias = GossipEvent[Published, PartnerUpdate, Unprepared]

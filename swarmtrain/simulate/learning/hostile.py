@@ -24,8 +24,6 @@ from swarmtrain.simulate.learning.fragment import LearningFragment, Published
 from swarmtrain.simulate.learning.gossip import LearningPeer, LearningWorld
 from swarmtrain.simulate.learning.setting import RunOutcome, Setting
 
-__all__ = ["HostileWorld", "gossip"]
-
 _HUGE = 1e30
 
 

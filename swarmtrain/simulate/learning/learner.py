@@ -11,7 +11,8 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import unflatten_into
 from swarmtrain.data.batches import BatchSource
 from swarmtrain.data.held_out import held_out_parts
-from swarmtrain.data.prepare import PeerPlace, TrainingData, publishable_data, training_batches, training_data
+from swarmtrain.data.mixture import PeerPlace
+from swarmtrain.data.prepare import TrainingData, publishable_data, training_batches, training_data
 from swarmtrain.model.base import base_files
 from swarmtrain.model.evaluation import evaluate
 from swarmtrain.model.run_model import build_run_model
@@ -20,8 +21,6 @@ from swarmtrain.network.snapshots.store import TensorSpec
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.peer.training.replica import Replica
 from swarmtrain.run import MergeSection, RunFile
-
-__all__ = ["Learner", "Text", "warm_weights"]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ from swarmtrain.simulate.learning.server import async_nesterov, fedbuff, server_
 from swarmtrain.simulate.learning.setting import RunOutcome, Setting
 from swarmtrain.simulate.learning.synchronous import data_parallel, diloco
 
-__all__ = ["METHODS", "Method", "scenario_method"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Method:

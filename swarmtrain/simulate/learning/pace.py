@@ -8,8 +8,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Pace"]
-
 
 @dataclass(frozen=True)
 class Pace:

@@ -10,8 +10,6 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.simulate.learning.setting import GROUP, Recorder, RunOutcome, Setting
 
-__all__ = ["modest", "noloco"]
-
 _BYTES = 4  # of a weight
 
 

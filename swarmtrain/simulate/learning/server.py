@@ -20,9 +20,6 @@ from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.learning.setting import GROUP, Recorder, RunOutcome, Setting
 from swarmtrain.simulate.learning.wire import Wire
 
-__all__ = ["async_nesterov", "fedbuff", "server", "server_waiting"]
-
-
 _SERVER = "server"
 
 

@@ -21,8 +21,6 @@ from swarmtrain.simulate.learning.pace import Pace
 from swarmtrain.simulate.links import rates
 from swarmtrain.simulate.scenario import Away, Hang, HostileSection, Scenario
 
-__all__ = ["GROUP", "CurvePoint", "Recorder", "RunOutcome", "Setting", "setting_of"]
-
 GROUP = 4
 """Number of volunteers in a sample of MoDeST, and of updates in a buffer of FedBuff; fewer if there are not so many
 volunteers."""

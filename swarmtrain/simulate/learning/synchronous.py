@@ -20,8 +20,6 @@ from swarmtrain.protocol.rounds.batch_end import planned_sequences
 from swarmtrain.simulate.learning.learner import Learner
 from swarmtrain.simulate.learning.setting import Recorder, RunOutcome, Setting
 
-__all__ = ["batch", "data_parallel", "diloco", "diloco_round"]
-
 _BYTES = 4  # of a weight, as synchronous rounds send it
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 
 from swarmtrain.simulate.learning.setting import Setting
 
-__all__ = ["Wire"]
-
 
 @dataclass
 class Wire:

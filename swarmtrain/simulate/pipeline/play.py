@@ -18,11 +18,10 @@ from swarmtrain.protocol.pipeline.router import Router
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.setting import RunOutcome
 from swarmtrain.simulate.links import rates
-from swarmtrain.simulate.pipeline.world import PipelineMachine, PipelineWorld, place, settings_of, stage_bytes
+from swarmtrain.simulate.pipeline.settings import PipelineMachine
+from swarmtrain.simulate.pipeline.world import PipelineWorld, place, settings_of, stage_bytes
 from swarmtrain.simulate.scenario import Scenario
 from swarmtrain.words import counted
-
-__all__ = ["check", "lived", "play_pipeline"]
 
 WARM_UP_S = 600.0
 

@@ -10,8 +10,6 @@ from typing import Literal, TypeAlias
 from swarmtrain.protocol.pipeline.balance import Rule
 from swarmtrain.protocol.pipeline.router import Router
 
-__all__ = ["Kind", "PipelineMachine", "PipelineSettings"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineMachine:

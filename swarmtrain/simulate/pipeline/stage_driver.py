@@ -27,8 +27,6 @@ from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.pipeline.stage_moves import Ground
 from swarmtrain.simulate.systems.network import NetworkPlace
 
-__all__ = ["Call", "DrivenPeer", "DriverReport", "DrivingGround", "StageDriver"]
-
 
 @dataclass(slots=True, eq=False)
 class Call:

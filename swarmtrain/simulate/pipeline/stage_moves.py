@@ -29,8 +29,6 @@ from swarmtrain.simulate.clock import Clock
 from swarmtrain.simulate.pipeline.settings import Kind, PipelineMachine, PipelineSettings
 from swarmtrain.simulate.systems.network import NetworkPlace
 
-__all__ = ["Ground", "Moving", "SimulatedMover"]
-
 _ANSWER_S = 10.0
 
 

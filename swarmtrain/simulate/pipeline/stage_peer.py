@@ -36,8 +36,6 @@ from swarmtrain.simulate.pipeline.stage_driver import Call, DriverReport, Drivin
 from swarmtrain.simulate.pipeline.stage_moves import SimulatedMover
 from swarmtrain.simulate.systems.messages import SimulatedLink
 
-__all__ = ["StageGround", "StageVolunteer"]
-
 _LEARN = 0.05
 _GONE = "it does not hold this stage"
 

@@ -36,19 +36,6 @@ from swarmtrain.simulate.pipeline.stage_peer import StageVolunteer
 from swarmtrain.simulate.systems.messages import SimulatedLink
 from swarmtrain.simulate.systems.network import MessageFaults
 
-__all__ = [
-    "Kind",
-    "PipelineMachine",
-    "PipelineMoment",
-    "PipelineSettings",
-    "PipelineWorld",
-    "best_bottleneck",
-    "place",
-    "settings_of",
-    "stage_bytes",
-    "stage_parameters",
-]
-
 
 @dataclass(frozen=True)
 class PipelineMoment:

@@ -16,7 +16,8 @@ from swarmtrain.algorithm.pacing import fewest_inner_steps
 from swarmtrain.methods import GOSSIP
 from swarmtrain.model.parameter_count import num_trained_parameters
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT, num_at_once
-from swarmtrain.peer.estimate import estimate, publication_sizes, pulled_bytes
+from swarmtrain.peer.estimate import estimate
+from swarmtrain.peer.merging.costs import publication_sizes, pulled_bytes
 from swarmtrain.protocol.gossip.pulls import LINK_SHARE
 from swarmtrain.run import CHUNK_BYTES, METHODS_OF_KEYS, RunFile
 from swarmtrain.simulate.pipeline.world import stage_parameters
@@ -24,8 +25,6 @@ from swarmtrain.simulate.planning.plan import Plan
 from swarmtrain.simulate.planning.traffic import ACTIVATIONS, ARCHIVE, MERGING, RECORDS, dht_bytes_per_s
 from swarmtrain.words import size_in_words as size
 from swarmtrain.words import time_in_words
-
-__all__ = ["FELT", "Bottleneck", "bottlenecks"]
 
 FELT = 0.5
 _LAPTOP_BYTES = 8e9

@@ -20,8 +20,6 @@ from swarmtrain.simulate.pipeline.world import stage_parameters
 from swarmtrain.simulate.planning.playback import PlaybackMachines, PlaybackResult, lived
 from swarmtrain.simulate.planning.traffic import TrafficEstimate, archived_every_s, traffic_of
 
-__all__ = ["Plan", "PlaybackMachines", "plan"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:

@@ -21,28 +21,21 @@ from swarmtrain.algorithm.pacing import reference_speed, round_inner_steps
 from swarmtrain.algorithm.quantize import encoded_size_bytes
 from swarmtrain.errors import UserError
 from swarmtrain.methods import load_object
-from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes, publication_sizes
+from swarmtrain.peer.estimate import activation_wire_bytes, merge_bytes
+from swarmtrain.peer.merging.costs import publication_sizes
 from swarmtrain.protocol.gossip.fragments import COPY_S, published, publishes_every
 from swarmtrain.protocol.gossip.pulls import PublicationBytes
 from swarmtrain.rehearsal import LinksSection, RehearsalChurn, RehearsalFile, SeedSection, fault_events
 from swarmtrain.run import RunFile
 from swarmtrain.run_batch import BatchTarget
 from swarmtrain.simulate.links import latency_s, link_of, rates
-from swarmtrain.simulate.pipeline.world import (
-    PipelineMachine,
-    PipelineSettings,
-    PipelineWorld,
-    place,
-    settings_of,
-    stage_bytes,
-    stage_parameters,
-)
-from swarmtrain.simulate.systems.gossip import GossipSwarm, RoundRecord, SimulatedGossipSettings
+from swarmtrain.simulate.pipeline.settings import PipelineMachine, PipelineSettings
+from swarmtrain.simulate.pipeline.world import PipelineWorld, place, settings_of, stage_bytes, stage_parameters
+from swarmtrain.simulate.systems.gossip import GossipSwarm
 from swarmtrain.simulate.systems.messages import Settings
+from swarmtrain.simulate.systems.publications import RoundRecord, SimulatedGossipSettings
 from swarmtrain.simulate.systems.world import SynchronousWorld
 from swarmtrain.words import counted
-
-__all__ = ["Lives", "PlaybackMachines", "PlaybackResult", "by_gossip", "by_rosters", "by_server", "lived", "lives_of"]
 
 _MOST_GOSSIPING, _MOST_ON_A_ROSTER, _MOST_IN_STAGES = 64, 16, 48
 """Limits of the volunteers that are played: with gossip, on a roster, in stages.

@@ -27,17 +27,6 @@ from swarmtrain.run import RunFile
 from swarmtrain.simulate.pipeline.world import stage_parameters
 from swarmtrain.simulate.planning.playback import PlaybackMachines, PlaybackResult
 
-__all__ = [
-    "ACTIVATIONS",
-    "ARCHIVE",
-    "MERGING",
-    "RECORDS",
-    "TrafficEstimate",
-    "archived_every_s",
-    "dht_bytes_per_s",
-    "traffic_of",
-]
-
 MERGING, ACTIVATIONS, ARCHIVE, RECORDS = "merging", "activations", "the archive", "records of who is there"
 """Names, for a person, of the kinds of traffic on a link."""
 RECORD_BYTES = 500

@@ -8,8 +8,6 @@ from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.simulate.systems.messages import Phase, SimulatedLink
 from swarmtrain.simulate.systems.volunteer import SimulatedVolunteer, Surroundings
 
-__all__ = ["BatchVolunteer"]
-
 _ASKS = 2
 """Number of this peer's search in which it asks the others how far they are."""
 

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from swarmtrain.algorithm.pacing import round_inner_steps
+from swarmtrain.methods.method import GradientFormat
 from swarmtrain.protocol.gossip.advertised import AdvertisedFragments
 from swarmtrain.protocol.gossip.engine import GossipEngine
 from swarmtrain.protocol.gossip.engine import GossipSettings as EngineSettings
@@ -49,7 +50,6 @@ from swarmtrain.protocol.gossip.partners import is_too_old, median_round
 from swarmtrain.protocol.gossip.pulls import round_ends_s
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo, PeerState
 from swarmtrain.protocol.tokens.shards import Coverage
-from swarmtrain.run import GradientFormat
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.systems.gossip_model import FragmentSchedule, GossipModel, Value, schedule_of
 from swarmtrain.simulate.systems.messages import SimulatedLink
@@ -67,17 +67,6 @@ from swarmtrain.simulate.systems.publications import (
     SimulatedGossipSettings,
     SimulatedPublication,
 )
-
-__all__ = [
-    "AWAY",
-    "BUSY",
-    "NOTHING",
-    "GossipPeer",
-    "GossipSwarm",
-    "RoundRecord",
-    "SimulatedGossipSettings",
-    "SimulatedPublication",
-]
 
 _STATE_BYTES = 8
 """Bytes of a parameter in a state: its weight and its momentum."""

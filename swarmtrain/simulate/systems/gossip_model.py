@@ -28,8 +28,6 @@ from swarmtrain.simulate.systems.publications import (
     SimulatedPublication,
 )
 
-__all__ = ["FragmentSchedule", "GossipModel", "Value", "schedule_of"]
-
 
 class Value(NamedTuple):
     """Part of a publication that can enter a merge: a weight, or the new part of a pseudo-gradient with its tokens."""

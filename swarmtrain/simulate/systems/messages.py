@@ -14,8 +14,6 @@ from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.run_batch import BatchTarget
 
-__all__ = ["JoinState", "Phase", "Settings", "SimulatedLink", "WorldMoment", "hash_of"]
-
 WorldMoment = Literal["started", "ended", "signed", "told_one", "serving"]
 """Moment at which a declared fault strikes.
 

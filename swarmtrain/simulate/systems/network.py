@@ -18,17 +18,6 @@ from swarmtrain.simulate.clock import Clock, Holds
 from swarmtrain.simulate.links import EXACT_UP_TO, SharedLinks
 from swarmtrain.simulate.systems.messages import SimulatedLink
 
-__all__ = [
-    "End",
-    "MessageFaults",
-    "NetworkFault",
-    "NetworkPlace",
-    "PullRefusal",
-    "SimulatedMachine",
-    "SimulatedNetwork",
-    "kept_until",
-]
-
 NetworkFault = Literal["killed", "frozen", "thawed"]
 
 

@@ -16,15 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from swarmtrain.model.parameter_count import num_trained_parameters
-from swarmtrain.peer.estimate import publication_sizes
+from swarmtrain.peer.merging.costs import publication_sizes
 from swarmtrain.run import RunFile
 from swarmtrain.simulate.learning.setting import RunOutcome
 from swarmtrain.simulate.links import EXACT_UP_TO, link_of, rates
 from swarmtrain.simulate.scenario import Scenario, ScenarioChurn
-from swarmtrain.simulate.systems.gossip import GossipPeer, GossipSwarm, RoundRecord, SimulatedGossipSettings
+from swarmtrain.simulate.systems.gossip import GossipPeer, GossipSwarm
 from swarmtrain.simulate.systems.messages import SimulatedLink
-
-__all__ = ["MachineDistribution", "SystemsSwarm", "play", "play_scenario"]
+from swarmtrain.simulate.systems.publications import RoundRecord, SimulatedGossipSettings
 
 _DEVIATION_AT_FIRST = 1.0 / math.sqrt(3.0)
 """Standard deviation of numbers that are uniform from -1 to 1."""

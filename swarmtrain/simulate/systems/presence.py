@@ -11,8 +11,6 @@ from swarmtrain.simulate.clock import Clock, Timer
 from swarmtrain.simulate.systems.messages import Settings
 from swarmtrain.simulate.systems.network import End, NetworkPlace, SimulatedMachine
 
-__all__ = ["Directory", "SimulatedPresence"]
-
 
 class Directory(Protocol):
     """Carrier of presence: the DHT, which loses nothing within a partition, and messages."""

@@ -14,21 +14,6 @@ from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.shards import CoverageRow
 from swarmtrain.run import RunFile
 
-__all__ = [
-    "GRADIENT",
-    "GROUPS",
-    "WEIGHTS",
-    "AdvertisedRecord",
-    "ConsensusSnapshot",
-    "Entered",
-    "OfGuest",
-    "PublicationQuery",
-    "RoundRecord",
-    "SimulatedCheckpoint",
-    "SimulatedGossipSettings",
-    "SimulatedPublication",
-]
-
 GROUPS = rules_of(groups_of((), "fp32", ("fp32",)))
 """Tensor groups of a publication and the rule by which each is merged: a number each, in place of tensors."""
 WEIGHTS, GRADIENT = GROUPS

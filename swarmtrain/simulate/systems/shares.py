@@ -22,8 +22,6 @@ from swarmtrain.run import CHUNK_BYTES
 if TYPE_CHECKING:
     from swarmtrain.simulate.systems.transfers import Carrier, Owner, Transfers
 
-__all__ = ["ShareMerge"]
-
 
 class ShareMerge:
     """Merge of a roster whose peers each average a share; `done` is called once, with the peers whose publications

@@ -17,8 +17,6 @@ from swarmtrain.simulate.systems.messages import Settings, WorldMoment
 from swarmtrain.simulate.systems.network import End, NetworkPlace
 from swarmtrain.simulate.systems.shares import ShareMerge
 
-__all__ = ["Carrier", "Owner", "Transfers"]
-
 
 class Carrier(Protocol):
     """Simulated world, as a peer's transfers see it: the clock, the other peers, and the links to them."""

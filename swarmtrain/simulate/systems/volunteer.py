@@ -24,8 +24,6 @@ from swarmtrain.simulate.systems.messages import JoinState, Phase, Settings, Sim
 from swarmtrain.simulate.systems.presence import Directory, SimulatedPresence
 from swarmtrain.simulate.systems.transfers import Carrier, Transfers
 
-__all__ = ["Reply", "SimulatedVolunteer", "Surroundings", "named"]
-
 Reply: TypeAlias = ev.PeerReply[None, None]
 _Event: TypeAlias = ev.Event[None, None]
 

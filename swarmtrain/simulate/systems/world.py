@@ -21,8 +21,6 @@ from swarmtrain.simulate.systems.network import NetworkFault, SimulatedNetwork, 
 from swarmtrain.simulate.systems.transfers import Owner
 from swarmtrain.simulate.systems.volunteer import SimulatedVolunteer
 
-__all__ = ["Settings", "SimulatedLink", "SimulatedVolunteer", "SynchronousWorld", "WorldEvent", "WorldMoment"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class WorldEvent:

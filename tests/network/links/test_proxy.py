@@ -20,7 +20,8 @@ from swarmtrain.network.links.proxy import FailingPulls, Line, LinkShape, PeerLi
 from swarmtrain.network.links.throttle import BYTES_PER_S_OF_MBIT
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
-from swarmtrain.network.snapshots.store import CHUNK_BYTES, SnapshotStore
+from swarmtrain.network.snapshots.store import SnapshotStore
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 MBIT = BYTES_PER_S_OF_MBIT

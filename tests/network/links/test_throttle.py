@@ -24,8 +24,8 @@ from swarmtrain.network.links.throttle import (
 )
 from swarmtrain.network.node import Stream, TrafficCount
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.snapshots.store import CHUNK_BYTES, Body, HeldSnapshot, Snapshot, SnapshotStore
-from swarmtrain.run import NetworkSection
+from swarmtrain.network.snapshots.store import Body, HeldSnapshot, Snapshot, SnapshotStore
+from swarmtrain.run import CHUNK_BYTES, NetworkSection
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 MBIT = BYTES_PER_S_OF_MBIT

@@ -21,7 +21,9 @@ from swarmtrain.network.rounds.chains import ChainStore, chain_untrusted
 from swarmtrain.network.rounds.downloads import Downloads
 from swarmtrain.network.rounds.merger import RoundSettings
 from swarmtrain.network.rounds.roster import publication_of, roster_untrusted, sign_roster
-from swarmtrain.network.rounds.runner import NewState, Outcome, RosterMean, RoundRunner
+from swarmtrain.network.rounds.round_end import Outcome, RosterMean
+from swarmtrain.network.rounds.runner import RoundRunner
+from swarmtrain.network.rounds.state_fetch import NewState
 from swarmtrain.network.signatures import sign
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, PullLimits, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo

@@ -16,7 +16,6 @@ from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.rounds.downloads import Downloads, WaitsFor
 from swarmtrain.network.snapshots.store import (
-    CHUNK_BYTES,
     Body,
     HeldSnapshot,
     PullLimits,
@@ -26,6 +25,7 @@ from swarmtrain.network.snapshots.store import (
     empty_held,
 )
 from swarmtrain.network.tasks import run_until
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 AUTHOR = new_identity(b"a" * 32)

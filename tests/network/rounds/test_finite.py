@@ -16,11 +16,12 @@ from codes import raises_code
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.codec import body_of
+from swarmtrain.network.finite import all_finite
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.rounds.downloads import check_finite, check_not_negative
 from swarmtrain.network.rounds.state_fetch import NewState, PeerStates
 from swarmtrain.network.snapshots.state_provider import StateProvider, state_specs
-from swarmtrain.network.snapshots.store import SnapshotStore, TensorSpec, all_finite
+from swarmtrain.network.snapshots.store import SnapshotStore, TensorSpec
 from swarmtrain.protocol.tokens.progress import Progress
 
 NUMBERS = 4_000_001

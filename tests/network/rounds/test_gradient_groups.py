@@ -22,17 +22,11 @@ from swarmtrain.network.rounds.downloads import Downloads
 from swarmtrain.network.rounds.gradient_groups import GradientGroups
 from swarmtrain.network.rounds.merger import Merger, RoundSettings, ShareOwners
 from swarmtrain.network.rounds.roster import publication_of
-from swarmtrain.network.snapshots.store import (
-    CHUNK_BYTES,
-    HeldSnapshot,
-    PullLimits,
-    SnapshotStore,
-    TensorSpec,
-    build_snapshot,
-)
+from swarmtrain.network.snapshots.store import HeldSnapshot, PullLimits, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.protocol.adapter_groups import tensor_name
 from swarmtrain.protocol.membership.membership import Membership
 from swarmtrain.protocol.rounds.rosters import Roster
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = "ab" * 32

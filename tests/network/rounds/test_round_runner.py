@@ -23,9 +23,9 @@ from swarmtrain.network.rounds.downloads import Downloads
 from swarmtrain.network.rounds.merger import Average, Merger, RoundSettings
 from swarmtrain.network.rounds.questions import RoundQuestions
 from swarmtrain.network.rounds.roster import CheckedRosters, named, publication_of, sign_roster
-from swarmtrain.network.rounds.round_end import EndedRound
-from swarmtrain.network.rounds.runner import NewState, RosterMean, RoundRunner
-from swarmtrain.network.rounds.state_fetch import StateSource
+from swarmtrain.network.rounds.round_end import EndedRound, RosterMean
+from swarmtrain.network.rounds.runner import RoundRunner
+from swarmtrain.network.rounds.state_fetch import NewState, StateSource
 from swarmtrain.network.snapshots.store import (
     Body,
     HeldSnapshot,

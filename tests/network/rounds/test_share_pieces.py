@@ -22,7 +22,6 @@ from swarmtrain.network.rounds.downloads import Downloads
 from swarmtrain.network.rounds.merger import Merger, RoundSettings, ShareOwners, UnobtainableError
 from swarmtrain.network.rounds.roster import publication_of, roster_untrusted, sign_roster
 from swarmtrain.network.snapshots.store import (
-    CHUNK_BYTES,
     Body,
     HeldSnapshot,
     PullLimits,
@@ -37,6 +36,7 @@ from swarmtrain.protocol.rounds.link_claims import AveragingTimes, LinkClaims
 from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication
 from swarmtrain.protocol.rounds.share_waits import merge_limit_s
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN, NUM_CHUNKS = "ab" * 32, 40

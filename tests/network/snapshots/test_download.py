@@ -16,7 +16,6 @@ from swarmtrain.errors import BadBytesError, BusyError, PeerError, StalledError,
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.snapshots.download import download_snapshot
 from swarmtrain.network.snapshots.store import (
-    CHUNK_BYTES,
     Body,
     HeldSnapshot,
     PullLimits,
@@ -25,6 +24,7 @@ from swarmtrain.network.snapshots.store import (
     build_snapshot,
     empty_held,
 )
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 NUM_CHUNKS = 6

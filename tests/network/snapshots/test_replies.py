@@ -16,7 +16,8 @@ from test_throttle import held_of, request
 from swarmtrain.errors import BadBytesError, UnreachableError
 from swarmtrain.network.snapshots import replies as replies_module
 from swarmtrain.network.snapshots.replies import ChunkReply, Replies, Reply, answer
-from swarmtrain.network.snapshots.store import CHUNK_BYTES, SnapshotStore
+from swarmtrain.network.snapshots.store import SnapshotStore
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 OK, END = pb.PullReply(status=pb.PullReply.STATUS_OK), pb.PullReply(end=True)

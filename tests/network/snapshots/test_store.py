@@ -22,7 +22,6 @@ from swarmtrain.errors import BadBytesError, BrokenOffError, PeerError, StalledE
 from swarmtrain.network.identity import new_identity, peer_bytes
 from swarmtrain.network.signatures import sign
 from swarmtrain.network.snapshots.store import (
-    CHUNK_BYTES,
     Body,
     HeldSnapshot,
     PullLimits,
@@ -36,6 +35,7 @@ from swarmtrain.network.snapshots.store import (
     pull_manifest,
 )
 from swarmtrain.protocol.membership.readers import GIVES_WAY_S
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 RUN = hashlib.sha256(b"a run").hexdigest()

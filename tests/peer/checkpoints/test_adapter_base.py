@@ -20,7 +20,7 @@ from swarmtrain.model.base import resolved_run
 from swarmtrain.model.export import load_exported
 from swarmtrain.model.language_model import LanguageModel
 from swarmtrain.model.run_model import build_run_model
-from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.peer.checkpoints.adapter_base import base_of_export, load_with_base
 from swarmtrain.peer.checkpoints.export import export_from_folder, onlooker_place
 from swarmtrain.peer.lifecycle.folder import PeerFolder

@@ -17,7 +17,7 @@ from swarmtrain.errors import UserError
 from swarmtrain.events import EvalEvent, Event, WarningEvent
 from swarmtrain.machine_memory import Memory
 from swarmtrain.model.run_model import build_run_model
-from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.checkpoints import archive_sampler
 from swarmtrain.peer.checkpoints.archive_sampler import ArchiveSampler, rest_s

@@ -17,12 +17,13 @@ from swarmtrain.events import ArchivedEvent, Event, WarningEvent
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import tensor_specs
 from swarmtrain.network.discovery.presence import OwnPresence
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NetworkThread
-from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer import bootstrap
 from swarmtrain.peer.lifecycle.folder import PeerFolder
-from swarmtrain.peer.lifecycle.node import Interrupted, PeerSettings, StopFlag
+from swarmtrain.peer.lifecycle.node import PeerSettings
+from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
 from swarmtrain.peer.merging import consensus_state
 from swarmtrain.peer.merging.consensus_state import ConsensusState
 from swarmtrain.protocol.archive.departure import DepartureQueue

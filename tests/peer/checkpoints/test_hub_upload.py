@@ -14,7 +14,9 @@ from swarmtrain.cli.main import run
 from swarmtrain.model.export import export_model, load_exported
 from swarmtrain.model.gpt import build_model
 from swarmtrain.model.language_model import ModelSpec
-from swarmtrain.run import DataSection, ModelSection, PublishedSection, RunFile, RunSection, published_bytes
+from swarmtrain.run import PublishedSection, RunFile, RunSection, published_bytes
+from swarmtrain.run_data import DataSection
+from swarmtrain.run_model import ModelSection
 
 pytest.importorskip("huggingface_hub")
 

@@ -17,10 +17,10 @@ from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.events import Event, JoinedEvent, WarningEvent, to_plain_line
 from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.discovery.token_accounting import TokenAccounting
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.rounds.roster import sign_roster
-from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.bootstrap import publish_run
 from swarmtrain.peer.checkpoints import export
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint

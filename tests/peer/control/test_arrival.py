@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from swarmtrain.events import ArrivingEvent, CaughtUpEvent, Event, StartedEvent
-from swarmtrain.network.snapshots.store import CHUNK_BYTES, HeldSnapshot, Snapshot, empty_held
+from swarmtrain.network.snapshots.store import HeldSnapshot, Snapshot, empty_held
 from swarmtrain.peer.control.arrival import DownloadProgress
 from swarmtrain.peer.control.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.control.health import health
+from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import control_pb2 as control_pb
 from swarmtrain.v1 import snapshot_pb2 as pb
 

@@ -6,11 +6,11 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
-from swarmtrain.network.swarm import Serving
+from swarmtrain.network.answers import Serving
 from swarmtrain.peer.control.board import Pulse, StatusBoard, Watched
 from swarmtrain.peer.control.session import swarm_looker
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
-from swarmtrain.run import AdapterSection
+from swarmtrain.run_adapter import AdapterSection
 from swarmtrain.v1 import control_pb2 as pb
 
 

@@ -17,12 +17,13 @@ from patience import PATIENCE_S
 from swarmtrain.errors import CODE_KEY, RunTimeError, UserError
 from swarmtrain.events import DoneEvent, Event, FetchedEvent, FinishingEvent, WarningEvent
 from swarmtrain.model.parameter_count import num_parameters
+from swarmtrain.network.answers import Serving
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer
 from swarmtrain.network.discovery.presence import OwnPresence
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.history import history_to_proto, point_of
 from swarmtrain.network.identity import new_identity
-from swarmtrain.network.swarm import PublishedRun, Serving
 from swarmtrain.peer.checkpoints.files import CheckpointFolder
 from swarmtrain.peer.control.board import Pulse, StatusBoard
 from swarmtrain.peer.control.history import PeerHistory
@@ -44,7 +45,8 @@ from swarmtrain.peer.volunteer import Volunteer
 from swarmtrain.protocol.history import HistoryPoint, TextSample
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import AdapterSection, parse_run, run_sha256
+from swarmtrain.run import parse_run, run_sha256
+from swarmtrain.run_adapter import AdapterSection
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.v1 import control_pb2_grpc as pb_grpc
 from swarmtrain.v1 import snapshot_pb2 as snapshot_pb

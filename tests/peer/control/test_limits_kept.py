@@ -33,7 +33,8 @@ from swarmtrain.peer.estimate import Estimate, estimate, estimates_of
 from swarmtrain.peer.training.pause import ASKED, PauseSwitch
 from swarmtrain.protocol.limits import Limits, parse_hours
 from swarmtrain.protocol.watches import COOL_S, PLUGGED_S, QUIET_S, CardMeasurement
-from swarmtrain.run import ModelSection, NetworkSection, parse_run
+from swarmtrain.run import NetworkSection, parse_run
+from swarmtrain.run_model import ModelSection
 from swarmtrain.v1 import control_pb2 as pb
 from swarmtrain.words import counted, size_in_words
 

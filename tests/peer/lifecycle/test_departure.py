@@ -16,7 +16,7 @@ from swarmtrain.events import Event, WarningEvent
 from swarmtrain.network.node import NetworkThread
 from swarmtrain.peer.lifecycle import departure
 from swarmtrain.peer.lifecycle.departure import hand_over
-from swarmtrain.peer.lifecycle.node import StopFlag
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.protocol.archive.departure import FellowDepartures
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb

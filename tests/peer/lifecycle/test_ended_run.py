@@ -23,26 +23,20 @@ from swarmtrain.events import ArchivedEvent, DoneEvent, EvalEvent, Event, Warnin
 from swarmtrain.model.export import load_exported
 from swarmtrain.model.gpt import GPT, build_model
 from swarmtrain.network.codec import tensor_specs
-from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.peer import bootstrap
 from swarmtrain.peer.control.history import PeerHistory
 from swarmtrain.peer.lifecycle.folder import PeerFolder
-from swarmtrain.peer.lifecycle.node import (
-    Interrupted,
-    PeerSettings,
-    StopFlag,
-    held_out_loss_of,
-    kept_final_model,
-    save_model,
-    weights_in,
-)
+from swarmtrain.peer.lifecycle.node import PeerSettings, held_out_loss_of, kept_final_model, save_model, weights_in
+from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
 from swarmtrain.peer.merging.updates import Replaced
 from swarmtrain.peer.pipeline import bootstrap as pipeline_bootstrap
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.peer.training.model_training import ModelTraining
 from swarmtrain.peer.training.session import Session
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import ModelSection, RunFile, published_bytes, run_sha256
+from swarmtrain.run import RunFile, published_bytes, run_sha256
+from swarmtrain.run_model import ModelSection
 
 TOTAL = 10_000
 TEXT = bytes(range(256))

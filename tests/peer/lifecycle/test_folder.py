@@ -21,9 +21,11 @@ from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.files import write_atomically
 from swarmtrain.network.identity import load_or_create_identity, new_identity
 from swarmtrain.peer.bootstrap import publish_run, run_bootstrap
-from swarmtrain.peer.lifecycle.folder import is_in_use, peer_folder, running_invite
-from swarmtrain.peer.lifecycle.node import PeerSettings, StopFlag
+from swarmtrain.peer.lifecycle.folder import peer_folder, running_invite
+from swarmtrain.peer.lifecycle.folder_lock import is_in_use
+from swarmtrain.peer.lifecycle.node import PeerSettings
 from swarmtrain.peer.lifecycle.start_options import Started
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.run import parse_run
 
 

@@ -11,7 +11,7 @@ from codes import raises_code
 
 from swarmtrain.errors import RunTimeError, UserError
 from swarmtrain.machine_memory import Memory
-from swarmtrain.network.swarm import PublishedRun
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.peer import volunteer
 from swarmtrain.peer.lifecycle import needs as module
 from swarmtrain.peer.lifecycle.needs import Needs, check_needs, needs_of

@@ -20,8 +20,8 @@ from swarmtrain.errors import Problem, RunTimeError
 from swarmtrain.events import DoneEvent, parse_event
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import new_identity
-from swarmtrain.peer.lifecycle.node import Interrupted, StopFlag, wait_for
-from swarmtrain.peer.lifecycle.stop import explained_on_signal
+from swarmtrain.peer.lifecycle.node import wait_for
+from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag, explained_on_signal
 
 
 def test_a_result_is_returned_also_when_the_end_was_asked_for() -> None:

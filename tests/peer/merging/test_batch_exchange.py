@@ -20,12 +20,14 @@ from swarmtrain.algorithm.outer import OuterConstants, OuterState
 from swarmtrain.events import Event, WarningEvent
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.node import NetworkThread, NodeSettings, TrafficCount
-from swarmtrain.network.rounds.runner import NewState, Outcome, RosterMean
+from swarmtrain.network.rounds.round_end import Outcome, RosterMean
+from swarmtrain.network.rounds.state_fetch import NewState
 from swarmtrain.network.snapshots.store import TensorSpec
-from swarmtrain.network.swarm import PublishedRun, Swarm
-from swarmtrain.peer.lifecycle.node import StopFlag
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.merging import roster_exchange
 from swarmtrain.peer.merging.batch_exchange import BatchExchange
 from swarmtrain.peer.merging.updates import BatchMean, LocalUpdate, Replaced

@@ -27,15 +27,18 @@ from swarmtrain.algorithm.outer import flatten
 from swarmtrain.data.batches import Batches
 from swarmtrain.data.tokens import ByteTokenizer
 from swarmtrain.events import CaughtUpEvent, ClippedEvent, Event, RefusedEvent, WarningEvent
+from swarmtrain.methods.method import GradientFormat
 from swarmtrain.model.gpt import build_model
 from swarmtrain.network.codec import average_bytes_untrusted, tensor_specs
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NetworkThread, NodeSettings, TrafficCount
-from swarmtrain.network.swarm import PublishedRun, Swarm
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.devices.compute import ComputeDevice
-from swarmtrain.peer.lifecycle.node import StopFlag, held_out_loss
+from swarmtrain.peer.lifecycle.node import held_out_loss
 from swarmtrain.peer.lifecycle.preparation import initial_seed
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.merging import gossip_exchange
 from swarmtrain.peer.merging.consensus_state import fetch_consensus_state
 from swarmtrain.peer.merging.gossip_exchange import GossipExchange, hosting_of
@@ -53,7 +56,7 @@ from swarmtrain.protocol.gossip.pull_schedule import DuePulls
 from swarmtrain.protocol.gossip.pulls import GroupName, PullPlan
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import GradientFormat, RunFile
+from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.slow

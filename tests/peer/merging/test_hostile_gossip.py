@@ -12,13 +12,13 @@ import torch
 from test_gossip_exchange import STEP_TOKENS, STEPS, Peer, World, run_file
 
 from swarmtrain.events import ClippedEvent, RefusedEvent
+from swarmtrain.methods.method import GradientFormat
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.snapshots.store import Body
 from swarmtrain.peer.merging.updates import LentWeights, LocalUpdate
 from swarmtrain.protocol.gossip.fragments import FragmentRound
 from swarmtrain.protocol.gossip.messages import MergeFragment
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import GradientFormat
 
 pytestmark = pytest.mark.slow
 

@@ -18,14 +18,16 @@ from torch import Tensor
 from swarmtrain.algorithm.outer import DelayedNesterov, OuterConstants, OuterState
 from swarmtrain.errors import UnreachableError
 from swarmtrain.events import ClippedEvent, Event, RefusedEvent, WarningEvent
+from swarmtrain.network.answers import Serving
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.node import NetworkThread, NodeSettings, TrafficCount
 from swarmtrain.network.snapshots.store import Body, TensorSpec
-from swarmtrain.network.swarm import PublishedRun, Serving, Swarm
+from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
-from swarmtrain.peer.lifecycle.node import StopFlag
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.merging.server import MergeServer
 from swarmtrain.peer.merging.server_exchange import ServerExchange, lead
 from swarmtrain.peer.merging.updates import LocalUpdate, Served

@@ -17,10 +17,11 @@ from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError, UnreachableError
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NetworkThread, NodeSettings, TrafficCount
-from swarmtrain.network.swarm import PublishedRun, Swarm
-from swarmtrain.peer.lifecycle.node import StopFlag
+from swarmtrain.network.swarm import Swarm
+from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.merging.roster_exchange import RosterExchange
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound

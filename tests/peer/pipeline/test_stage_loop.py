@@ -35,7 +35,7 @@ from swarmtrain.protocol.pipeline.ledger import (
     Subtract,
     TakeStep,
 )
-from swarmtrain.run import ModelSection
+from swarmtrain.run_model import ModelSection
 
 TOKENS = 10
 LIMITS = LedgerLimits(batch_tokens=4 * TOKENS, ack_wait_s=10.0)

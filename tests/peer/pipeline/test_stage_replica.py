@@ -17,9 +17,9 @@ from swarmtrain.algorithm.inner import Moments
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.model.stage_work import DeviceStageWork
 from swarmtrain.model.stages import build_stage, stage_shapes
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NodeSettings, TrafficCount
-from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
 from swarmtrain.peer.checkpoints.writer import Checkpointer
 from swarmtrain.peer.devices.compute import ComputeDevice

@@ -42,7 +42,8 @@ from swarmtrain.peer.pipeline.stage_transfer import StageTransfer
 from swarmtrain.protocol.devices import DeviceChoice, Precision
 from swarmtrain.protocol.limits import Limits
 from swarmtrain.protocol.pipeline.ledger import Key, Kind, LedgerLimits, StageLedger, TakeStep
-from swarmtrain.run import ModelSection, RunFile
+from swarmtrain.run import RunFile
+from swarmtrain.run_model import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=2, width=16, num_heads=2)
 CONSTANTS = InnerConstants(

@@ -18,12 +18,13 @@ from patience import PATIENCE_S
 from swarmtrain.data.batches import Batches, BatchSource
 from swarmtrain.data.prefetch import PrefetchedBatches, prefetched
 from swarmtrain.data.prepare import publishable_data
+from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.identity import new_identity
 from swarmtrain.network.node import NetworkThread, NodeSettings, TrafficCount
-from swarmtrain.network.swarm import PublishedRun
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.lifecycle.folder import PeerFolder
-from swarmtrain.peer.lifecycle.node import Interrupted, PeerSettings, StopFlag
+from swarmtrain.peer.lifecycle.node import PeerSettings
+from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
 from swarmtrain.peer.training import model_training
 from swarmtrain.peer.training.model_training import ModelTraining, prepare_model
 from swarmtrain.peer.training.pause import PauseSwitch

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fault_search import microbatch_swarm
+from fault_search.microbatch_swarm import FAULTS, Faults, MicrobatchSwarm, run_schedule
+from virtual_loop import virtually
 
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
 from swarmtrain.protocol.pipeline.ledger import Settlement, StageLedger
-from swarmtrain.simulate.pipeline import microbatches
-from swarmtrain.simulate.pipeline.microbatches import FAULTS, Faults, MicrobatchSwarm, run_schedule
-from swarmtrain.simulate.virtual_loop import virtually
 
 SCHEDULES_OF_A_PART = 60
 """Schedules of all faults at once: about three seconds of a core."""
@@ -63,7 +63,7 @@ def test_answers_that_a_device_still_copies_count_once_too(
     def queue(ledger: StageLedger, now: Callable[[], float]) -> StageRequestQueue:
         return StageRequestQueue(ledger, now, copies)
 
-    monkeypatch.setattr(microbatches, "StageRequestQueue", queue)
+    monkeypatch.setattr(microbatch_swarm, "StageRequestQueue", queue)
     swarm = run_schedule(FAULTS[name], 2000 + seed, killed=seed % 2)
     assert copies.num_arrived > 4 * swarm.num_microbatches
 

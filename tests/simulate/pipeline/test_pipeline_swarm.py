@@ -13,12 +13,8 @@ import pytest
 from swarmtrain.protocol.pipeline import moves
 from swarmtrain.protocol.pipeline.balance import Rule, StageChange
 from swarmtrain.protocol.pipeline.router import VARIANTS, Router
-from swarmtrain.simulate.pipeline.world import (
-    PipelineMachine,
-    PipelineSettings,
-    PipelineWorld,
-    best_bottleneck,
-)
+from swarmtrain.simulate.pipeline.settings import PipelineMachine, PipelineSettings
+from swarmtrain.simulate.pipeline.world import PipelineWorld, best_bottleneck
 
 pytestmark = pytest.mark.slow
 

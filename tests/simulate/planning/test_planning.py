@@ -21,7 +21,8 @@ from swarmtrain.protocol.devices import FoundDevice, Precision, ProbeResult
 from swarmtrain.rehearsal import LinksSection, RehearsalChurn
 from swarmtrain.run import RunFile, parse_run
 from swarmtrain.simulate.planning.bottlenecks import FELT, Bottleneck, bottlenecks
-from swarmtrain.simulate.planning.plan import Plan, PlaybackMachines, plan
+from swarmtrain.simulate.planning.plan import Plan, plan
+from swarmtrain.simulate.planning.playback import PlaybackMachines
 from swarmtrain.simulate.planning.traffic import archived_every_s, dht_bytes_per_s
 
 pytestmark = pytest.mark.slow

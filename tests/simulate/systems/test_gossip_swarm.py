@@ -13,8 +13,9 @@ import pytest
 
 from swarmtrain.protocol.gossip.partners import VARIANTS
 from swarmtrain.protocol.gossip.pulls import PublicationBytes, WantedPartners
-from swarmtrain.simulate.systems.gossip import GossipSwarm, RoundRecord, SimulatedGossipSettings
+from swarmtrain.simulate.systems.gossip import GossipSwarm
 from swarmtrain.simulate.systems.messages import SimulatedLink
+from swarmtrain.simulate.systems.publications import RoundRecord, SimulatedGossipSettings
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,10 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 
 import pytest
+from fault_search.hosts import HostedPeer, HostedSwarm
 
 from swarmtrain.protocol.membership.hosts import MAX_GUESTS, Reach
-from swarmtrain.simulate.systems.gossip import SimulatedGossipSettings
-from swarmtrain.simulate.systems.hosts import HostedPeer, HostedSwarm
+from swarmtrain.simulate.systems.publications import SimulatedGossipSettings
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,9 @@ from swarmtrain.errors import UserError
 from swarmtrain.protocol.gossip.pulls import PublicationBytes
 from swarmtrain.simulate.comparison import compare, document
 from swarmtrain.simulate.scenario import ScenarioChurn, load_scenario
-from swarmtrain.simulate.systems.gossip import SimulatedGossipSettings
 from swarmtrain.simulate.systems.messages import SimulatedLink
 from swarmtrain.simulate.systems.play import MachineDistribution, SystemsSwarm, play, play_scenario
+from swarmtrain.simulate.systems.publications import SimulatedGossipSettings
 
 pytestmark = pytest.mark.slow
 

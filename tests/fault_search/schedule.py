@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["FaultSchedule", "FaultSpan", "Played", "ScheduledFault", "Violation", "WorldKind", "draw_faults"]
-
 WorldKind: TypeAlias = Literal["rounds", "gossip", "stages", "microbatches", "lives", "batches"]
 
 

@@ -8,10 +8,17 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from broken_rules import BEGIN_AT, BROKEN, NEEDS, ledger_takes_everything, nobody_asks_archives, nobody_refetches
 
-import swarmtrain.simulate.search.__main__ as command
-from swarmtrain.simulate.search import FaultSchedule, ScheduledFault, Violation, as_test, draw, play, shrink
+import fault_search.__main__ as command
+from fault_search import FaultSchedule, ScheduledFault, Violation, as_test, draw, play, shrink
+from fault_search.broken_rules import (
+    BEGIN_AT,
+    BROKEN,
+    NEEDS,
+    ledger_takes_everything,
+    nobody_asks_archives,
+    nobody_refetches,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -111,13 +118,14 @@ def test_what_is_found_is_written_as_a_test_that_fails(monkeypatch: pytest.Monke
 
 
 def test_schedules_play_the_same_in_a_process_that_hashes_otherwise() -> None:
-    said = (
-        "from swarmtrain.simulate.search import draw, replay\n"
-        "print([replay(draw(seed)).fingerprint for seed in range(12)])"
-    )
+    said = "from fault_search import draw, replay\nprint([replay(draw(seed)).fingerprint for seed in range(12)])"
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
     outputs = {
         subprocess.run(
-            [sys.executable, "-c", said], env=os.environ | {"PYTHONHASHSEED": hashed}, capture_output=True, check=True
+            [sys.executable, "-c", said],
+            env=os.environ | path | {"PYTHONHASHSEED": hashed},
+            capture_output=True,
+            check=True,
         ).stdout
         for hashed in ("1", "2")
     }

@@ -8,16 +8,14 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from fault_search.batches import draw_batches, play_batches
+from fault_search.gossip import draw_gossip, play_gossip
+from fault_search.lives import draw_lives, play_lives
+from fault_search.microbatches import draw_microbatches, play_microbatches
+from fault_search.rounds import draw_rounds, play_rounds
+from fault_search.schedule import FaultSchedule, Played, ScheduledFault, Violation, WorldKind
+from fault_search.stages import draw_stages, play_stages
 from swarmtrain.errors import SwarmtrainError
-from swarmtrain.simulate.search.batches import draw_batches, play_batches
-from swarmtrain.simulate.search.gossip import draw_gossip, play_gossip
-from swarmtrain.simulate.search.lives import draw_lives, play_lives
-from swarmtrain.simulate.search.microbatches import draw_microbatches, play_microbatches
-from swarmtrain.simulate.search.rounds import draw_rounds, play_rounds
-from swarmtrain.simulate.search.schedule import FaultSchedule, Played, ScheduledFault, Violation, WorldKind
-from swarmtrain.simulate.search.stages import draw_stages, play_stages
-
-__all__ = ["as_test", "draw", "play", "replay", "shrink"]
 
 _DRAW: dict[WorldKind, Callable[[random.Random], FaultSchedule]] = {
     "rounds": draw_rounds,
@@ -140,7 +138,7 @@ def as_test(schedule: FaultSchedule, invariant: str = "of a searched schedule") 
     found = play(schedule)
     said = "".join(f"    # {violation}\n" for violation in found) or "    # nothing is wrong with it\n"
     return (
-        f"from swarmtrain.simulate.search import {FaultSchedule.__name__}, {ScheduledFault.__name__}, play\n\n\n"
+        f"from fault_search import {FaultSchedule.__name__}, {ScheduledFault.__name__}, play\n\n\n"
         f"def test_{schedule.world}_{re.sub('[^a-z]+', '_', invariant.lower())}() -> None:\n"
         f"{said}    schedule = {_written(schedule)}\n    assert not play(schedule)\n"
     )

@@ -24,18 +24,14 @@ from swarmtrain.protocol.membership.hosts import (
     host_candidates,
 )
 from swarmtrain.protocol.membership.membership import PeerInfo
-from swarmtrain.simulate.systems.gossip import (
-    AWAY,
-    NOTHING,
-    GossipPeer,
-    GossipSwarm,
+from swarmtrain.simulate.systems.gossip import AWAY, NOTHING, GossipPeer, GossipSwarm
+from swarmtrain.simulate.systems.messages import SimulatedLink
+from swarmtrain.simulate.systems.publications import (
+    OfGuest,
+    PublicationQuery,
     SimulatedGossipSettings,
     SimulatedPublication,
 )
-from swarmtrain.simulate.systems.messages import SimulatedLink
-from swarmtrain.simulate.systems.publications import OfGuest, PublicationQuery
-
-__all__ = ["HostedPeer", "HostedSwarm"]
 
 _POLL_INTERVAL_S = 5.0
 

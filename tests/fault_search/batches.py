@@ -1,6 +1,6 @@
 """Schedules of faults in a swarm that makes one large batch after the other, and the invariants that must hold.
 
-All that must hold in synchronous rounds (`simulate/search/rounds.py`), and:
+All that must hold in synchronous rounds (`tests/fault_search/rounds.py`), and:
 
 - A batch goes on for `round_limit_s` at most, and one step.
 - A gradient counts with the tokens that its author computed for it, and once.
@@ -16,18 +16,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fault_search.faults import declare_span
+from fault_search.rounds import KINDS, RoundLiar, SearchedRounds, draw_rounds, judged, settings_of
+from fault_search.schedule import FaultSchedule, Played, ScheduledFault, Violation
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.run_batch import BatchTarget
-from swarmtrain.simulate.search.faults import declare_span
-from swarmtrain.simulate.search.rounds import KINDS, RoundLiar, SearchedRounds, draw_rounds, judged, settings_of
-from swarmtrain.simulate.search.schedule import FaultSchedule, Played, ScheduledFault, Violation
 from swarmtrain.simulate.systems.batch_volunteer import BatchVolunteer
 from swarmtrain.simulate.systems.messages import SimulatedLink, WorldMoment
 from swarmtrain.simulate.systems.transfers import Owner
 from swarmtrain.simulate.systems.volunteer import SimulatedVolunteer
-
-__all__ = ["draw_batches", "play_batches"]
 
 _SPEEDS = (0.7, 2.0, 5.0, 10.0)
 """Inner steps per second."""

@@ -51,24 +51,6 @@ from swarmtrain.run import RunFile
 from swarmtrain.simulate.clock import Clock
 from swarmtrain.v1 import snapshot_pb2 as pb
 
-__all__ = [
-    "RUN",
-    "SHA256",
-    "SPECS",
-    "Behind",
-    "Bootstrap",
-    "DiskCheckpoint",
-    "Folder",
-    "LivesLiar",
-    "LivesWorld",
-    "Process",
-    "Round",
-    "SearchedVolunteer",
-    "behind_mean",
-    "identity_of",
-    "state_that_came",
-]
-
 _T = TypeVar("_T")
 
 TOTAL_TOKENS = 200_000

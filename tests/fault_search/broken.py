@@ -8,11 +8,9 @@ import signal
 from collections.abc import Iterable, Iterator
 from functools import partial
 
+from fault_search.play import draw, play
+from fault_search.schedule import Violation, WorldKind
 from swarmtrain.environment import PEER, keep_minimal_environment
-from swarmtrain.simulate.search.play import draw, play
-from swarmtrain.simulate.search.schedule import Violation, WorldKind
-
-__all__ = ["broken"]
 
 _AT_ONCE = 10
 """Schedules that a process receives at a time."""

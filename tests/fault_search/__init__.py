@@ -4,7 +4,7 @@ A schedule follows from a seed (`draw`), and plays the same way everywhere (`pla
 schedule is shortened (`shrink`) and written down as a test (`as_test`). Peers run the product's own decisions.
 """
 
-from swarmtrain.simulate.search.play import as_test, draw, play, replay, shrink
-from swarmtrain.simulate.search.schedule import FaultSchedule, ScheduledFault, Violation
+from fault_search.play import as_test, draw, play, replay, shrink
+from fault_search.schedule import FaultSchedule, ScheduledFault, Violation
 
 __all__ = ["FaultSchedule", "ScheduledFault", "Violation", "as_test", "draw", "play", "replay", "shrink"]

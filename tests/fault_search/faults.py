@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from fault_search.schedule import ScheduledFault
 from swarmtrain.simulate.pipeline.world import PipelineWorld
-from swarmtrain.simulate.search.schedule import ScheduledFault
 from swarmtrain.simulate.systems.network import SimulatedNetwork
-
-__all__ = ["declare", "declare_span", "end_faults"]
 
 World: TypeAlias = "SimulatedNetwork[Any] | PipelineWorld"
 Come: TypeAlias = Callable[[str, int], object]

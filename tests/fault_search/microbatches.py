@@ -12,11 +12,10 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from swarmtrain.simulate.pipeline.microbatches import Faults, MicrobatchSwarm
-from swarmtrain.simulate.search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
-from swarmtrain.simulate.virtual_loop import virtually
+from virtual_loop import virtually
 
-__all__ = ["draw_microbatches", "play_microbatches"]
+from fault_search.microbatch_swarm import Faults, MicrobatchSwarm
+from fault_search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
 
 _LIMIT_S = 900.0
 _SPAN = FaultSpan(0.1, 3.0, 40.0)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from virtual_loop import virtually
+
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.peer.pipeline.driver import Driver, StageAttempt, StageResult, Tail
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
@@ -30,9 +32,6 @@ from swarmtrain.protocol.pipeline.ledger import (
     TakeStep,
 )
 from swarmtrain.protocol.pipeline.router import Router
-from swarmtrain.simulate.virtual_loop import virtually
-
-__all__ = ["FAULTS", "Faults", "MicrobatchSwarm", "run_schedule"]
 
 LIMITS = LedgerLimits(batch_tokens=4, ack_wait_s=5.0, hold_s=60.0, max_open=32, max_open_of_driver=16)
 

@@ -18,6 +18,9 @@ from collections.abc import Coroutine, Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
+from fault_search.faults import declare, end_faults
+from fault_search.hosts import HostedPeer, HostedSwarm
+from fault_search.schedule import FaultSchedule, FaultSpan, Played, Violation, draw_faults
 from swarmtrain.algorithm.pacing import fewest_inner_steps, most_inner_steps, paced_inner_steps
 from swarmtrain.network.discovery.token_accounting import TokenAccounting
 from swarmtrain.protocol.gossip.messages import MergeFragment
@@ -25,16 +28,11 @@ from swarmtrain.protocol.gossip.pulls import WantedPartners
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.shards import Coverage
 from swarmtrain.protocol.tokens.tally import CountingRules, quick_speed
-from swarmtrain.simulate.search.faults import declare, end_faults
-from swarmtrain.simulate.search.schedule import FaultSchedule, FaultSpan, Played, Violation, draw_faults
-from swarmtrain.simulate.systems.gossip import BUSY, RoundRecord, SimulatedGossipSettings, SimulatedPublication
-from swarmtrain.simulate.systems.hosts import HostedPeer, HostedSwarm
+from swarmtrain.simulate.systems.gossip import BUSY
 from swarmtrain.simulate.systems.messages import SimulatedLink
 from swarmtrain.simulate.systems.network import kept_until
-from swarmtrain.simulate.systems.publications import OfGuest
+from swarmtrain.simulate.systems.publications import OfGuest, RoundRecord, SimulatedGossipSettings, SimulatedPublication
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["draw_gossip", "play_gossip"]
 
 _RECOVERY_S = 40.0
 _SPAN = FaultSpan(2.0, 30.0, 20.0)

@@ -1,4 +1,4 @@
-"""Search for faults: `python -m swarmtrain.simulate.search`, or `make search`; docs/simulating.md says what it finds.
+"""Search for faults: `python -m fault_search`, or `make search`; docs/simulating.md says what it finds.
 
 The progress bar is on standard error. Findings are on standard output: each broken invariant once, as a test with the
 shortest schedule. The exit code is 1 if anything was found.
@@ -17,16 +17,14 @@ from typing import get_args
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from swarmtrain.simulate.search.broken import broken
-from swarmtrain.simulate.search.play import as_test, draw, shrink
-from swarmtrain.simulate.search.schedule import WorldKind
-
-__all__ = ["main"]
+from fault_search.broken import broken
+from fault_search.play import as_test, draw, shrink
+from fault_search.schedule import WorldKind
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Play schedules, and print the invariants that break. Return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m swarmtrain.simulate.search", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m fault_search", description=__doc__.split("\n")[0])
     parser.add_argument("--schedules", type=int, metavar="N", help="How many; until Ctrl-C if it is not said.")
     parser.add_argument("--seed", type=int, metavar="N", help="Of the first one; by chance if not said.")
     parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count() or 1, help="Processes. [a core each]")

@@ -10,13 +10,7 @@ from typing import Any
 
 import torch
 
-from swarmtrain.network.asynchronous.server_link import describe_weights
-from swarmtrain.peer.lifecycle.bootstrap_peer import LOOK_EVERY_S
-from swarmtrain.peer.merging.server_exchange import ServerExchange
-from swarmtrain.protocol.server import GradientUpload, GradientUploads, UploadVersions, too_old
-from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.run import PublishedSection
-from swarmtrain.simulate.search.lives_peers import (
+from fault_search.lives_peers import (
     RUN,
     Behind,
     Bootstrap,
@@ -27,8 +21,12 @@ from swarmtrain.simulate.search.lives_peers import (
     SearchedVolunteer,
     identity_of,
 )
-
-__all__ = ["SERVED_RUN", "Server", "Worker"]
+from swarmtrain.network.asynchronous.server_link import describe_weights
+from swarmtrain.peer.lifecycle.bootstrap_peer import LOOK_EVERY_S
+from swarmtrain.peer.merging.server_exchange import ServerExchange
+from swarmtrain.protocol.server import GradientUpload, GradientUploads, UploadVersions, too_old
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.run import PublishedSection
 
 _NOTHING = "00" * 32
 SERVED_RUN = RUN.model_copy(

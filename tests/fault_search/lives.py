@@ -18,11 +18,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from swarmtrain.algorithm.inner import learning_rate_at
-from swarmtrain.peer.lifecycle.bootstrap_peer import LOOK_EVERY_S
-from swarmtrain.peer.training.loop import inner_constants
-from swarmtrain.protocol.membership.membership import PeerState
-from swarmtrain.simulate.search.lives_peers import (
+from fault_search.lives_peers import (
     RUN,
     Bootstrap,
     Folder,
@@ -33,11 +29,13 @@ from swarmtrain.simulate.search.lives_peers import (
     SearchedVolunteer,
     identity_of,
 )
-from swarmtrain.simulate.search.lives_rounds import ROUNDS_RUN, RoundsBootstrap, RoundsVolunteer
-from swarmtrain.simulate.search.lives_server import SERVED_RUN, Server, Worker
-from swarmtrain.simulate.search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
-
-__all__ = ["draw_lives", "play_lives"]
+from fault_search.lives_rounds import ROUNDS_RUN, RoundsBootstrap, RoundsVolunteer
+from fault_search.lives_server import SERVED_RUN, Server, Worker
+from fault_search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
+from swarmtrain.algorithm.inner import learning_rate_at
+from swarmtrain.peer.lifecycle.bootstrap_peer import LOOK_EVERY_S
+from swarmtrain.peer.training.loop import inner_constants
+from swarmtrain.protocol.membership.membership import PeerState
 
 _SPAN = FaultSpan(4.0, 60.0, 40.0)
 _LEAST_S = 20.0

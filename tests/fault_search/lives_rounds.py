@@ -12,6 +12,22 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from fault_search.lives_peers import (
+    RUN,
+    SHA256,
+    SPECS,
+    Behind,
+    Bootstrap,
+    DiskCheckpoint,
+    Folder,
+    LivesWorld,
+    Process,
+    Round,
+    SearchedVolunteer,
+    behind_mean,
+    identity_of,
+    state_that_came,
+)
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.network.rounds.downloads import Downloads
 from swarmtrain.network.rounds.merger import RoundSettings
@@ -28,25 +44,7 @@ from swarmtrain.protocol.rounds.chains import chain_view
 from swarmtrain.protocol.rounds.messages import ProcessSuspended
 from swarmtrain.protocol.rounds.rosters import Roster
 from swarmtrain.protocol.tokens.progress import Progress
-from swarmtrain.simulate.search.lives_peers import (
-    RUN,
-    SHA256,
-    SPECS,
-    Behind,
-    Bootstrap,
-    DiskCheckpoint,
-    Folder,
-    LivesWorld,
-    Process,
-    Round,
-    SearchedVolunteer,
-    behind_mean,
-    identity_of,
-    state_that_came,
-)
 from swarmtrain.v1 import snapshot_pb2 as pb
-
-__all__ = ["ROUNDS_RUN", "RoundsBootstrap", "RoundsVolunteer"]
 
 ROUNDS_RUN = RUN.model_copy(update={"merge": RUN.merge.model_copy(update={"method": "diloco"})})
 _SILENCE_S = 5.0

@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fault_search.faults import declare, end_faults
+from fault_search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
 from swarmtrain.protocol.pipeline.balance import Rule, StagePeer
 from swarmtrain.protocol.pipeline.moves import StayAnswer
+from swarmtrain.simulate.pipeline.settings import PipelineMachine, PipelineSettings
 from swarmtrain.simulate.pipeline.stage_moves import Moving, SimulatedMover
 from swarmtrain.simulate.pipeline.stage_peer import StageVolunteer
-from swarmtrain.simulate.pipeline.world import PipelineMachine, PipelineSettings, PipelineWorld
-from swarmtrain.simulate.search.faults import declare, end_faults
-from swarmtrain.simulate.search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
+from swarmtrain.simulate.pipeline.world import PipelineWorld
 from swarmtrain.simulate.systems.network import NetworkPlace
-
-__all__ = ["draw_stages", "play_stages"]
 
 _RECOVERY_S = 200.0
 """Seconds until an empty stage is held again.

@@ -16,27 +16,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
+from fault_search.faults import declare, declare_span, end_faults
+from fault_search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.rounds.chains import Chain, ChainLink, ShownChain
 from swarmtrain.protocol.rounds.messages import AnswerRoundQuestion
 from swarmtrain.protocol.rounds.rosters import AdvertisedRound, Roster, RoundPublication
-from swarmtrain.simulate.search.faults import declare, declare_span, end_faults
-from swarmtrain.simulate.search.schedule import FaultSchedule, FaultSpan, Played, ScheduledFault, Violation, draw_faults
-from swarmtrain.simulate.systems.messages import JoinState, Phase, Settings, SimulatedLink, hash_of
+from swarmtrain.simulate.systems.messages import JoinState, Phase, Settings, SimulatedLink, WorldMoment, hash_of
 from swarmtrain.simulate.systems.volunteer import Reply, SimulatedVolunteer, named
-from swarmtrain.simulate.systems.world import SynchronousWorld, WorldMoment
-
-__all__ = [
-    "KINDS",
-    "RoundLiar",
-    "SearchedRounds",
-    "counted_twice",
-    "draw_rounds",
-    "judged",
-    "not_one_model",
-    "play_rounds",
-    "settings_of",
-]
+from swarmtrain.simulate.systems.world import SynchronousWorld
 
 BASE_WAIT_S = 6.0
 """Seconds of waiting without a fault: the slowest peer's round less the fastest one's, and the transfers."""

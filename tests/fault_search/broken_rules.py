@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fault_search.schedule import WorldKind
 from swarmtrain.algorithm import pacing
 from swarmtrain.peer.checkpoints import archive, archive_watch
 from swarmtrain.peer.training import replica
@@ -20,10 +21,7 @@ from swarmtrain.protocol.membership import hosts, membership
 from swarmtrain.protocol.pipeline import balance, ledger, stage_leases
 from swarmtrain.protocol.rounds import batch_end, chains, engine, rosters, state_search
 from swarmtrain.protocol.tokens import shards, tally
-from swarmtrain.simulate.search.schedule import WorldKind
 from swarmtrain.simulate.systems import publications, transfers
-
-__all__ = ["BEGIN_AT", "BROKEN", "NEEDS"]
 
 Patch = pytest.MonkeyPatch
 
