@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from swarmtrain.algorithm.inner import InnerOptimizer
 from swarmtrain.model.stages import Stage, build_stage, stage_shapes
-from swarmtrain.peer.pipeline.stage_sizes import cut_and_measure
+from swarmtrain.peer.pipeline.stage_assignment import cut_and_measure
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.run import RunFile
 

@@ -32,9 +32,8 @@ from swarmtrain.network.discovery.records import (
     presence_from_proto_untrusted,
     presence_to_proto,
 )
-from swarmtrain.network.identity import new_identity, peer_bytes
+from swarmtrain.network.identity import new_identity, peer_bytes, sign
 from swarmtrain.network.rounds.roster import roster_untrusted
-from swarmtrain.network.signatures import sign
 from swarmtrain.network.snapshots.state_provider import state_specs
 from swarmtrain.network.snapshots.store import Body, SnapshotStore, TensorSpec, build_snapshot, manifest_untrusted
 from swarmtrain.protocol.membership.membership import PeerInfo

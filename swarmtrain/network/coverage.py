@@ -18,9 +18,8 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network.identity import Identity, peer_id_from_bytes_untrusted
-from swarmtrain.network.signatures import open_signed_untrusted, sign
-from swarmtrain.protocol.membership.accusations import NamedOnce
+from swarmtrain.network.identity import Identity, open_signed_untrusted, peer_id_from_bytes_untrusted, sign
+from swarmtrain.protocol.membership.budgets import NamedOnce
 from swarmtrain.protocol.tokens.shards import MAX_ROWS, Coverage, CoverageRow
 from swarmtrain.run import RunFile
 from swarmtrain.v1 import snapshot_pb2 as pb

@@ -1,4 +1,4 @@
-"""Identify a peer: an Ed25519 key in its folder, and the PeerID that contains the public half.
+"""Identify a peer: an Ed25519 key in its folder, the PeerID that contains the public half, and its signatures.
 
 The key file has libp2p's own format, so that the daemon reads the same file. The PeerID of an Ed25519 key is an
 identity multihash of the public key: whoever knows a PeerID can check its signatures, and nothing else has to travel.
@@ -7,15 +7,19 @@ identity multihash of the public key: whoever knows a PeerID can check its signa
 from __future__ import annotations
 
 import functools
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import base58
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from google.protobuf.message import DecodeError, Message
 
 from swarmtrain.errors import BadBytesError, UserError
 from swarmtrain.network.files import write_atomically
+from swarmtrain.v1 import snapshot_pb2 as pb
 
 _KEY_PREFIX = b"\x08\x01\x12\x40"  # protobuf PrivateKey{type: Ed25519, data: 64 bytes}
 _PEER_PREFIX = b"\x00\x24\x08\x01\x12\x20"  # identity multihash of PublicKey{type: Ed25519, data: 32 bytes}
@@ -109,3 +113,42 @@ def verify_untrusted(peer: bytes, message: bytes, signature: bytes) -> str:
     except (InvalidSignature, ValueError) as error:
         raise BadBytesError(f"a signature that is not {peer_id}'s", code="bad-signature") from error
     return peer_id
+
+
+_M = TypeVar("_M", bound=Message)
+
+
+def _signed_bytes(purpose: str, run_sha256: str, payload: bytes) -> bytes:
+    return f"swarmtrain {purpose} v1\0".encode() + bytes.fromhex(run_sha256) + payload
+
+
+def sign(identity: Identity, purpose: str, run_sha256: str, message: Message) -> pb.Signed:
+    """Return `message` signed by `identity` for this run and purpose ("manifest", "roster", "presence")."""
+    payload = message.SerializeToString(deterministic=True)
+    return pb.Signed(
+        payload=payload,
+        author=peer_bytes(identity.peer_id),
+        signature=identity.sign(_signed_bytes(purpose, run_sha256, payload)),
+    )
+
+
+def open_signed_untrusted(
+    signed: pb.Signed, purpose: str, run_sha256: str, message_type: type[_M], max_bytes: int = 2 * 1024 * 1024
+) -> tuple[str, _M]:
+    """Return (author's PeerID, message). Raises BadBytesError if it is oversized, forged, or another kind
+    of message."""
+    if len(signed.payload) > max_bytes:
+        raise BadBytesError(
+            f"a signed {purpose} of {len(signed.payload)} bytes, more than {max_bytes}", code="bad-size"
+        )
+    author = verify_untrusted(signed.author, _signed_bytes(purpose, run_sha256, signed.payload), signed.signature)
+    try:
+        message = message_type.FromString(signed.payload)
+    except DecodeError as error:
+        raise BadBytesError(f"a signed {purpose} that cannot be read", code="bad-format") from error
+    return author, message
+
+
+def payload_sha256(signed: pb.Signed) -> str:
+    """Return the SHA-256 of the signed payload, hex: the name of a snapshot or a roster."""
+    return hashlib.sha256(signed.payload).hexdigest()

@@ -36,7 +36,7 @@ from swarmtrain.network.model_files.served_file import ServedFile
 from swarmtrain.network.reachability.listen import cannot_listen, is_taken
 from swarmtrain.network.snapshots.replies import Replies
 from swarmtrain.network.tasks import end_tasks, logged
-from swarmtrain.protocol.membership.dial_budget import may_dial
+from swarmtrain.protocol.membership.budgets import may_dial
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import one_line
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from swarmtrain.errors import PeerError
 from swarmtrain.events import Event, RefusedEvent
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.protocol.membership.accusations import NamedOnce
+from swarmtrain.protocol.membership.budgets import NamedOnce
 
 _log = logging.getLogger(__name__)
 _AGAIN_S = 60.0

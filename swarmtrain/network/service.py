@@ -25,7 +25,7 @@ from swarmtrain.network.node import Node, Stream
 from swarmtrain.network.reachability.dial_back import DialBack
 from swarmtrain.network.snapshots.replies import Reply, answer
 from swarmtrain.network.snapshots.store import SnapshotStore, next_message
-from swarmtrain.protocol.membership.call_budget import CallBudget
+from swarmtrain.protocol.membership.budgets import CallBudget
 from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 

@@ -78,7 +78,7 @@ from swarmtrain.peer.merging.server import MergeServer
 from swarmtrain.peer.model_files.base_files import BaseFiles, pin_base, place_of_base
 from swarmtrain.peer.model_files.fetcher import FilesPlace, files_place
 from swarmtrain.peer.pipeline.bootstrap import PipelineBootstrap
-from swarmtrain.peer.pipeline.stage_sizes import cut_and_measure
+from swarmtrain.peer.pipeline.stage_assignment import cut_and_measure
 from swarmtrain.problems import shown
 from swarmtrain.protocol.archive.departure import DepartureQueue
 from swarmtrain.protocol.archive.load import (

@@ -18,7 +18,7 @@ from swarmtrain.peer.training import replica
 from swarmtrain.protocol.archive import departure
 from swarmtrain.protocol.gossip import partners
 from swarmtrain.protocol.membership import hosts, membership
-from swarmtrain.protocol.pipeline import balance, ledger, stage_leases
+from swarmtrain.protocol.pipeline import balance, ledger, moves
 from swarmtrain.protocol.rounds import batch_end, chains, engine, rosters, state_search
 from swarmtrain.protocol.tokens import shards, tally
 from swarmtrain.simulate.systems import publications, transfers
@@ -155,19 +155,19 @@ def nobody_counts_who_is_left(patch: Patch) -> None:
 
 def promises_are_not_kept(patch: Patch) -> None:
     """Let a peer that has promised to stay move."""
-    patch.setattr(stage_leases.StageLeases, "bound_s", lambda self, stage, now: 0.0)
-    patch.setattr(stage_leases.StageLeases, "bound", lambda self, now: ())
+    patch.setattr(moves.StageLeases, "bound_s", lambda self, stage, now: 0.0)
+    patch.setattr(moves.StageLeases, "bound", lambda self, now: ())
 
 
 def promises_are_given_to_all(patch: Patch) -> None:
     """Give promises even while wanting to leave."""
 
     def asked(
-        self: stage_leases.StageLeases, request: stage_leases.LeaseRequest, stages: Iterable[int], now: float
-    ) -> tuple[stage_leases.StageLease, str]:
-        return stage_leases.StageLease(request=request, lasts_s=self.lasts_s), "why not"
+        self: moves.StageLeases, request: moves.LeaseRequest, stages: Iterable[int], now: float
+    ) -> tuple[moves.StageLease, str]:
+        return moves.StageLease(request=request, lasts_s=self.lasts_s), "why not"
 
-    patch.setattr(stage_leases.StageLeases, "asked", asked)
+    patch.setattr(moves.StageLeases, "asked", asked)
 
 
 def nobody_is_hidden(patch: Patch) -> None:

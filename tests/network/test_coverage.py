@@ -18,8 +18,7 @@ from swarmtrain.network.asynchronous.publications import OwnPublication, Publish
 from swarmtrain.network.codec import PublicationCodec
 from swarmtrain.network.coverage import CarriedRows, DataCoverage, ShardsOf
 from swarmtrain.network.discovery.token_accounting import TokenAccounting
-from swarmtrain.network.identity import Identity, new_identity
-from swarmtrain.network.signatures import sign
+from swarmtrain.network.identity import Identity, new_identity, sign
 from swarmtrain.network.snapshots.store import Body, SnapshotStore, TensorSpec, manifest_untrusted
 from swarmtrain.network.tensor_groups import groups_of
 from swarmtrain.protocol.tokens.shards import MAX_ROWS

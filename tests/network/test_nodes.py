@@ -53,7 +53,7 @@ from swarmtrain.network.snapshots.store import (
     pull_manifest,
 )
 from swarmtrain.peer.lifecycle.node import clock_warning
-from swarmtrain.protocol.membership.dial_budget import may_dial
+from swarmtrain.protocol.membership.budgets import may_dial
 from swarmtrain.run import CHUNK_BYTES, NetworkSection
 from swarmtrain.v1 import snapshot_pb2 as pb
 

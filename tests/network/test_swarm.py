@@ -21,9 +21,8 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.discovery.records import presence_to_proto
 from swarmtrain.network.discovery.run_lookup import PublishedRun
-from swarmtrain.network.identity import Identity, new_identity, peer_bytes
+from swarmtrain.network.identity import Identity, new_identity, peer_bytes, sign
 from swarmtrain.network.node import NodeSettings, TrafficCount
-from swarmtrain.network.signatures import sign
 from swarmtrain.network.snapshots.store import Body
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.protocol.archive.departure import DepartureQueue

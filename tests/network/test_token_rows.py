@@ -19,8 +19,7 @@ from swarmtrain.network.asynchronous.server_link import entered_round_untrusted
 from swarmtrain.network.asynchronous.state_fetcher import StateFetcher
 from swarmtrain.network.codec import body_of
 from swarmtrain.network.discovery.token_accounting import TokenAccounting
-from swarmtrain.network.identity import base58_decode, base58_encode, new_identity, peer_bytes
-from swarmtrain.network.signatures import sign
+from swarmtrain.network.identity import base58_decode, base58_encode, new_identity, peer_bytes, sign
 from swarmtrain.network.snapshots.state_provider import StateProvider, state_specs
 from swarmtrain.network.snapshots.store import SnapshotStore, TensorSpec
 from swarmtrain.network.token_rows import MAX_ROWS_READ, MAX_ROWS_TOLD, add_token_rows, check_token_rows_untrusted

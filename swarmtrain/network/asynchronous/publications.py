@@ -15,8 +15,7 @@ from functools import partial
 from typing import Protocol
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network.identity import Identity
-from swarmtrain.network.signatures import open_signed_untrusted
+from swarmtrain.network.identity import Identity, open_signed_untrusted
 from swarmtrain.network.snapshots.state_provider import FillManifest
 from swarmtrain.network.snapshots.store import (
     Body,

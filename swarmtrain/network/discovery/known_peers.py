@@ -15,8 +15,7 @@ from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.discovery.token_accounting import TokenAccounting
 from swarmtrain.network.node import Node
 from swarmtrain.network.refusals import Refusals
-from swarmtrain.protocol.membership.arrivals import Arrivals
-from swarmtrain.protocol.membership.membership import Membership, MembershipChange, PeerState
+from swarmtrain.protocol.membership.membership import Arrivals, Membership, MembershipChange, PeerState
 from swarmtrain.protocol.membership.records import MAX_READ_BUCKETS, buckets_to_read
 from swarmtrain.v1 import snapshot_pb2 as pb
 

@@ -10,9 +10,8 @@ from typing import TypedDict, Unpack
 from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.discovery.records import PRESENCE, presence_to_proto, progress_to_proto
 from swarmtrain.network.discovery.token_accounting import TokenAccounting
-from swarmtrain.network.identity import Identity
+from swarmtrain.network.identity import Identity, sign
 from swarmtrain.network.node import Node
-from swarmtrain.network.signatures import sign
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.records import bucket_of, choose_bucket
 from swarmtrain.protocol.pipeline.balance import StagePeer

@@ -26,12 +26,12 @@ from swarmtrain.network.daemon import hivemind_module, swarm_time
 from swarmtrain.network.identity import (
     Identity,
     base58_decode,
+    open_signed_untrusted,
     peer_bytes,
     peer_id_from_bytes_untrusted,
     verify_untrusted,
 )
-from swarmtrain.network.signatures import open_signed_untrusted
-from swarmtrain.protocol.membership.dial_budget import may_dial
+from swarmtrain.protocol.membership.budgets import may_dial
 from swarmtrain.protocol.membership.hosts import MAX_HOSTS
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.records import MAX_DEPTH, bucket_of

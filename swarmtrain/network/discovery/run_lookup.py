@@ -27,7 +27,7 @@ from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.node import NOT_SERVED, Node
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.protocol.membership.clocks import MOST_CORRECTED_S, ClockVerdict, judge_clock
+from swarmtrain.protocol.membership.membership import MOST_CORRECTED_S, ClockVerdict, judge_clock
 from swarmtrain.protocol.pinned_files.file_list import files_of_run_untrusted
 from swarmtrain.run import RunFile, run_sha256
 from swarmtrain.v1 import snapshot_pb2 as pb

@@ -17,7 +17,7 @@ from datetime import datetime
 
 from swarmtrain.errors import BadBytesError
 from swarmtrain.network.discovery.records import PROGRESS, progress_from_proto_untrusted
-from swarmtrain.protocol.membership.accusations import NamedOnce
+from swarmtrain.protocol.membership.budgets import NamedOnce
 from swarmtrain.protocol.membership.records import COUNTED_AT_ONCE, bucket_of, buckets_to_read
 from swarmtrain.protocol.tokens.tally import CountingRules, Tally, agreed_counts
 from swarmtrain.run import RunFile

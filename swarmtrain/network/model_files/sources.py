@@ -22,10 +22,10 @@ from swarmtrain.network.discovery.records import (
     presence_from_proto_untrusted,
     presence_to_proto,
 )
+from swarmtrain.network.identity import sign
 from swarmtrain.network.model_files.source_table import MOST_SOURCES
 from swarmtrain.network.node import Node
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.signatures import sign
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 

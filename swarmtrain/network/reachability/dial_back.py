@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Protocol
 
 from swarmtrain.errors import BadBytesError, RunTimeError, UnreachableError
-from swarmtrain.network.identity import load_or_create_identity, peer_bytes
+from swarmtrain.network.identity import load_or_create_identity, open_signed_untrusted, peer_bytes
 from swarmtrain.network.node import Node, NodeSettings
-from swarmtrain.network.signatures import open_signed_untrusted
-from swarmtrain.protocol.membership.dial_budget import DialBudget, dial_targets
+from swarmtrain.protocol.membership.budgets import DialBudget, dial_targets
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 DIAL_S = 4.0  # a failure is reported after exactly this

@@ -17,7 +17,7 @@ from swarmtrain.network.daemon import swarm_time
 from swarmtrain.network.reachability.probe import DialOutcome, ask_to_be_dialled, tcp_ports
 from swarmtrain.network.service import PeerCalls
 from swarmtrain.network.tasks import end_tasks
-from swarmtrain.protocol.membership.dial_budget import is_public
+from swarmtrain.protocol.membership.budgets import is_public
 from swarmtrain.protocol.membership.hosts import (
     NUM_ASKED,
     HostChoice,

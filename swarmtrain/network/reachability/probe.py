@@ -15,11 +15,10 @@ from swarmtrain.errors import BadBytesError, UnreachableError
 from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.discovery.records import open_presence_untrusted, presence_from_proto_untrusted
 from swarmtrain.network.discovery.run_lookup import refusal_untrusted
-from swarmtrain.network.identity import Identity, peer_bytes
+from swarmtrain.network.identity import Identity, peer_bytes, sign
 from swarmtrain.network.node import NOT_SERVED, Node
 from swarmtrain.network.reachability.dial_back import DIAL_S, PURPOSE
 from swarmtrain.network.service import PeerCalls
-from swarmtrain.network.signatures import sign
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 from swarmtrain.words import short_peer

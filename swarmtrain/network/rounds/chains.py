@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from google.protobuf.message import DecodeError
 
 from swarmtrain.errors import BadBytesError
+from swarmtrain.network.identity import payload_sha256
 from swarmtrain.network.rounds.merger import RoundSettings
 from swarmtrain.network.rounds.roster import check_publication, named, publication_of, roster_untrusted
-from swarmtrain.network.signatures import payload_sha256
 from swarmtrain.protocol.rounds.chains import MAX_LINKS, Chain, ChainLink, Chains, ShownChain, flaw
 from swarmtrain.protocol.rounds.messages import SignedRoster
 from swarmtrain.protocol.rounds.rosters import Roster

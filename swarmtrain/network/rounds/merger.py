@@ -19,11 +19,10 @@ from typing import TypeVar
 
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.identity import Identity
+from swarmtrain.network.identity import Identity, open_signed_untrusted
 from swarmtrain.network.rounds.downloads import Downloads, WaitsFor, check_finite
 from swarmtrain.network.rounds.gradient_groups import GradientGroups, GradientPiece
 from swarmtrain.network.rounds.roster import check_publication
-from swarmtrain.network.signatures import open_signed_untrusted
 from swarmtrain.network.snapshots.store import (
     Body,
     HeldSnapshot,

@@ -6,8 +6,14 @@
 from __future__ import annotations
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.network.identity import Identity, peer_bytes, peer_id_from_bytes_untrusted
-from swarmtrain.network.signatures import open_signed_untrusted, payload_sha256, sign
+from swarmtrain.network.identity import (
+    Identity,
+    open_signed_untrusted,
+    payload_sha256,
+    peer_bytes,
+    peer_id_from_bytes_untrusted,
+    sign,
+)
 from swarmtrain.network.snapshots.store import Snapshot
 from swarmtrain.protocol.rounds.messages import SignedRoster
 from swarmtrain.protocol.rounds.rosters import Roster, RoundPublication

@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
 
 from swarmtrain.errors import BadBytesError, BrokenOffError, BusyError, PeerError, StalledError, UnreachableError
-from swarmtrain.network.identity import Identity, peer_bytes
+from swarmtrain.network.identity import Identity, open_signed_untrusted, payload_sha256, peer_bytes, sign
 from swarmtrain.network.links.throttle import Throttle, num_at_once
 from swarmtrain.network.model_files.served_file import ServedFile
-from swarmtrain.network.signatures import open_signed_untrusted, payload_sha256, sign
 from swarmtrain.network.snapshots.replies import ChunkReply, Reply
-from swarmtrain.protocol.membership.readers import GIVES_WAY_S, Reader, Readers
+from swarmtrain.protocol.membership.budgets import GIVES_WAY_S, Reader, Readers
 from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 

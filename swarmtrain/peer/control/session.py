@@ -40,7 +40,7 @@ from swarmtrain.peer.merging.roster_exchange import SwarmExchange
 from swarmtrain.peer.training.pause import ASKED, PauseSwitch
 from swarmtrain.protocol.adapter_groups import trained_groups
 from swarmtrain.protocol.membership.membership import PeerInfo
-from swarmtrain.protocol.pipeline.stages import places_of
+from swarmtrain.protocol.pipeline.moves import places_of
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run_adapter import AdapterSection
 from swarmtrain.v1 import control_pb2 as pb

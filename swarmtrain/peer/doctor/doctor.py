@@ -52,7 +52,7 @@ from swarmtrain.peer.doctor.machine import (
 from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.folder_lock import holder_pid
 from swarmtrain.protocol.devices import DeviceRequest, FoundDevice, ProbeResult, fastest_precision, matching_devices
-from swarmtrain.protocol.membership.dial_budget import MAX_PORTS
+from swarmtrain.protocol.membership.budgets import MAX_PORTS
 from swarmtrain.run import MAX_RUN_FILE_BYTES, RunFile, parse_published_untrusted, run_sha256
 from swarmtrain.words import count_in_words, counted, short_peer, size_in_words, time_in_words
 

@@ -45,8 +45,7 @@ from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.model_files.fetcher import FilesPlace, SwarmSource, fetch_and_serve
 from swarmtrain.peer.model_files.model_folder import ModelFolder
 from swarmtrain.protocol.archive.departure import DepartureQueue
-from swarmtrain.protocol.membership.membership import PeerInfo
-from swarmtrain.protocol.membership.run_end import may_come_back
+from swarmtrain.protocol.membership.membership import PeerInfo, may_come_back
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.words import short_peer
 

@@ -23,7 +23,7 @@ from swarmtrain.peer.lifecycle.folder import PeerFolder
 from swarmtrain.peer.lifecycle.node import Emit, PeerSettings, wait_for
 from swarmtrain.peer.lifecycle.run_fetch import RunFetcher
 from swarmtrain.peer.lifecycle.stop import StopFlag
-from swarmtrain.peer.local.slowdown import SlowedSteps
+from swarmtrain.peer.local.faults import SlowedSteps
 from swarmtrain.peer.training.pause import PauseSwitch
 from swarmtrain.protocol.pipeline.ledger import Kind
 from swarmtrain.run import RunFile

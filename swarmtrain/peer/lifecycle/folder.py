@@ -47,7 +47,7 @@ from swarmtrain.network.discovery.run_lookup import PublishedRun
 from swarmtrain.network.files import write_atomically
 from swarmtrain.peer.lifecycle.folder_lock import is_in_use, is_lock_of
 from swarmtrain.peer.lifecycle.start_options import StartedFile
-from swarmtrain.protocol.membership.dial_budget import may_dial
+from swarmtrain.protocol.membership.budgets import may_dial
 from swarmtrain.run import parse_published_untrusted, run_sha256
 
 _FILES = ("held-out.txt", "tokenizer.bin", "model-files.json", "run.toml")

@@ -21,7 +21,7 @@ from swarmtrain.peer.lifecycle.node import wait_for
 from swarmtrain.peer.merging.consensus import counts_in_untrusted, round_of
 from swarmtrain.peer.merging.roster_exchange import SwarmExchange
 from swarmtrain.peer.training.session import Start
-from swarmtrain.protocol.membership.run_end import still_needed_apart
+from swarmtrain.protocol.membership.membership import still_needed_apart
 from swarmtrain.protocol.tokens.progress import Progress
 
 _log = logging.getLogger(__name__)

@@ -39,7 +39,7 @@ from swarmtrain.peer.merging.updates import Averaged, LocalUpdate, OuterUpdate, 
 from swarmtrain.peer.training.pause import PauseSwitch
 from swarmtrain.peer.training.session import Start
 from swarmtrain.protocol.gossip.pulls import round_ends_s
-from swarmtrain.protocol.membership.run_end import still_needed
+from swarmtrain.protocol.membership.membership import still_needed
 from swarmtrain.protocol.rounds.messages import JoinsWith
 from swarmtrain.protocol.rounds.rosters import steps_of_round
 from swarmtrain.protocol.tokens.progress import Progress

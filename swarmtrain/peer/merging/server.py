@@ -29,7 +29,7 @@ from swarmtrain.network.tensor_groups import groups_of
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
 from swarmtrain.peer.merging.consensus import layout_of_specs
 from swarmtrain.peer.merging.robustness import Naming, Robustness
-from swarmtrain.protocol.membership.accusations import NamedOnce
+from swarmtrain.protocol.membership.budgets import NamedOnce
 from swarmtrain.protocol.server import UploadVersions, too_old
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import snapshot_pb2 as pb

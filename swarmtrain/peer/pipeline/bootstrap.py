@@ -57,7 +57,7 @@ from swarmtrain.peer.merging.gossip_exchange import hosting_of
 from swarmtrain.peer.pipeline.stage_replica import emit_of_stage
 from swarmtrain.protocol.archive.departure import DepartureQueue
 from swarmtrain.protocol.membership.membership import PeerInfo
-from swarmtrain.protocol.pipeline.stages import FirstStageWatch
+from swarmtrain.protocol.pipeline.moves import FirstStageWatch
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.v1 import control_pb2 as control_pb
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from swarmtrain.model.run_stages import RunStageShape
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.lifecycle.context import VolunteerContext
-from swarmtrain.peer.pipeline.mover import StageMover
-from swarmtrain.peer.pipeline.stage_replicas import StageReplicas
+from swarmtrain.peer.pipeline.stage_replica import StageReplicas
 from swarmtrain.protocol.pipeline.balance import Rule
+
+if TYPE_CHECKING:
+    from swarmtrain.peer.pipeline.mover import StageMover
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from typing import Any, Protocol
 from swarmtrain.errors import BadBytesError, BusyError, GoneError, PeerError
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.protocol.pipeline.balance import StagePeer
-from swarmtrain.protocol.pipeline.driver import DriverEngine, DriverPace
-from swarmtrain.protocol.pipeline.ledger import Key, Settlement
-from swarmtrain.protocol.pipeline.messages import (
+from swarmtrain.protocol.pipeline.driver import (
     AskStage,
     Back,
     CancelStageCall,
     DrawMicrobatch,
+    DriverEngine,
+    DriverPace,
     DrivingCommand,
     DrivingEvent,
     Fault,
@@ -40,6 +40,7 @@ from swarmtrain.protocol.pipeline.messages import (
     ToldOf,
     Wrong,
 )
+from swarmtrain.protocol.pipeline.ledger import Key, Settlement
 from swarmtrain.protocol.pipeline.router import Router
 
 _log = logging.getLogger(__name__)

@@ -10,13 +10,12 @@ from swarmtrain.data.prepare import TrainingData, training_batches
 from swarmtrain.errors import RunTimeError
 from swarmtrain.network.swarm import Swarm
 from swarmtrain.peer.lifecycle.context import VolunteerContext
-from swarmtrain.peer.pipeline.microbatch_source import MicrobatchSource
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
-from swarmtrain.peer.pipeline.scheduler import MicrobatchScheduler, TellRetries
-from swarmtrain.peer.pipeline.stage_replicas import StageReplicas
+from swarmtrain.peer.pipeline.scheduler import MicrobatchScheduler, MicrobatchSource, TellRetries
+from swarmtrain.peer.pipeline.stage_replica import StageReplicas
 from swarmtrain.peer.pipeline.stage_service import WireCalls
 from swarmtrain.protocol.pipeline.balance import StagePeer
-from swarmtrain.protocol.pipeline.stages import places_of
+from swarmtrain.protocol.pipeline.moves import places_of
 
 _LAST_DRAIN_S = 0.5
 _STOP_DRIVING_S = 5.0

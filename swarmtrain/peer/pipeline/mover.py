@@ -6,13 +6,21 @@ protects the engine.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from swarmtrain.errors import PeerError
+from swarmtrain.errors import PeerError, RunTimeError
+from swarmtrain.events import MovedEvent, WarningEvent
+from swarmtrain.network.daemon import swarm_time
+from swarmtrain.peer.pipeline.context import PipelineContext
+from swarmtrain.peer.pipeline.stage_assignment import StageAssignment
+from swarmtrain.peer.pipeline.stage_record import StageRecord
+from swarmtrain.peer.pipeline.stage_service import WireCalls
+from swarmtrain.protocol.pipeline import moves
 from swarmtrain.protocol.pipeline.moves import (
     AskToStay,
     MoveCommand,
@@ -23,7 +31,7 @@ from swarmtrain.protocol.pipeline.moves import (
     StayAnswered,
     StayAsked,
 )
-from swarmtrain.words import short_peer
+from swarmtrain.words import short_peer, stages_in_words
 
 
 class StageMover:
@@ -74,3 +82,73 @@ class StageMover:
     def _receive(self, event: MoveEvent) -> list[MoveCommand]:
         with self._lock:
             return self.engine.receive(event, self.clock())
+
+
+_log = logging.getLogger(__name__)
+
+
+class StageMoves:
+    """Executes moves on the main thread. Other peers' questions are answered in the network thread."""
+
+    def __init__(
+        self,
+        pipeline: PipelineContext,
+        assignment: StageAssignment,
+        record: StageRecord,
+        calls: WireCalls,
+    ) -> None:
+        self._context, self._swarm = pipeline.volunteer, pipeline.swarm
+        self._stages, self._mover = pipeline.stages, pipeline.mover
+        self._assignment, self._record, self._calls = assignment, record, calls
+
+    def look(self) -> None:
+        """Look for the best move if it is time, and make the move if it is this peer's turn."""
+        if self._mover.is_due:
+            self._mover.look(moves.PlacesSeen(self._record.places(), swarm_time()), self._do)
+
+    def _do(self, command: moves.MoveCommand) -> moves.MoveEvent | None:
+        """Execute one command of a move; return what came of it."""
+        context, record = self._context, self._record
+        match command:
+            case moves.AskToStay():
+                answer = context.wait(self._calls.ask_to_stay(command.peer, command.stage))
+                return moves.StayAnswered(command.number, *answer)
+            case moves.Moves():
+                record.goes_to(command.change.after)
+            case moves.FetchStages():
+                try:
+                    for stage in command.stages:
+                        self._assignment.enter(stage)
+                except RunTimeError as error:
+                    if context.stop.failure is not None:
+                        raise
+                    message = f"cannot take {stages_in_words(command.stages)}: {error}"
+                    context.emit(WarningEvent(message=message, code="stage-not-taken"))
+                    return moves.FetchFailed(str(error))
+                return moves.StagesFetched(record.places(), swarm_time())
+            case moves.LeaveStages():
+                for stage in command.stages:
+                    self._assignment.leave(stage)
+                record.tell(now=True)
+                return moves.StagesLeft()
+            case moves.Moved():
+                before, after, seconds = command.change.before, command.change.after, record.has_taken()
+                context.control.training_stages(after)
+                context.emit(MovedEvent(before=before, after=after, reason=command.change.reason, seconds=seconds))
+            case moves.StaysHere():
+                _log.info("keeping its stage: %s", command.reason)
+                if command.had_begun:
+                    record.stays()
+                    if stages := self._stages.numbers:  # the status said that it was taking another
+                        context.control.training_stages(stages)
+        return None
+
+    def asked_to_stay(self, asker: str, stage: int) -> tuple[float, str]:
+        """Answer `asker`, who wants to leave `stage`: the seconds that this peer promises to stay (0 if it does not),
+        and the reason.
+
+        Runs in the network thread.
+        """
+        info = self._swarm.membership.info(asker)
+        is_known = info is not None and info.place is not None and stage in info.place.stages
+        return self._mover.asked(asker, stage, self._stages.numbers, is_known)

@@ -36,18 +36,14 @@ from swarmtrain.peer.lifecycle.preparation import data_base
 from swarmtrain.peer.lifecycle.process import process_age_s
 from swarmtrain.peer.pipeline.context import PipelineContext
 from swarmtrain.peer.pipeline.first_stage import FirstStage
-from swarmtrain.peer.pipeline.mover import StageMover
-from swarmtrain.peer.pipeline.stage_assignment import StageAssignment
-from swarmtrain.peer.pipeline.stage_moves import StageMoves
+from swarmtrain.peer.pipeline.mover import StageMover, StageMoves
+from swarmtrain.peer.pipeline.stage_assignment import StageAssignment, StageRoom, room_for_stages, whole_tokens_per_s
 from swarmtrain.peer.pipeline.stage_record import StageRecord
-from swarmtrain.peer.pipeline.stage_replica import StageSite
-from swarmtrain.peer.pipeline.stage_replicas import StageReplicas, stages_pulse
+from swarmtrain.peer.pipeline.stage_replica import StageReplicas, StageSite, stages_pulse
 from swarmtrain.peer.pipeline.stage_service import StageServer, StageShapes, WireCalls
-from swarmtrain.peer.pipeline.stage_sizes import StageRoom, room_for_stages, whole_tokens_per_s
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.pipeline.balance import Rule
-from swarmtrain.protocol.pipeline.moves import MovePolicy
-from swarmtrain.protocol.pipeline.stages import FirstStageWatch, stage_costs
+from swarmtrain.protocol.pipeline.moves import FirstStageWatch, MovePolicy, stage_costs
 from swarmtrain.run import RunFile
 
 _log = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ from swarmtrain.protocol.pipeline.stage_queue import (
 )
 
 if TYPE_CHECKING:
-    from swarmtrain.peer.pipeline.stage_transfer import StageTransfer
+    from swarmtrain.peer.pipeline.stage_loop import StageTransfer
 
 _ERRORS: dict[str, type[PeerError]] = {"busy": BusyError, "gone": GoneError, "wrong": BadBytesError}
 

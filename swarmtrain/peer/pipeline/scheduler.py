@@ -10,16 +10,20 @@ import asyncio
 import contextlib
 import logging
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import GoneError, PeerError, Problem, SwarmtrainError
 from swarmtrain.events import Event, MicrobatchRetryEvent
 from swarmtrain.network.tasks import end_tasks, logged
 from swarmtrain.peer.pipeline.driver import Driver, StageCalls
-from swarmtrain.peer.pipeline.microbatch_source import MicrobatchSource
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
 from swarmtrain.protocol.pipeline.balance import StagePeer
 from swarmtrain.protocol.pipeline.driver import DriverPace
@@ -174,3 +178,53 @@ class MicrobatchScheduler:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a microbatch failed", exc_info=error)
             self.failed(Problem(f"an error of this peer lost a microbatch: {error!r}; start the peer again", "bug"))
+
+
+class MicrobatchSource:
+    """Batches of a peer, handed out by microbatch. Thread-safe. Shapes: B sequences, T context tokens."""
+
+    def __init__(self, batches: BatchSource, num_sequences: int) -> None:
+        self._batches, self._num_sequences = batches, num_sequences
+        self._left: deque[Tensor] = deque()
+        self._lock = threading.Lock()
+
+    @property
+    def position(self) -> int:
+        """Number of batches drawn since the peer's first one in this run. See `BatchSource`."""
+        return self._batches.position
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards that `use_shard` can choose from; 0 if there are none. See `BatchSource`."""
+        return self._batches.num_shards
+
+    def use_shard(self, shard: int) -> None:
+        """Draw from this shard from now on. See `BatchSource`."""
+        with self._lock:
+            self._batches.use_shard(shard)
+
+    def next_batch(self) -> Tensor:
+        """Return the next batch, int64 (B, T + 1). See `BatchSource`."""
+        with self._lock:
+            return self._batches.next_batch()
+
+    def next_microbatch(self) -> tuple[Tensor, Tensor]:
+        """Return the input of the first stage and the targets of the last, int64 (B, T) each."""
+        with self._lock:
+            if not self._left:
+                self._left.extend(torch.split(self._batches.next_batch(), self._num_sequences))
+            sequences = self._left.popleft()
+        return sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
+
+
+class NoBatches:
+    """Batches of stages after the first, which draw none: drivers send them their work."""
+
+    position = num_shards = 0
+
+    def use_shard(self, shard: int) -> None:
+        """Do nothing, since this source has no batches. See `BatchSource`."""
+
+    def next_batch(self) -> Tensor:
+        """Raise AssertionError, since this source has no batches. See `BatchSource`."""
+        raise AssertionError("only the first stage draws batches")

@@ -6,6 +6,7 @@ enough tokens are acknowledged. Runs on the stage's own thread.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import deque
@@ -14,16 +15,26 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from swarmtrain.algorithm.inner import InnerOptimizer
+from swarmtrain.data.batches import BatchSource
 from swarmtrain.errors import BadBytesError
 from swarmtrain.model.stage_work import BadGradientError, StageWork
 from swarmtrain.peer.devices.compute import finish
+from swarmtrain.peer.devices.device_parameters import DeviceParameters
+from swarmtrain.peer.devices.host_copies import HostCopier, HostCopy
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.pipeline.driver import Tail
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
-from swarmtrain.peer.training.loop import InnerStep, RoundOver
+from swarmtrain.peer.training.loop import InnerLoop, InnerStep, RoundOver, inner_constants
+from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
+from swarmtrain.peer.training.session import Session
 from swarmtrain.protocol.pipeline.ledger import Add, Discard, Due, Forget, Kind, Subtract, TakeStep
 from swarmtrain.protocol.pipeline.router import WORK_SHARES
+from swarmtrain.protocol.tokens.progress import Progress
+from swarmtrain.run import RunFile
 
 _log = logging.getLogger(__name__)
 _POLL_INTERVAL_S = 0.2
@@ -155,3 +166,107 @@ class StageLoop:
             self.work.discard(due.batch)
         else:
             self.work.forget(due.key)
+
+
+def stage_parameters(work: StageWork, *, is_host: bool = True) -> ParameterSource:
+    """Return the parameters of a stage in main memory (`is_host`) or on a device.
+
+    Graphs of microbatches under way refer to the present weights, so a merge is written into copies (decision 26).
+    """
+    source = HostParameters if is_host else DeviceParameters
+    return source(work.stage.named_parameters(), work.rewriting)
+
+
+class StageTrainer(InnerLoop):
+    """Loop of a stage. An inner step lasts until a batch of microbatches is acknowledged."""
+
+    def __init__(
+        self,
+        run: RunFile,
+        work: StageWork,
+        batches: BatchSource,
+        queue: StageRequestQueue,
+        slowed: Callable[[Kind | None], AbstractContextManager[None]] = lambda kind: nullcontext(),
+        over: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`batches` are the driver's data; `slowed` is entered around each piece of work. The stage is on the device to
+        which `queue` transfers, or in main memory.
+
+        `over` returns whether the first stage has had the run's tokens, so that no more microbatches come. Without it a
+        stage would wait for ever for the rest of its last batch.
+        """
+        parameters = stage_parameters(work, is_host=queue.transfer is None)
+        super().__init__(parameters, batches, inner_constants(run))
+        self.queue, self._over = queue, over
+        self.loop = StageLoop(queue, work, self.inner, run.tokens_per_step, slowed=slowed, over=over)
+
+    def ends_after(self, total_tokens: float) -> Callable[[Progress], bool]:
+        """Return the `Session.ends` of a stage: after `total_tokens` by its own count, or when drivers have no more.
+
+        A stage after the first gets an infinite total: by its own count it could end while the first one still needs
+        it.
+        """
+        return lambda progress: progress.run_tokens >= total_tokens or (self._over() and self.queue.has_nothing_open)
+
+    def train(self, session: Session) -> str:
+        """See `InnerLoop`. The request queue is open only while training, so that nobody waits for an answer in
+        vain.
+        """
+        self.queue.open()
+        try:
+            reason = super().train(session)
+            return "total_tokens" if session.finished else reason
+        finally:
+            self.queue.close()
+
+    def step(self, progress: float, scale: float, should_stop: Callable[[], bool]) -> InnerStep:
+        """Take one inner step. See `InnerLoop`."""
+        return self.loop.step(progress, scale, should_stop)
+
+
+class StageTransfer:
+    """Copies of one stage's inputs and answers, to its device and back.
+
+    A payload is a tensor, or a tuple of them; an answer is a tensor, a `Tail`, or None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._copier = HostCopier(device)
+
+    # ------------------------------------------------------------- the network's side
+
+    async def pinned(self, payload: Any) -> Any:
+        """Return a payload in memory from which the device copies without a thread that waits."""
+        return await asyncio.to_thread(_pinned, payload) if self.device.type == "cuda" else payload
+
+    async def arrived(self, answer: Any) -> Any:
+        """Return an answer that `to_host` gave, once all of it is in main memory."""
+        copy = answer.gradient if isinstance(answer, Tail) else answer
+        if copy is None:
+            return answer
+        await asyncio.to_thread(copy.wait_ready)
+        return Tail(answer.loss, copy.values) if isinstance(answer, Tail) else copy.values
+
+    # ------------------------------------------------------------- the stage's side
+
+    def to_device(self, payload: Any) -> Any:
+        """Return a payload on the device, which copies it in order with what it computes."""
+        if isinstance(payload, Tensor):
+            return payload.to(self.device, non_blocking=True)
+        return tuple(self.to_device(each) for each in payload)
+
+    def to_host(self, answer: Any) -> Any:
+        """Ask for a copy of an answer; its tensor is replaced by that."""
+        if isinstance(answer, Tail):
+            return Tail(answer.loss, self.to_host(answer.gradient))
+        if answer is None:
+            return None
+        copy = self._copier.copy([answer])
+        return HostCopy(copy.values.view(answer.shape), copy.wait_ready)
+
+
+def _pinned(payload: Any) -> Any:
+    if isinstance(payload, Tensor):
+        return payload if payload.is_pinned() else payload.pin_memory()
+    return tuple(_pinned(each) for each in payload)

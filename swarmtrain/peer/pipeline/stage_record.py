@@ -18,7 +18,7 @@ from swarmtrain.peer.pipeline.context import PipelineContext
 from swarmtrain.peer.pipeline.first_stage import FirstStage
 from swarmtrain.peer.training.round_report import tell_loss
 from swarmtrain.protocol.pipeline.balance import StagePeer
-from swarmtrain.protocol.pipeline.stages import places_of
+from swarmtrain.protocol.pipeline.moves import places_of
 
 _TELL_EVERY_S = 1.0
 _THROUGHPUT_EVERY_S = 10.0

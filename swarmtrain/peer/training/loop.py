@@ -226,7 +226,7 @@ class ModelLoop(InnerLoop):
         """`model` is on the device of `compute` (default: the processor, fp32).
 
         `slowed` is entered around each inner step, and may sleep on exit (a rehearsal's slower machine,
-        `peer/local/slowdown.py`). `told_smaller` is called when memory ran out, with how a batch is computed before and
+        `peer/local/faults.py`). `told_smaller` is called when memory ran out, with how a batch is computed before and
         from now on.
         """
         compute = ComputeDevice() if compute is None else compute

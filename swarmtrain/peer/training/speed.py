@@ -12,7 +12,7 @@ from swarmtrain.algorithm.pacing import rounds_of_others
 from swarmtrain.model.gpt import build_model
 from swarmtrain.model.parameter_count import num_parameters, operations_per_token, similar_built_in
 from swarmtrain.peer.devices.compute import ComputeDevice, finish
-from swarmtrain.peer.pipeline.stage_sizes import whole_tokens_per_s
+from swarmtrain.peer.pipeline.stage_assignment import whole_tokens_per_s
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.run import RunFile
 

@@ -1,4 +1,4 @@
-"""Membership: each peer's view of the others, as a table of states.
+"""Membership: each peer's view of the others, as a table of states; the end of the run; the median of their clocks.
 
     unknown -> live -> lost -> live    (a presence newer than the loss brings a peer back, or a call of its own)
                     -> left -> live    (only a presence newer than the goodbye)
@@ -9,12 +9,15 @@ Everything here is pure: `now` is an argument, every change carries its reason, 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from operator import itemgetter
 
 from swarmtrain.protocol.pipeline.balance import StagePeer
 from swarmtrain.protocol.rounds.roles import LinkRates
+from swarmtrain.protocol.tokens.progress import Progress
 
 MAX_PEERS = 4096
 """Limit of the table. Strangers that are only known from records or from other peers do not enter a full one."""
@@ -380,3 +383,139 @@ class Membership:
 def _sorted(entries: dict[str, _Entry]) -> list[tuple[str, _Entry]]:
     """Return a sorted copy, because the trainer's thread may read while the network's thread changes the table."""
     return sorted(entries.items(), key=itemgetter(0))
+
+
+LATELY_S = 30.0
+"""Seconds for which an arrival counts as recent."""
+_OLD = (("round", "rounds behind"), ("shards", ""))
+"""Rules that an honest newcomer may break, each with words of the refusal's message; a peer that breaks any other rule
+is named at once."""
+_MAX_PEERS = 1024
+
+
+@dataclass
+class Arrivals:
+    """Times at which other peers, and this one, arrived."""
+
+    _came_s: dict[str, float] = field(default_factory=dict)
+    _own_s: float = float("inf")
+
+    def came(self, peer: str, now: float) -> None:
+        """Record that `peer` has arrived, for the first time or again."""
+        self._came_s.pop(peer, None)
+        self._came_s[peer] = now
+        while len(self._came_s) > _MAX_PEERS:
+            del self._came_s[next(iter(self._came_s))]
+
+    def came_myself(self, now: float) -> None:
+        """Record that this peer has arrived."""
+        self._own_s = now
+
+    def spares(self, peer: str, rule: str, detail: str, now: float) -> bool:
+        """Return whether breaking `rule` is not reported yet.
+
+        That is so if this peer, `peer`, or a peer that `detail` mentions has arrived recently.
+        """
+        if not any(rule == old and words in detail for old, words in _OLD):
+            return False
+        lately = [other for other, came_s in self._came_s.items() if now < came_s + LATELY_S]
+        return now < self._own_s + LATELY_S or any(other == peer or other in detail for other in lately)
+
+
+_RETURNS_S = 120.0
+"""Seconds within which a peer that went away may come back."""
+
+
+def still_needed(membership: Membership, last: Progress) -> str:
+    """Return the reason why a peer with the run's `last` state should stay; "" if nobody needs it.
+
+    The archive must have that state; a bootstrap that is gone may be on its way back. Live volunteers that have not
+    merged the last round may need its bytes.
+    """
+    for info in membership.known():
+        live = membership.state(info.peer) is PeerState.LIVE
+        if info.is_bootstrap:
+            if info.run_tokens < last.run_tokens:
+                return f"the archive of {info.name or info.peer} does not have the last state yet"
+        elif live and info.training and info.round < last.round:
+            return f"{info.name or info.peer} has not merged the last round yet"
+    return ""
+
+
+def still_needed_apart(membership: Membership, total_tokens: int) -> str:
+    """Return the same as `still_needed` for runs in which each peer has its own weights.
+
+    The archive must have been made after `total_tokens`, and every volunteer must have its consensus of the last
+    weights.
+    """
+    for info in membership.known():
+        live = membership.state(info.peer) is PeerState.LIVE
+        if info.is_bootstrap:
+            if info.run_tokens < total_tokens:
+                return f"the archive of {info.name or info.peer} does not have the last weights yet"
+        elif live and info.training and not info.is_finished:
+            return f"{info.name or info.peer} does not have the last weights yet"
+    return ""
+
+
+def may_come_back(
+    membership: Membership, last: Progress, since_s: float, now: float, total_tokens: int | None = None
+) -> str:
+    """Return the reason why the archive with the run's `last` state should stay; "" if nobody needs it.
+
+    Volunteers must have said goodbye. One that went away recently without that state may be on its way back; it would
+    find nobody, and train the rest of the run once more, alone. An archive that has been here only since `since_s` may
+    not have seen who went away. If each peer counts its own rounds, `total_tokens` decides who has reached the end.
+    """
+    if since_s > now - _RETURNS_S:
+        strangers = sorted(peer for peer in last.peer_tokens if membership.state(peer) is None)
+        if strangers:
+            return f"{strangers[0]} has trained and was not seen since; it may come back"
+    for info in membership.known():
+        if info.is_bootstrap or not info.training:
+            continue
+        name = info.name or info.peer
+        if membership.state(info.peer) is PeerState.LIVE:
+            return f"{name} has not left yet"
+        behind = info.round < last.round if total_tokens is None else info.run_tokens < total_tokens
+        if behind and membership.heard_s(info.peer) > now - _RETURNS_S:
+            return f"{name} went away before the end, and may come back"
+    return ""
+
+
+_TOLERANCE_S = 1.0
+"""Offsets below this are not corrected."""
+_OUTLIER_S = 60.0
+"""Difference from the result above which a clock is an outlier."""
+MOST_CORRECTED_S = 600.0
+"""Largest offset that is corrected without asking the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClockVerdict:
+    """Correction of this clock (0 if it is within a second), and the peers whose clocks are outliers, with their
+    offsets."""
+
+    offset_s: float = 0.0
+    outliers: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def is_doubtful(self) -> bool:
+        """True if the user must decide."""
+        return abs(self.offset_s) > MOST_CORRECTED_S
+
+
+def judge_clock(offsets_s: Mapping[str, float]) -> ClockVerdict:
+    """Return the median of the offsets by PeerID, ignoring those that are not finite.
+
+    Of two in the middle the one closer to zero is taken: of an honest peer and a liar neither value nor their mean is
+    known to be right, and so this machine's own clock counts too.
+    """
+    told = {peer: offset_s for peer, offset_s in offsets_s.items() if math.isfinite(offset_s)}
+    if not told:
+        return ClockVerdict()
+    ordered = sorted(told.values())
+    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
+    offset_s = min(middle, key=abs)
+    far = tuple((peer, other_s) for peer, other_s in sorted(told.items()) if abs(other_s - offset_s) > _OUTLIER_S)
+    return ClockVerdict(offset_s=0.0 if abs(offset_s) < _TOLERANCE_S else offset_s, outliers=far)

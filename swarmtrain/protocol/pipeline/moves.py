@@ -1,6 +1,6 @@
 """Moves of a peer from stage to stage: when it checks, what it decides, and in which order it takes and leaves stages.
 
-`balance` decides who moves. `stage_leases` ensures that no move empties a stage: a peer that leaves one has first asked
+`balance` decides who moves. `StageLeases` ensures that no move empties a stage: a peer that leaves one has first asked
 another holder to stay for a while. It takes the new stage before it leaves the old one if its memory holds both.
 
 Everything here is pure: events go in, commands come out. Several commands are to be executed one after the other.
@@ -9,11 +9,14 @@ Everything here is pure: events go in, commands come out. Several commands are t
 from __future__ import annotations
 
 import itertools
+import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.pipeline.balance import (
     Rule,
     StageChange,
@@ -23,7 +26,7 @@ from swarmtrain.protocol.pipeline.balance import (
     may_move_again,
     my_change,
 )
-from swarmtrain.protocol.pipeline.stage_leases import LeaseRequest, StageLease, StageLeases
+from swarmtrain.words import short_peer
 
 # ---------------------------------------------------------------- events
 
@@ -298,3 +301,144 @@ class MoveEngine:
         self._moved_s = now
         self._over(move)
         return [*done, Moved(change)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseRequest:
+    """Request of `mover`, which wants to leave `stage`, that `anchor` stay."""
+
+    stage: int
+    mover: str
+    anchor: str
+    asked_s: float
+    """Time of the request by the mover's clock. It comes back with the lease and means nothing to the anchor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLease:
+    """Promise of the request's anchor to hold the stage for at least `lasts_s` seconds."""
+
+    request: LeaseRequest
+    lasts_s: float
+
+    def holds(self, now: float) -> bool:
+        """Return whether the mover can rely on the lease, by the mover's clock."""
+        return now < self.request.asked_s + self.lasts_s
+
+
+@dataclass
+class StageLeases:
+    """Leases that one peer has given and received. `lasts_s` is the duration of those that it gives."""
+
+    me: str
+    lasts_s: float = 60.0
+    _bound_until_s: dict[int, float] = field(default_factory=dict)
+    """Time until which this peer must stay in each stage."""
+    _leaving: dict[int, StageLease | None] = field(default_factory=dict)
+    """Stages that this peer wants to leave, with the lease that it received for each."""
+
+    # ------------------------------------------------------------------ who is asked
+
+    def asked(self, request: LeaseRequest, stages: Collection[int], now: float) -> tuple[StageLease | None, str]:
+        """Decide whether to give a lease, and record it if so. Return (lease or None, reason). `stages` are those that
+        this peer serves now."""
+        if request.anchor != self.me or request.mover == self.me:
+            return None, "it was not this peer that was asked"
+        if request.stage not in stages:
+            return None, f"{short_peer(self.me)} does not serve stage {request.stage}"
+        # Two holders that want to leave at the same time refuse each other, and both stay.
+        if request.stage in self._leaving:
+            return None, f"{short_peer(self.me)} wants to leave stage {request.stage} itself"
+        until_s = max(now + self.lasts_s, self._bound_until_s.get(request.stage, now))
+        self._bound_until_s[request.stage] = until_s
+        return StageLease(request=request, lasts_s=self.lasts_s), f"it stays for {self.lasts_s:g} s"
+
+    def bound(self, now: float) -> tuple[int, ...]:
+        """Return the stages that this peer has promised not to leave, for its presence record."""
+        return tuple(sorted(stage for stage, until_s in self._bound_until_s.items() if now < until_s))
+
+    def bound_s(self, stage: int, now: float) -> float:
+        """Return for how many seconds this peer must stay in the stage; 0 if it need not."""
+        return max(0.0, self._bound_until_s.get(stage, now) - now)
+
+    # ------------------------------------------------------------------ who leaves
+
+    def wants_to_leave(self, stage: int, now: float) -> tuple[bool, str]:
+        """Record that this peer wants to leave `stage`, unless it has promised to stay. Return (True if it may ask
+        others to stay there, reason). If so, it gives no more leases for that stage."""
+        if self.bound_s(stage, now) > 0:
+            return False, f"it has promised to stay in stage {stage} for {self.bound_s(stage, now):.0f} s more"
+        self._leaving.setdefault(stage, None)
+        return True, f"nobody was promised that it stays in stage {stage}"
+
+    def granted(self, lease: StageLease) -> None:
+        """Record a lease that this peer received."""
+        if lease.request.mover == self.me and lease.request.stage in self._leaving:
+            self._leaving[lease.request.stage] = lease
+
+    def may_leave(self, stage: int, now: float) -> tuple[bool, str]:
+        """Return (True if this peer may leave the stage at this moment; reason)."""
+        if self.bound_s(stage, now) > 0:
+            return False, f"it has promised to stay in stage {stage}"
+        lease = self._leaving.get(stage)
+        if lease is None:
+            return False, f"nobody has promised to stay in stage {stage}"
+        if not lease.holds(now):
+            return False, f"the promise to stay in stage {stage} has ended: it asks again"
+        return True, f"{short_peer(lease.request.anchor)} stays in stage {stage}"
+
+    def over(self, stage: int) -> None:
+        """End the attempt to leave `stage`: this peer has left it, or wants to stay after all."""
+        self._leaving.pop(stage, None)
+
+
+_NEARLY = 0.95
+"""Share of the run's tokens that counts as nearly all: the rounds under way are not counted yet."""
+_LAST_ROUND_S = 30.0
+"""Seconds that the other drivers have to end their last round."""
+
+
+def stage_costs(measured: Sequence[float]) -> tuple[float, ...]:
+    """Return each stage's share of the whole model's computation; the shares add up to one."""
+    return tuple(cost / sum(measured) for cost in measured)
+
+
+def places_of(infos: Iterable[PeerInfo]) -> list[StagePeer]:
+    """Return the stages and speeds that these peers advertise, of those that do."""
+    return [info.place for info in infos if info.place is not None]
+
+
+@dataclass
+class FirstStageWatch:
+    """Watches whether all of the run's tokens have passed the first stage, so that no more reach the later ones.
+
+    They have if every driver says so: while they drive, drivers need each other. A driver that never says so holds
+    nobody up for ever: once most drivers say so, or one does and this peer has itself counted nearly as many tokens,
+    the others have `_LAST_ROUND_S` left. If nobody drives, the word of a driver that has left is believed at once if
+    this peer has counted nearly as many tokens, and otherwise after that time, because a view of the DHT may miss live
+    drivers for a moment.
+    """
+
+    total_tokens: int
+    is_over: bool = False
+    _claimed_s: float = math.inf
+    """Time since which most drivers have said so, or one has while this peer has counted nearly as many tokens; without
+    interruption."""
+
+    def look(self, here: Iterable[PeerInfo], known: Iterable[PeerInfo], counted_tokens: int, now: float) -> bool:
+        """Return whether the first stage is done; once True it remains so. `counted_tokens` is the run's total by this
+        peer's own count."""
+        total = self.total_tokens
+        told = [info.run_tokens for info in here if _drives(info)]
+        said = max(told, default=0) >= total or any(info.run_tokens >= total for info in known if _drives(info))
+        is_near = said and counted_tokens >= _NEARLY * total
+        is_sure = min(told) >= total if told else is_near
+        # The lower median: half of the drivers, or a single liar of two, are not enough.
+        is_claimed = is_near or (statistics.median_low(told) >= total if told else said)
+        self._claimed_s = min(self._claimed_s, now) if is_claimed else math.inf
+        self.is_over = self.is_over or is_sure or now >= self._claimed_s + _LAST_ROUND_S
+        return self.is_over
+
+
+def _drives(info: PeerInfo) -> bool:
+    return info.place is not None and 0 in info.place.planned

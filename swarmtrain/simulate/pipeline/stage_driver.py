@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from swarmtrain.protocol.pipeline.balance import StagePeer
-from swarmtrain.protocol.pipeline.driver import DriverEngine, DriverPace
-from swarmtrain.protocol.pipeline.ledger import Settlement
-from swarmtrain.protocol.pipeline.messages import (
+from swarmtrain.protocol.pipeline.driver import (
     AskStage,
     Back,
     CancelStageCall,
     DrawMicrobatch,
+    DriverEngine,
+    DriverPace,
     DrivingCommand,
     DrivingEvent,
     GiveUp,
@@ -23,6 +23,7 @@ from swarmtrain.protocol.pipeline.messages import (
     Tell,
     TimeCame,
 )
+from swarmtrain.protocol.pipeline.ledger import Settlement
 from swarmtrain.simulate.clock import Timer
 from swarmtrain.simulate.pipeline.stage_moves import Ground
 from swarmtrain.simulate.systems.network import NetworkPlace

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from swarmtrain.protocol.pipeline.balance import StagePeer
+from swarmtrain.protocol.pipeline.driver import Fault, NotTold, StageCallDone, StageCallFailed, ToldOf
 from swarmtrain.protocol.pipeline.ledger import Add, LedgerLimits, StageLedger, Subtract
-from swarmtrain.protocol.pipeline.messages import Fault, NotTold, StageCallDone, StageCallFailed, ToldOf
 from swarmtrain.protocol.pipeline.router import WORK_SHARES
 from swarmtrain.protocol.pipeline.stage_queue import (
     AnswerStageCalls,

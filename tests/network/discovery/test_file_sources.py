@@ -12,11 +12,10 @@ from codes import raises_code
 from swarmtrain.errors import BadBytesError, BusyError
 from swarmtrain.network.discovery.invite import InvitedPeer
 from swarmtrain.network.discovery.records import PRESENCE, open_presence_untrusted, presence_to_proto
-from swarmtrain.network.identity import new_identity
+from swarmtrain.network.identity import new_identity, sign
 from swarmtrain.network.model_files.early_service import _EarlyAnswers
 from swarmtrain.network.model_files.source_table import MOST_SOURCES, FileSourceTable
 from swarmtrain.network.model_files.sources import FileSources
-from swarmtrain.network.signatures import sign
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.v1 import snapshot_pb2 as pb
 

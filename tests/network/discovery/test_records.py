@@ -33,8 +33,7 @@ from swarmtrain.network.discovery.records import (
     presence_to_proto,
     record_from_value_untrusted,
 )
-from swarmtrain.network.identity import Identity, new_identity, peer_bytes
-from swarmtrain.network.signatures import open_signed_untrusted, payload_sha256, sign
+from swarmtrain.network.identity import Identity, new_identity, open_signed_untrusted, payload_sha256, peer_bytes, sign
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.membership.records import bucket_of
 from swarmtrain.protocol.pipeline.balance import StagePeer

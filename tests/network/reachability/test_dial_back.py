@@ -15,14 +15,13 @@ from codes import raises_code
 
 from swarmtrain.errors import UnreachableError
 from swarmtrain.network.discovery.invite import InvitedPeer
-from swarmtrain.network.identity import Identity, load_or_create_identity, new_identity, peer_bytes
+from swarmtrain.network.identity import Identity, load_or_create_identity, new_identity, peer_bytes, sign
 from swarmtrain.network.node import NOT_SERVED, NetworkThread, Node, NodeSettings
 from swarmtrain.network.reachability.dial_back import PURPOSE, DialBack
 from swarmtrain.network.reachability.probe import DialOutcome, ask_to_be_dialled, ask_to_dial, knock, tcp_ports
 from swarmtrain.network.service import PeerCalls, namespace_of, service_type
-from swarmtrain.network.signatures import sign
 from swarmtrain.network.snapshots.store import SnapshotStore
-from swarmtrain.protocol.membership.dial_budget import DialBudget
+from swarmtrain.protocol.membership.budgets import DialBudget
 from swarmtrain.v1 import snapshot_pb2 as pb
 
 pytestmark = pytest.mark.processes

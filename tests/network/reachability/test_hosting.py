@@ -13,12 +13,11 @@ from test_puller import CARL, DORA, ME, ROUND_TOKENS, RULES, RUN, SIZE, Partner,
 
 from swarmtrain.errors import PeerError, UnreachableError
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.identity import Identity, new_identity, peer_bytes
+from swarmtrain.network.identity import Identity, new_identity, peer_bytes, sign
 from swarmtrain.network.reachability import hosts as hosting_module
 from swarmtrain.network.reachability import monitor as reaching_module
 from swarmtrain.network.reachability.hosts import HostedPublications
 from swarmtrain.network.reachability.monitor import ReachabilityMonitor, is_loopback_only
-from swarmtrain.network.signatures import sign
 from swarmtrain.network.snapshots.store import SnapshotStore
 from swarmtrain.protocol.gossip.partners import PublicationVersion
 from swarmtrain.protocol.membership.hosts import Reach

@@ -14,7 +14,7 @@ from virtual_loop import virtual_swarm
 from swarmtrain.errors import BadBytesError, PeerError, UnreachableError
 from swarmtrain.network.codec import average_bytes_untrusted
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.network.identity import Identity, new_identity, peer_bytes
+from swarmtrain.network.identity import Identity, new_identity, peer_bytes, sign
 from swarmtrain.network.refusals import rule_of
 from swarmtrain.network.rounds import chains, merger
 from swarmtrain.network.rounds.chains import ChainStore, chain_untrusted
@@ -24,7 +24,6 @@ from swarmtrain.network.rounds.roster import publication_of, roster_untrusted, s
 from swarmtrain.network.rounds.round_end import Outcome, RosterMean
 from swarmtrain.network.rounds.runner import RoundRunner
 from swarmtrain.network.rounds.state_fetch import NewState
-from swarmtrain.network.signatures import sign
 from swarmtrain.network.snapshots.store import Body, HeldSnapshot, PullLimits, SnapshotStore, TensorSpec, build_snapshot
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.rounds import messages as ev

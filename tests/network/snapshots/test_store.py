@@ -19,8 +19,7 @@ from replies import Replies
 from virtual_loop import virtually
 
 from swarmtrain.errors import BadBytesError, BrokenOffError, PeerError, StalledError, UnreachableError
-from swarmtrain.network.identity import new_identity, peer_bytes
-from swarmtrain.network.signatures import sign
+from swarmtrain.network.identity import new_identity, peer_bytes, sign
 from swarmtrain.network.snapshots.store import (
     Body,
     HeldSnapshot,
@@ -34,7 +33,7 @@ from swarmtrain.network.snapshots.store import (
     pull_chunks,
     pull_manifest,
 )
-from swarmtrain.protocol.membership.readers import GIVES_WAY_S
+from swarmtrain.protocol.membership.budgets import GIVES_WAY_S
 from swarmtrain.run import CHUNK_BYTES
 from swarmtrain.v1 import snapshot_pb2 as pb
 

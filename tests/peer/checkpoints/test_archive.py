@@ -12,8 +12,7 @@ import torch
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.network.discovery.token_accounting import TokenAccounting
-from swarmtrain.network.identity import new_identity
-from swarmtrain.network.signatures import sign
+from swarmtrain.network.identity import new_identity, sign
 from swarmtrain.peer.checkpoints.archive import Archive
 from swarmtrain.peer.checkpoints.checkpoint import Checkpoint
 from swarmtrain.peer.merging.consensus_state import ConsensusState

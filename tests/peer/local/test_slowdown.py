@@ -15,7 +15,7 @@ from lone_exchange import lone_exchange
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.lifecycle.context import VolunteerContext
 from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag, StopTraining
-from swarmtrain.peer.local.slowdown import MOST_STEPS_BEHIND, TOO_BUSY_STEPS, Slowdown, SlowedSteps
+from swarmtrain.peer.local.faults import MOST_STEPS_BEHIND, TOO_BUSY_STEPS, Slowdown, SlowedSteps
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.peer.training.pause import LONGEST_SLEEP_S
 from swarmtrain.peer.training.session import RoundReport, Session

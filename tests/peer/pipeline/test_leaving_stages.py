@@ -17,10 +17,9 @@ from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.pipeline import bootstrap as pipeline_bootstrap
 from swarmtrain.peer.pipeline import pipeline_training
 from swarmtrain.peer.pipeline.bootstrap import PipelineBootstrap
+from swarmtrain.peer.pipeline.mover import StageMoves
 from swarmtrain.peer.pipeline.pipeline_training import PipelineTraining
-from swarmtrain.peer.pipeline.stage_moves import StageMoves
-from swarmtrain.peer.pipeline.stage_replica import StageReplica
-from swarmtrain.peer.pipeline.stage_replicas import StageReplicas
+from swarmtrain.peer.pipeline.stage_replica import StageReplica, StageReplicas
 from swarmtrain.peer.training.pause import PauseSwitch
 from swarmtrain.protocol.archive.departure import DepartureQueue
 from swarmtrain.protocol.archive.schedule import ArchiveSchedule

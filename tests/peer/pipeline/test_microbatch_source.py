@@ -11,7 +11,7 @@ from patience import PATIENCE_S
 from torch import Tensor
 
 from swarmtrain.data.batches import BatchSource
-from swarmtrain.peer.pipeline.microbatch_source import MicrobatchSource, NoBatches
+from swarmtrain.peer.pipeline.scheduler import MicrobatchSource, NoBatches
 
 T = 3
 

@@ -32,11 +32,10 @@ from swarmtrain.peer.pipeline import stage_replica
 from swarmtrain.peer.pipeline.context import PipelineContext
 from swarmtrain.peer.pipeline.first_stage import FirstStage
 from swarmtrain.peer.pipeline.stage_assignment import StageAssignment
-from swarmtrain.peer.pipeline.stage_replica import StageReplica, StageSite
-from swarmtrain.peer.pipeline.stage_replicas import StageReplicas
+from swarmtrain.peer.pipeline.stage_replica import StageReplica, StageReplicas, StageSite
 from swarmtrain.peer.training.session import LocalCheckpoint
 from swarmtrain.protocol.pipeline.balance import Rule
-from swarmtrain.protocol.pipeline.stages import FirstStageWatch
+from swarmtrain.protocol.pipeline.moves import FirstStageWatch
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 

@@ -15,8 +15,8 @@ from swarmtrain.model.stages import Costs, StageShape, measured_costs, stage_sha
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.machine import card_bytes_of_graph, card_bytes_of_stage
 from swarmtrain.peer.estimate import DAEMON_BYTES, IMPORTS_BYTES
-from swarmtrain.peer.pipeline import stage_sizes
-from swarmtrain.peer.pipeline.stage_sizes import (
+from swarmtrain.peer.pipeline import stage_assignment
+from swarmtrain.peer.pipeline.stage_assignment import (
     cut_and_measure,
     graph_bytes,
     room_for_stages,
@@ -82,7 +82,7 @@ def test_a_limit_that_not_one_stage_fits_into_is_told_with_its_numbers(limit_byt
 
 def test_without_a_limit_it_takes_half_of_the_machine_and_one_stage_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(total_bytes=64 * GB)
-    monkeypatch.setattr(stage_sizes, "machine_memory", lambda: memory)
+    monkeypatch.setattr(stage_assignment, "machine_memory", lambda: memory)
     assert room_for_stages(RUN, SHAPES, 0) == room_for_stages(RUN, SHAPES, 32 * GB)
     memory.total_bytes = GB // 4
     room = room_for_stages(RUN, SHAPES, 0)
@@ -131,7 +131,7 @@ def test_a_graph_grows_with_blocks_microbatch_and_head() -> None:
 def costs(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Return costs measured on this machine."""
     told = {"embedding": 1.0, "block": 2.0, "head": 3.0}
-    monkeypatch.setattr(stage_sizes, "measured_costs", lambda model, sequences, *on: Costs(**told))
+    monkeypatch.setattr(stage_assignment, "measured_costs", lambda model, sequences, *on: Costs(**told))
     return told
 
 
@@ -202,7 +202,7 @@ def test_what_is_measured_here_gives_costs_of_every_stage() -> None:
 
 
 def test_a_cheap_stage_costs_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_sizes, "measured_costs", lambda model, n: Costs(embedding=1e-4, block=1.0, head=1.0))
+    monkeypatch.setattr(stage_assignment, "measured_costs", lambda model, n: Costs(embedding=1e-4, block=1.0, head=1.0))
     run = RunFile.model_validate(
         {"run": {"total_tokens": 10**9}, "model": {"num_layers": 256}, "pipeline": {"stages": 2, "boundaries": (0,)}}
     )

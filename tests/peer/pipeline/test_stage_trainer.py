@@ -30,8 +30,7 @@ from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.merging.updates import Averaged, LocalUpdate
 from swarmtrain.peer.pipeline.driver import Driver, StageAttempt, StageResult
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
-from swarmtrain.peer.pipeline.stage_trainer import StageTrainer, stage_parameters
-from swarmtrain.peer.pipeline.stage_transfer import StageTransfer
+from swarmtrain.peer.pipeline.stage_loop import StageTrainer, StageTransfer, stage_parameters
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.peer.training.parameters import HostParameters
 from swarmtrain.peer.training.session import RoundReport, Session, Start

@@ -36,9 +36,8 @@ from swarmtrain.peer.lifecycle.node import PeerSettings
 from swarmtrain.peer.pipeline import pipeline_training, stage_loop
 from swarmtrain.peer.pipeline.driver import Tail
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
-from swarmtrain.peer.pipeline.stage_loop import StageLoop
+from swarmtrain.peer.pipeline.stage_loop import StageLoop, StageTransfer
 from swarmtrain.peer.pipeline.stage_replica import StageReplica
-from swarmtrain.peer.pipeline.stage_transfer import StageTransfer
 from swarmtrain.protocol.devices import DeviceChoice, Precision
 from swarmtrain.protocol.limits import Limits
 from swarmtrain.protocol.pipeline.ledger import Key, Kind, LedgerLimits, StageLedger, TakeStep

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain.protocol.membership.accusations import NamedOnce
+from swarmtrain.protocol.membership.budgets import NamedOnce
 
 HOUR_S = 3600.0
 

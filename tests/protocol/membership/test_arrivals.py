@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarmtrain.protocol.membership.arrivals import LATELY_S, Arrivals
+from swarmtrain.protocol.membership.membership import LATELY_S, Arrivals
 
 BEHIND = "9 rounds behind the median; at most 8 are merged"
 

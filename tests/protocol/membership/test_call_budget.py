@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarmtrain.protocol.membership.call_budget import CallBudget
+from swarmtrain.protocol.membership.budgets import CallBudget
 
 
 def test_a_burst_and_then_so_many_a_second() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain.protocol.membership.clocks import MOST_CORRECTED_S, judge_clock
+from swarmtrain.protocol.membership.membership import MOST_CORRECTED_S, judge_clock
 
 YEARS_31 = 31 * 365.25 * 86_400
 

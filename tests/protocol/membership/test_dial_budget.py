@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain.protocol.membership.dial_budget import (
+from swarmtrain.protocol.membership.budgets import (
     MAX_PORTS,
     DialBudget,
     dial_targets,

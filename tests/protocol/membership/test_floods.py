@@ -10,11 +10,9 @@ import pytest
 from swarmtrain.protocol.archive.departure import DepartureQueue
 from swarmtrain.protocol.gossip.open_pulls import OpenPulls
 from swarmtrain.protocol.gossip.partners import BackOff, Ledger, PublicationVersion
-from swarmtrain.protocol.membership.accusations import NamedOnce
-from swarmtrain.protocol.membership.call_budget import CallBudget
+from swarmtrain.protocol.membership.budgets import CallBudget, NamedOnce, Readers
 from swarmtrain.protocol.membership.hosts import Guests
 from swarmtrain.protocol.membership.membership import MAX_PEERS, Membership, PeerInfo, PeerState
-from swarmtrain.protocol.membership.readers import Readers
 from swarmtrain.protocol.pipeline.ledger import Acknowledged, Key, LedgerLimits, Settlement, StageLedger
 from swarmtrain.protocol.pipeline.router import Router
 from swarmtrain.protocol.rounds.signers import Signers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarmtrain.protocol.membership.readers import GIVES_WAY_S, Reader, Readers
+from swarmtrain.protocol.membership.budgets import GIVES_WAY_S, Reader, Readers
 
 MOST = 4
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from swarmtrain.protocol.membership.membership import Membership, PeerInfo
-from swarmtrain.protocol.membership.run_end import may_come_back, still_needed
+from swarmtrain.protocol.membership.membership import Membership, PeerInfo, may_come_back, still_needed
 from swarmtrain.protocol.tokens.progress import Progress
 
 LAST = Progress(round=9, run_tokens=1000)

@@ -26,7 +26,7 @@ from swarmtrain.protocol.pipeline.balance import (
     stage_rates,
     stages_for_joiner,
 )
-from swarmtrain.protocol.pipeline.stage_leases import LeaseRequest, StageLease, StageLeases
+from swarmtrain.protocol.pipeline.moves import LeaseRequest, StageLease, StageLeases
 
 THREE = Rule(costs=(1 / 3,) * 3)
 NOW = 1000.0

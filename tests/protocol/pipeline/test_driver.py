@@ -9,13 +9,13 @@ from typing import TypeVar
 import pytest
 
 from swarmtrain.protocol.pipeline.balance import StagePeer
-from swarmtrain.protocol.pipeline.driver import DriverEngine, DriverPace
-from swarmtrain.protocol.pipeline.ledger import Acknowledged, Key, Settlement
-from swarmtrain.protocol.pipeline.messages import (
+from swarmtrain.protocol.pipeline.driver import (
     AskStage,
     Back,
     CancelStageCall,
     DrawMicrobatch,
+    DriverEngine,
+    DriverPace,
     DrivingCommand,
     Fault,
     GiveUp,
@@ -33,6 +33,7 @@ from swarmtrain.protocol.pipeline.messages import (
     ToldOf,
     Wrong,
 )
+from swarmtrain.protocol.pipeline.ledger import Acknowledged, Key, Settlement
 from swarmtrain.protocol.pipeline.router import Router
 
 _C = TypeVar("_C", bound=DrivingCommand)

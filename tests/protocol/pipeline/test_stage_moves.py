@@ -18,7 +18,7 @@ from swarmtrain.protocol.pipeline.balance import (
     stage_rates,
     stages_for_joiner,
 )
-from swarmtrain.protocol.pipeline.stage_leases import LeaseRequest, StageLeases
+from swarmtrain.protocol.pipeline.moves import LeaseRequest, StageLeases
 
 
 def _peers(*counts: int, rate: float = 100.0, most_stages: int = 1) -> dict[str, StagePeer]:

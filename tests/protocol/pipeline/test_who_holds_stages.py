@@ -6,7 +6,7 @@ import pytest
 
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.pipeline.balance import StagePeer
-from swarmtrain.protocol.pipeline.stages import FirstStageWatch, places_of, stage_costs
+from swarmtrain.protocol.pipeline.moves import FirstStageWatch, places_of, stage_costs
 
 TOTAL = 1000
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmtrain.protocol.membership.accusations import NamedOnce
+from swarmtrain.protocol.membership.budgets import NamedOnce
 from swarmtrain.protocol.tokens.tally import ALL_OTHERS, CountingRules, Tally, agreed_counts, quick_speed, typical_speed
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
