@@ -7,7 +7,6 @@ It prints its PeerID and address, and reads those of the other stages as a line 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import random
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
 from swarmtrain.errors import PeerError
@@ -28,11 +26,11 @@ from swarmtrain.network.identity import load_or_create_identity
 from swarmtrain.network.node import NetworkThread, Node, NodeSettings
 from swarmtrain.network.stage_calls import StageClient, StageHost, stage_stream_name
 from swarmtrain.peer.lifecycle.stop import StopTraining
-from swarmtrain.peer.pipeline.driver import Driver, Tail
-from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
+from swarmtrain.peer.pipeline.driver import Driver
+from swarmtrain.peer.pipeline.request_queue import StageRequestQueue
 from swarmtrain.peer.pipeline.stage_loop import StageLoop
 from swarmtrain.peer.pipeline.stage_service import StageServer, StageShapes, WireCalls
-from swarmtrain.protocol.pipeline.ledger import Discard, Due, Key, LedgerLimits, StageLedger, TakeStep
+from swarmtrain.protocol.pipeline.ledger import Key, LedgerLimits, StageLedger
 from swarmtrain.protocol.pipeline.router import Router
 from swarmtrain.run_model import ModelSection
 
@@ -57,11 +55,6 @@ def microbatch(number: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(number)
     starts, steps = torch.randint(0, 100, (2, SEQUENCES, 1), generator=generator)
     return (starts + (1 + steps % 2) * torch.arange(MODEL.context_tokens + 1)) % 256
-
-
-def digest(tensor: torch.Tensor | None) -> str:
-    """Return the digest by which logs name a tensor."""
-    return "" if tensor is None else hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
 
 
 class Told:
@@ -92,9 +85,7 @@ class StagePeer:
         self.queue = StageRequestQueue(StageLedger(limits), time.monotonic)
         stage = build_stage(stage_shapes(MODEL, boundaries)[self.stage], seed=5)
         inner = InnerOptimizer(stage.named_parameters(), CONSTANTS)
-        self.loop = StageLoop(self.queue, StageWork(stage), inner, BATCH_TOKENS, record=self.record)
-        self.log: list[dict[str, Any]] = []
-        self.folder, self.model = folder, stage
+        self.loop = StageLoop(self.queue, StageWork(stage), inner, BATCH_TOKENS)
         self.shapes = StageShapes(
             most_sequences=SEQUENCES,
             context_tokens=MODEL.context_tokens,
@@ -123,41 +114,17 @@ class StagePeer:
                 break
         if self.stage == 0:
             driving.result()
-        (self.folder / "log.json").write_text(json.dumps({"peer": self.me, "stage": self.stage, "log": self.log}))
-        save_file(dict(self.model.named_parameters()), self.folder / "weights.safetensors")
         self.network.run(self.node.stop(), 5)
         self.network.stop()
-
-    def record(self, what: Task | Due, answer: Any) -> None:
-        if isinstance(what, Task):
-            payload = what.payload[0] if what.kind == "tail" else what.payload
-            tail = answer if isinstance(answer, Tail) else None
-            entry = {
-                "kind": what.kind,
-                "key": [*what.key],
-                "batch": what.work.batch,
-                "takes": digest(payload),
-                "gives": digest(answer if tail is None else tail.gradient),
-                "loss": None if tail is None else tail.loss,
-            }
-        elif isinstance(what, TakeStep):
-            keys = [[*key] for key in what.microbatches]
-            entry = {"kind": "step", "batch": what.batch, "tokens": what.tokens, "keys": keys}
-        elif isinstance(what, Discard):  # on a busy machine a batch is given up
-            entry = {"kind": "discard", "batch": what.batch}
-        else:
-            entry = {"kind": type(what).__name__.lower(), "key": [*what.key]}
-        self.log.append(entry)
 
     def until_stdin_ends(self) -> None:
         sys.stdin.read()
         self.ended.set()
 
     async def _drive(self, driver: Driver, number: int) -> float:
-        sequences = microbatch(number + 1000 * self.settings.get("driver", 0))
+        sequences = microbatch(number)
         x, targets = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
-        async with self.places:
-            return (await driver.drive(MICROBATCH_TOKENS, x, targets)).loss
+        return (await driver.drive(MICROBATCH_TOKENS, x, targets)).loss
 
     async def drive(self, others: list[Any]) -> None:
         routers = [Router(random.Random(0)) for _ in range(self.num_stages - 1)]
@@ -167,12 +134,11 @@ class StagePeer:
             router.set_peers([peer for peer, of, _ in others if of == stage])
         calls = WireCalls(self.me, StageClient(self.node, RUN), self.shapes, {0: self.queue})
         driver = Driver(self.me, routers, calls, Told(), time.monotonic, 0)
-        self.places = asyncio.Semaphore(self.settings["in_flight"])
-        numbers = [range(n, n + MICROBATCHES) for n in range(0, MICROBATCHES * self.settings["batches"], MICROBATCHES)]
-        if not self.settings["flush"]:
-            numbers = [range(MICROBATCHES * self.settings["batches"])]
-        for batch in numbers:
-            losses = await asyncio.gather(*(self._drive(driver, number) for number in batch))
+        for batch in range(self.settings["batches"]):
+            numbers = range(batch * MICROBATCHES, (batch + 1) * MICROBATCHES)
+            losses = []
+            for number in numbers:  # one at a time, and a flush between batches, as one process computes them
+                losses.append(await self._drive(driver, number))
             await driver.settled()
             print(json.dumps(losses), flush=True)
 

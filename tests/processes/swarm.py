@@ -287,8 +287,6 @@ class Swarm:
     folder: Path
     children: list[Child] = field(default_factory=list)
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
-    inside: dict[str, list[str]] = field(default_factory=dict)
-    """Commands, by peer name, that run a peer elsewhere, such as in a network namespace."""
     listen: str = "127.0.0.1:0"
     temporary: Path | None = None
     """Folder for temporary files of its processes; None: the system's."""
@@ -336,23 +334,23 @@ class Swarm:
         log = self.folder / f"{name}-{len(self.children)}.log"
         process: subprocess.Popen[bytes] | ForkedProcess
         with log.open("wb") as errors:
-            if self.preloaded is not None and not prelude and name not in self.inside:
+            if self.preloaded is not None and not prelude:
                 process = self.preloaded.start(len(self.children), arguments, errors, self.environment, cwd)
             else:
-                process = self._start_anew(name, arguments, prelude, errors, cwd)
+                process = self._start_anew(arguments, prelude, errors, cwd)
         child = Child(name, self.folder / name, process, log)
         self.children.append(child)
         return child
 
     def _start_anew(
-        self, name: str, arguments: Sequence[str], prelude: str, errors: IO[bytes], cwd: Path
+        self, arguments: Sequence[str], prelude: str, errors: IO[bytes], cwd: Path
     ) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "swarmtrain.cli", *arguments]
         if prelude:
             code = f"{prelude}\nfrom swarmtrain.cli.main import main\nmain()"
             command = [sys.executable, "-c", code, *arguments]
         return subprocess.Popen(
-            owned_process_args([*self.inside.get(name, []), *command]),
+            owned_process_args(command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -5,7 +5,6 @@ A newcomer among those who hang is shown in virtual time (`tests/simulate/system
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import statistics
@@ -18,7 +17,7 @@ from swarm import Child, Swarm, wait_until, write_run
 
 from swarmtrain.data.batches import held_out_batches
 from swarmtrain.data.tokens import ByteTokenizer
-from swarmtrain.events import ArchivedEvent, DoneEvent, JoinedEvent, RefusedEvent, RoundEvent, WarningEvent
+from swarmtrain.events import DoneEvent, JoinedEvent, RoundEvent, WarningEvent
 from swarmtrain.model.evaluation import evaluate
 from swarmtrain.model.export import load_exported
 from swarmtrain.peer.checkpoints.export import export_from_folder, onlooker_place
@@ -159,60 +158,3 @@ def test_a_run_ends_without_its_bootstrap_and_each_volunteer_exports_it(swarm: S
     (said,) = again.all(WarningEvent)
     assert said.code == "run-had-ended" and str(model.parent) in said.message
     swarm.assert_nothing_left()
-
-
-def test_a_run_ends_by_itself_with_the_consensus(swarm: Swarm) -> None:
-    """Each has the same model at the end, whatever its own weights are, and the archive has it too."""
-    total = 24 * ROUND_TOKENS
-    invite = gossip_run(swarm, total)
-    bootstrap = next(child for child in swarm.children if child.name == "bootstrap")
-    peers = swarm.join_all(["anna", "ben", "carl"], invite)
-    for child in (*peers, bootstrap):
-        assert child.wait() == 0, child.story()
-    done = [child.wait_event(DoneEvent) for child in peers]
-    assert {event.reason for event in done} == {"total_tokens"}
-    for event in done:
-        assert event.own_loss is not None and event.held_out_loss is not None
-        assert total <= event.run_tokens <= total + 2 * len(peers) * ROUND_TOKENS
-        assert event.held_out_loss < math.log(256)
-        assert event.held_out_loss <= event.own_loss * BETTER_ALONE
-    losses = [event.held_out_loss for event in done]
-    assert max(losses) - min(losses) < LOSSES_APART * min(losses)
-    rounds = [event for child in peers for event in child.all(RoundEvent) if event.round > 0]
-    assert sum(bool(event.partners) for event in rounds) >= FRESH_SHARE * len(rounds)
-    seen = {child: {event.shard for event in child.all(RoundEvent)} for child in peers}
-    unseen = {child: child.all(RoundEvent)[-1].unseen_shards for child in peers}
-    assert not any(None in shards for shards in seen.values())
-    assert any(left == 0 or left < NUM_SHARDS - len(seen[child]) for child, left in unseen.items()), "what others saw"
-    assert not any(event.rule == "shards" for child in peers for event in child.all(RefusedEvent))
-    archived = bootstrap.all(ArchivedEvent)[-1]
-    assert archived.run_tokens == sum(event.tokens for event in done) >= total, "what each trained, nothing else"
-    assert abs(bootstrap.wait_event(DoneEvent).held_out_loss - losses[0]) < LOSSES_APART * losses[0]
-    swarm.assert_nothing_left()
-
-
-def test_everyone_is_killed_and_goes_on_from_its_own_folder(swarm: Swarm) -> None:
-    invite = gossip_run(swarm, min_peers=2)
-    bootstrap = swarm.children[0]
-    before = swarm.join_all(["anna", "ben"], invite)
-    for child in before:
-        child.wait_more_rounds(3)
-    wait_until(lambda: bootstrap.all(ArchivedEvent), "an archive")
-    for child in (bootstrap, *before):
-        child.kill()
-    told = {child.name: {event.round: event.run_tokens for event in child.all(RoundEvent)} for child in before}
-
-    back = swarm.bootstrap(next(swarm.folder.glob("*.toml")))
-    after = swarm.join_all([child.name for child in before], back.invite.invite)
-    for old, new in zip(before, after, strict=True):
-        joined, rounds = new.wait_event(JoinedEvent), told[old.name]
-        assert new.id == old.id
-        assert joined.resumed_round is not None and joined.resumed_round >= max(rounds), "the last one may be lost"
-        # A round may be kept before it is told; paced rounds differ in their tokens.
-        assert joined.run_tokens >= rounds.get(joined.resumed_round - 1, max(rounds.values()))
-    anna, ben = after
-    meets(anna, ben)
-    meets(ben, anna)
-    for child in after:
-        assert not any(event.rule == "shards" for event in child.all(RefusedEvent))
-    swarm.interrupt_all([back, *after])

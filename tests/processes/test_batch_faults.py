@@ -20,7 +20,7 @@ from swarmtrain.events import CaughtUpEvent, RoundEvent
 from swarmtrain.peer.local.swarm import LocalLinks
 from swarmtrain.rehearsal import LinksSection, RehearsalFile
 
-pytestmark = [pytest.mark.processes, pytest.mark.long]
+pytestmark = [pytest.mark.processes, pytest.mark.evidence]
 
 SLOWDOWNS = (5, 6, 8, 10, 12, 16)
 """Times that each volunteer is slower than this machine: together they need 0.7 of a core."""
@@ -67,7 +67,7 @@ def assert_counted_once(children: Sequence[Child]) -> dict[int, dict[str, int]]:
     return rosters
 
 
-@pytest.mark.parametrize("moment", ["before the roster", pytest.param("amid the batch", marks=pytest.mark.evidence)])
+@pytest.mark.parametrize("moment", ["before the roster", "amid the batch"])
 def test_a_third_is_killed_with_the_signer_and_links_halve(swarm: Swarm, links: LocalLinks, moment: str) -> None:
     run_file = write_run(
         swarm.folder,

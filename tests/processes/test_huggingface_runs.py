@@ -77,7 +77,7 @@ def test_two_volunteers_train_a_llama_to_the_end_and_transformers_loads_it(swarm
 
 @pytest.mark.long
 def test_a_run_whose_bootstrap_has_left_has_held_out_values_to_its_end(swarm: Swarm) -> None:
-    total = 2000 * 4 * 32
+    total = 800 * 4 * 32
     sections = {"run": {"name": "tuning", "total_tokens": total}, "network": {"archive_every_s": 1.0}}
     bootstrap = swarm.bootstrap(_short_run(swarm.folder, **sections))
     volunteers = swarm.join_all(["anna", "ben"], bootstrap.invite.invite)

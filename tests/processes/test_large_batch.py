@@ -130,7 +130,7 @@ def exported(child: Child) -> Tensor:
     return flatten(load_exported(child.folder / "model").model.parameters())
 
 
-@pytest.mark.parametrize("format", ["fp32", "int8"])
+@pytest.mark.parametrize("format", ["fp32", pytest.param("int8", marks=pytest.mark.evidence)])
 def test_a_late_one_and_a_killed_one_leave_the_weights_of_one_process(
     swarm: Swarm, one_thread: None, format: str
 ) -> None:

@@ -10,7 +10,7 @@ from swarm import Child, Swarm, assert_same_states, wait_until
 
 from swarmtrain.events import DoneEvent, StartedEvent
 
-pytestmark = [pytest.mark.processes, pytest.mark.long]
+pytestmark = [pytest.mark.processes, pytest.mark.evidence]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUM_PEERS = 4
@@ -32,7 +32,7 @@ def shortened(example: str, folder: Path) -> tuple[Path, int]:
     return path, numbers["inner_steps"]
 
 
-@pytest.mark.parametrize("example", ["stdlib-gpt.toml", pytest.param("diloco.toml", marks=[pytest.mark.evidence])])
+@pytest.mark.parametrize("example", ["stdlib-gpt.toml", "diloco.toml"])
 def test_a_volunteer_takes_at_most_500_megabytes(swarm: Swarm, example: str) -> None:
     swarm.preloaded = None  # what is shared with the process that forked them would count in proportion
     run_file, inner_steps = shortened(example, swarm.folder)

@@ -159,46 +159,6 @@ def test_one_that_answers_garbage_is_named_and_left_alone(swarm: Swarm) -> None:
         assert child.wait() == 0, child.story()
 
 
-def test_the_last_peer_of_a_stage_takes_at_most_a_round_of_it_along(swarm: Swarm) -> None:
-    """A lone peer is archived after each of its rounds; who rescues its stage goes on from there."""
-    bootstrap = swarm.bootstrap(_run(swarm, 10**9, "rates", inner_steps=LONG_ROUND), "--wait-for", "4")
-    children = _join_all(swarm, bootstrap.invite.invite, (0, 0, 1, 2))
-
-    def lonely() -> list[tuple[Child, int]]:
-        """List volunteers that hold a stage alone, with the stage.
-
-        Two rounds must have ended since another left it: until the bootstrap has looked, its archive mixes both, and
-        the other may be behind.
-        """
-        found = []
-        for stage in (1, 2):
-            holders = [child for child in children if stage in _holds(child)]
-            if len(holders) != 1:
-                continue
-            moved_s = [event.time for child in children for event in child.all(MovedEvent) if stage in event.before]
-            rounds = [event for event in _rounds(holders[0], stage) if event.time > max(moved_s, default=0.0)]
-            if len(rounds) >= 2 and rounds[-1].round >= 2:
-                found.append((holders[0], stage))
-        return found
-
-    lone, stage = wait_until(
-        lonely, lambda: "\n".join(child.story() for child in children), PATIENCE_S + exit_limit_s()
-    )[0]
-    lone.kill()
-    at_s, last_round = time.time(), max(event.round for event in _rounds(lone, stage))
-    alive = [child for child in children if child is not lone]
-
-    def rescued() -> list[RoundEvent]:
-        return [event for child in alive for event in _rounds(child, stage) if event.time > at_s]
-
-    wait_until(rescued, lambda: "\n".join(child.story() for child in alive), RESCUED_S + exit_limit_s())
-    assert last_round <= rescued()[0].round <= last_round + 1, "a round lost at most"
-    for child in (*alive, bootstrap):
-        child.interrupt()
-    for child in (*alive, bootstrap):
-        assert child.wait() == 0, child.story()
-
-
 def test_everyone_killed_and_started_again_goes_on_from_what_each_kept(swarm: Swarm) -> None:
     """Each takes the stage again that its folder has the newest checkpoint of, and so no stage begins anew."""
     run_file = _run(swarm, 10**9, "none")
