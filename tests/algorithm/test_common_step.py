@@ -87,19 +87,6 @@ def test_lamb_scales_each_matrixs_step_to_its_weights(weight_decay: float) -> No
         assert torch.allclose(state.theta.double(), torch.cat([each.flatten() for each in weights]), atol=2e-6, rtol=0)
 
 
-def test_with_lamb_a_bias_that_begins_at_zero_moves_as_with_adam() -> None:
-    bias, moved = slice(1200, 1230), []
-    for name in ("adamw", "lamb"):
-        optimizer = CommonOptimizer(SHAPES, CONSTANTS, name)  # type: ignore[arg-type]
-        state = start()
-        state.theta[bias] = 0.0
-        for number in range(1, 21):
-            state = optimizer.step(state, torch.ones(SIZE), CommonStep(number, 0.5))
-        moved.append(state.theta[bias])
-    assert torch.allclose(moved[0], moved[1], rtol=1e-5)
-    assert float(moved[1].abs().min()) == pytest.approx(20 * learning_rate_at(CONSTANTS, 0.5), rel=1e-3)
-
-
 def test_the_mean_gradient_is_clipped_and_a_bad_one_changes_nothing() -> None:
     clipping = CommonOptimizer(SHAPES, InnerConstants(**{**vars(CONSTANTS), "gradient_clip": 0.5}))
     free, state, gradient = CommonOptimizer(SHAPES, CONSTANTS), start(), made(1)

@@ -64,17 +64,6 @@ def test_it_is_the_papers_formula(N: int, c: float) -> None:
         assert torch.allclose(reached.momentum.double(), paper.momentum, rtol=0, atol=1e-6)
 
 
-def test_four_equal_gradients_one_by_one() -> None:
-    """With beta 0.9, four times the same g: 12.14 eps g applied as they come, 1.9 eps g delayed."""
-    gradient = torch.full((3,), 0.5)
-    naive, delayed = _zero(3), DelayedNesterov(_zero(3), _CONSTANTS, 4)
-    for _ in range(4):
-        naive = outer_step(naive, gradient, _CONSTANTS)
-        delayed.arrive(gradient)
-    assert (naive.theta / (-0.7 * gradient)).tolist() == pytest.approx([12.1441] * 3, abs=1e-4)
-    assert (delayed.state.theta / (-0.7 * gradient)).tolist() == pytest.approx([1.9] * 3, abs=1e-6)
-
-
 @pytest.mark.parametrize("weights", [None, [1 / 8, 1 / 2, 3 / 8, 0.0]])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 def test_without_share_it_is_nesterov_on_the_buffers_mean(
@@ -99,15 +88,6 @@ def test_one_arrival_is_an_outer_step_to_the_bit() -> None:
         assert torch.equal(outer.state.momentum, nesterov.momentum)
 
 
-def test_the_share_changes_the_way_and_not_the_end() -> None:
-    """While the momentum stands, c only spreads it: after a buffer theta differs by what the refresh brought."""
-    start = OuterState(torch.zeros(9), torch.ones(9))
-    still = torch.zeros(9)
-    constants = OuterConstants(learning_rate=0.5, momentum=0.5)
-    outer = DelayedNesterov(start, constants, 4, 0.25)
-    assert [outer.arrive(still).theta[0].item() for _ in range(4)] == [-0.0625, -0.125, -0.1875, -0.21875]
-
-
 def test_new_tensors_at_every_arrival() -> None:
     outer = DelayedNesterov(_zero(5), _CONSTANTS, 2)
     seen = [(outer.state, outer.buffer)]
@@ -120,13 +100,6 @@ def test_new_tensors_at_every_arrival() -> None:
         assert torch.equal(state.theta, theta)
         assert torch.equal(state.momentum, momentum)
         assert torch.equal(buffer.delta, delta)
-
-
-def test_arriving_leaves_the_gradient_alone() -> None:
-    outer, gradient = DelayedNesterov(_zero(5), _CONSTANTS, 2), torch.ones(5)
-    for _ in range(4):
-        outer.arrive(gradient, 1.0)
-    assert torch.equal(gradient, torch.ones(5))
 
 
 def test_it_is_deterministic_and_goes_on_from_its_parts() -> None:
@@ -183,19 +156,6 @@ def test_number_changes_within_a_buffer(before: int, N: int, after: int, weights
     assert torch.allclose(outer.state.momentum, total, rtol=0, atol=1e-6)
     applied = (1 - share * (before + after - 1)) * 0.9  # the old momentum was zero, so the shares before moved nothing
     assert torch.allclose(outer.state.theta, -0.7 * (total + applied * total), rtol=0, atol=2e-6)
-
-
-def test_it_converges_where_workers_differ_in_speed() -> None:
-    """A fast worker and two slow ones, each gradient taken at weights that are old by then; one minimum."""
-    minimum = _random(20, 0)
-    outer = DelayedNesterov(_zero(20), OuterConstants(learning_rate=0.7, momentum=0.8), 3)
-    held = [outer.state.theta] * 3
-    for tick in range(1, 400):
-        for worker, period in enumerate((1, 3, 5)):
-            if tick % period == 0:
-                gradient = 0.3 * (held[worker] - minimum)
-                held[worker] = outer.arrive(gradient).theta
-    assert torch.allclose(outer.state.theta, minimum, rtol=0, atol=1e-3)
 
 
 def test_what_makes_no_sense_is_refused_and_changes_nothing() -> None:

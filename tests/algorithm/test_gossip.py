@@ -70,20 +70,6 @@ def test_corrected_mean_is_the_rule(weights: list[float] | None, offset: float) 
     assert found.factor == pytest.approx(factor, rel=1e-9)
 
 
-def test_it_keeps_the_mean_and_restores_the_variance() -> None:
-    vectors = [0.02 + 0.1 * (1 + seed) * _random(_LAYOUT.size, seed) for seed in range(4)]
-    found = variance_corrected_mean(vectors, _LAYOUT).mean.double()
-    plain = torch.stack(vectors).double().mean(0)
-    for place, corrected in zip(_LAYOUT.slices, _LAYOUT.corrected, strict=True):
-        if corrected and place.stop - place.start > 1:
-            target = sum(v[place].double().var(correction=0).item() for v in vectors) / 4
-            assert found[place].mean().item() == pytest.approx(plain[place].mean().item(), abs=1e-7)
-            assert found[place].var(correction=0).item() == pytest.approx(target, rel=1e-6)
-            assert plain[place].var(correction=0).item() < 0.7 * target
-        else:
-            assert torch.allclose(found[place], plain[place], rtol=1e-7, atol=1e-8)
-
-
 @given(
     seed=st.integers(0, 2**31),
     copies=st.integers(1, 7),
@@ -375,16 +361,6 @@ def test_what_nobody_trained_stays_to_the_bit_whatever_weights_came() -> None:
         assert prepared.spent
 
 
-def test_who_did_not_train_takes_the_mean_of_those_who_did() -> None:
-    layout, own = layout_of([(3,)]), torch.tensor([9.0, -9.0, 9.0])
-    state = OuterState(_random(3, 0), _random(3, 1))
-    arrivals = [PartnerUpdate(None, _random(3, seed), tokens) for seed, tokens in ((2, 100), (3, 300))]
-    new = gossip_merge(state, prepare(state, arrivals, layout, _RATE), own, 0, _CONSTANTS)
-    expected = outer_step(state, 0.25 * arrivals[0].gradient + 0.75 * arrivals[1].gradient, _CONSTANTS)
-    assert torch.allclose(new.theta, expected.theta, rtol=0, atol=1e-6)
-    assert torch.allclose(new.momentum, expected.momentum, rtol=0, atol=1e-6)
-
-
 def test_it_is_deterministic_to_the_bit() -> None:
     def run() -> OuterState:
         state = OuterState(_random(_LAYOUT.size, 0), torch.zeros(_LAYOUT.size))
@@ -399,80 +375,6 @@ def test_it_is_deterministic_to_the_bit() -> None:
 
 
 _SMALL = layout_of([(16, 12), (12,)])
-
-
-def _norms(thetas: Tensor) -> Tensor:
-    """Return the largest norm of each tensor (T,) over weights (peers, P)."""
-    return torch.stack([thetas[:, place].norm(dim=1).max() for place in _SMALL.slices])
-
-
-def _descend(num_rounds: int, num_peers: int, num_partners: int, bias: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the largest norm of each tensor in any round, for peers that gossip and for the same peers alone.
-
-    Noisy descent with decoupled weight decay, three inner steps a round; a peer has the same noise in both
-    worlds, and its own initial weights. Partners' theta and g are those of their last finished round, as over a
-    network. `bias` multiplies what the correction gives to a tensor's deviations.
-    """
-    P = _SMALL.size
-    curvature = 0.01 * (_random(P, 76) > 0)  # half of the directions are flat: only weight decay holds them
-    minimum = 0.3 * _random(P, 77)
-    noise, chance = torch.Generator().manual_seed(0), random.Random(0)
-    together = [OuterState(0.2 * _random(P, peer), torch.zeros(P)) for peer in range(num_peers)]
-    # Numbers that never meet: the lone peers' weights are one vector, and both worlds' inner steps are taken at once.
-    alone = OuterState(torch.cat([state.theta for state in together]), torch.zeros(num_peers * P))
-    published: list[PartnerUpdate] = []
-    largest_together = largest_alone = torch.zeros(len(_SMALL.slices))
-    for _ in range(num_rounds):
-        theta = torch.stack([torch.stack([state.theta for state in together]), alone.theta.view(num_peers, P)])
-        phi = theta
-        for kick in 0.01 * torch.randn(3, num_peers, P, generator=noise):
-            phi = phi * (1 - 2e-4) - curvature * (phi - minimum) - kick
-        gradients, lone_gradients = theta - phi
-
-        latest = [PartnerUpdate(state.theta, g, 100) for state, g in zip(together, gradients, strict=True)]
-        for peer, (state, gradient) in enumerate(zip(together, gradients, strict=True)):
-            others = [arrival for other, arrival in enumerate(published) if other != peer]
-            prepared = prepare(state, chance.sample(others, num_partners) if others else [], _SMALL, _RATE)
-            if bias != 1 and others:
-                prepared = dataclasses.replace(prepared, theta_mean=prepared.theta_mean * bias)
-            together[peer] = gossip_merge(state, prepared, gradient, 100, _CONSTANTS)
-        alone = outer_step(alone, lone_gradients.flatten(), _CONSTANTS)
-        published = latest
-        largest_together = torch.maximum(largest_together, _norms(torch.stack([state.theta for state in together])))
-        largest_alone = torch.maximum(largest_alone, _norms(alone.theta.view(num_peers, P)))
-    return largest_together, largest_alone
-
-
-@pytest.mark.slow
-def test_no_weight_norm_grows_past_a_lone_peers() -> None:
-    """1,000 rounds, three partners, correction on: the noise of one peer grows faster than the average's."""
-    together, alone = _descend(num_rounds=1000, num_peers=4, num_partners=3)
-    assert (together <= alone).all(), (together, alone)
-
-
-@pytest.mark.slow
-def test_a_correction_that_is_too_large_would_be_seen() -> None:
-    """Two percent more than it should be, and 200 rounds are enough: the test above can fail."""
-    together, alone = _descend(num_rounds=200, num_peers=4, num_partners=3, bias=1.02)
-    assert together[0] > alone[0], (together, alone)
-
-
-def test_unequal_peers_find_the_weighted_minimum() -> None:
-    """Quadratics with different minima and H from 2 to 20: what is found is their mean by tokens and way."""
-    steps, P = [2, 5, 10, 20], _SMALL.size
-    minima = [_random(P, seed) for seed in range(4)]
-    ways = [1 - 0.97**count for count in steps]  # how far of the way to its minimum a peer comes in a round
-    states = [OuterState(torch.zeros(P), torch.zeros(P)) for _ in range(4)]
-    for _ in range(120):
-        gradients = [way * (s.theta - m) for way, s, m in zip(ways, states, minima, strict=True)]
-        everyone = [PartnerUpdate(s.theta, g, 32 * n) for s, g, n in zip(states, gradients, steps, strict=True)]
-        states = [
-            gossip_merge(s, prepare(s, everyone[:i] + everyone[i + 1 :], _SMALL, _RATE), g, 32 * n, _CONSTANTS)
-            for i, (s, g, n) in enumerate(zip(states, gradients, steps, strict=True))
-        ]
-    pull = [count * way for count, way in zip(steps, ways, strict=True)]
-    expected = sum((m * p / sum(pull) for m, p in zip(minima, pull, strict=True)), torch.zeros(P))
-    assert all(torch.allclose(state.theta, expected, rtol=0, atol=1e-3) for state in states)
 
 
 def test_peers_from_their_own_weights_agree_and_converge() -> None:

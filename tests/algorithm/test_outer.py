@@ -73,12 +73,6 @@ def test_unflatten_of_another_size_changes_nothing(shape: tuple[int, ...]) -> No
     assert not target.any()
 
 
-def test_mean_matches_fp64() -> None:
-    gradients, weights = [_random(1003, seed) for seed in range(5)], [10, 500, 3, 77, 250]
-    exact = sum(g.double() * w for g, w in zip(gradients, weights, strict=True)) / sum(weights)
-    assert torch.allclose(weighted_mean(gradients, weights).double(), exact, rtol=0, atol=1e-6)
-
-
 def test_mean_rounds_every_operation_separately() -> None:
     gradients, weights = [_random(1003, seed) for seed in range(3)], [3, 5, 9]
     expected = torch.zeros(1003, dtype=torch.float64)
@@ -176,46 +170,6 @@ def test_outer_step_makes_new_tensors() -> None:
     assert torch.equal(old.theta, torch.ones(5))
     assert torch.equal(old.momentum, torch.ones(5))
     assert len({t.data_ptr() for t in (old.theta, old.momentum, new.theta, new.momentum)}) == 4
-
-
-def test_averaging_is_learning_rate_one_without_momentum() -> None:
-    theta, phis = _random(101, 0), [_random(101, 1), _random(101, 2)]
-    gradient = weighted_mean([theta - phi for phi in phis], [1, 3])
-    reached = outer_step(OuterState(theta, torch.zeros(101)), gradient, OuterConstants(learning_rate=1, momentum=0))
-    assert torch.allclose(reached.theta, 0.25 * phis[0] + 0.75 * phis[1], atol=1e-6)
-
-
-def test_one_inner_step_of_sgd_is_large_batch_sgd() -> None:
-    """N peers, one plain inner step each on unequal batches, outer SGD at 1: the same as SGD on all of it."""
-    x, target = _random(60 * 8, 0).view(60, 8), _random(60, 1)
-    parts = [slice(0, 10), slice(10, 30), slice(30, 60)]
-    swarm = large = _random(8, 2)
-    for _ in range(50):
-        gradients = []
-        for part in parts:
-            phi = swarm - 0.05 * (2 / (part.stop - part.start)) * x[part].T @ (x[part] @ swarm - target[part])
-            gradients.append(swarm - phi)
-        gradient = weighted_mean(gradients, [part.stop - part.start for part in parts])
-        swarm = outer_step(
-            OuterState(swarm, torch.zeros(8)), gradient, OuterConstants(learning_rate=1, momentum=0)
-        ).theta
-        large = large - 0.05 * (2 / 60) * x.T @ (x @ large - target)
-    assert torch.allclose(swarm, large, rtol=0, atol=1e-6)
-
-
-def test_diloco_converges_where_every_peer_sees_another_part() -> None:
-    """Quadratics with different minima: the peers' mean minimum is found, by none of them alone."""
-    minima = [_random(20, seed) for seed in range(4)]
-    state = OuterState(torch.zeros(20), torch.zeros(20))
-    for _ in range(60):
-        gradients = []
-        for minimum in minima:
-            phi = state.theta
-            for _ in range(10):
-                phi = phi - 0.03 * (phi - minimum)
-            gradients.append(state.theta - phi)
-        state = outer_step(state, weighted_mean(gradients, [1] * 4), OuterConstants(learning_rate=0.7, momentum=0.9))
-    assert torch.allclose(state.theta, torch.stack(minima).mean(0), atol=0.01)
 
 
 def test_shapes_are_checked() -> None:

@@ -182,17 +182,6 @@ def test_whoever_begins_when_all_are_in_step_within_two_rounds(speeds: tuple[flo
     assert max(apart_s(rounds, which) for which in range(2, 6)) < 0.06 * round_s
 
 
-@pytest.mark.parametrize("limit_s", [600.0, 900.0])
-def test_rounds_that_have_to_be_shorter_are_in_step_too(limit_s: float) -> None:
-    rounds = lived((1.0, 1.0, 0.5), 1000, 8, limit_s=limit_s)
-    assert max(apart_s(rounds, which) for which in range(4, 8)) < 0.06 * limit_s
-    assert all(
-        limit_s / 2 <= taken / speed <= limit_s
-        for of, speed in zip(rounds, (1, 1, 0.5), strict=True)
-        for _, taken in of
-    )
-
-
 @pytest.mark.parametrize(
     ("speeds", "steps"),
     [

@@ -62,13 +62,6 @@ def test_a_gradient_is_clipped_to_three_times_the_median_a_step() -> None:
     )
 
 
-def test_a_gradient_within_limits_is_returned_as_it_is() -> None:
-    clip = GradientClip(per_tensor([300]))
-    for vector in _vectors(8):
-        assert clip.clip(vector, 25).vector is vector
-    assert clip.clip(torch.zeros(300), 25).vector.eq(0).all()
-
-
 def test_a_group_may_be_several_slices() -> None:
     clip = GradientClip([((0, 2), (4, 6))])
     for _ in range(3):
@@ -329,15 +322,6 @@ def test_flag_mean_equals_a_plain_decomposition(num: int) -> None:
     for rank in (None, 1, 2, num):
         expected = _plain_flag(vectors, default if rank is None else rank)
         assert torch.allclose(flag_mean(vectors, rank=rank).double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_flag_mean_is_as_long_as_the_mean_and_outliers_do_not_lengthen_it() -> None:
-    vectors = [vector / vector.norm() for vector in _vectors(8)]
-    plain = torch.stack(vectors).mean(dim=0)
-    assert torch.allclose(flag_mean(vectors, rank=8), plain, atol=0.05 * float(plain.norm()))
-    length = float(flag_mean(vectors).norm())
-    for factor in (1e6, -1e6, 1e-6, 0.0):
-        assert 0.75 * length < float(flag_mean([*vectors[:7], factor * vectors[7]]).norm()) < 1.25 * length
 
 
 @pytest.mark.parametrize("mean", [trimmed_mean, flag_mean])
