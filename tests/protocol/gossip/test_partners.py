@@ -318,16 +318,6 @@ def test_of_several_states_the_furthest_counts_and_none_is_believed_beyond_what_
     assert behind == {"a": (7, 2), "b": (11, 1)}, "it had fallen behind, and has taken the others' weights since"
 
 
-def test_in_order_and_without_losses_every_step_enters() -> None:
-    ledger, total = Ledger(), 0
-    for round in range(5):
-        for part in range(1, 5):
-            version = PublicationVersion(round, part, 25 * part)
-            total += ledger.news("a", version, round).tokens
-            ledger.merged("a", version, round)
-    assert total == 5 * 100
-
-
 # ---------------------------------------------------------------- whom
 
 
@@ -476,13 +466,6 @@ def test_who_is_let_train_on_is_not_too_old_when_the_others_merge(most: int) -> 
         stays = not left_behind(100 - behind, [100, 100], most)
         merged_next_round = isinstance(Ledger(most).news("a", PublicationVersion(100 - behind, 4, 10), 101), Full)
         assert stays <= merged_next_round, behind
-
-
-def test_bans_are_bounded() -> None:
-    back_off = BackOff(max_peers=10)
-    for i in range(100):
-        back_off.failed(f"p{i}", 0.0, "unreachable")
-    assert back_off.ready([f"p{i}" for i in range(100)], 1.0)[0] == {f"p{i}" for i in range(90)}
 
 
 def test_who_comes_back_gives_its_weights_up_if_they_are_too_old_for_those_who_have_begun() -> None:

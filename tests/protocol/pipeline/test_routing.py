@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from swarmtrain.protocol.pipeline.balance import StagePeer
-from swarmtrain.protocol.pipeline.router import VARIANTS, WORK_SHARES, Router, driver_share, most_in_flight
+from swarmtrain.protocol.pipeline.router import VARIANTS, Router, driver_share, most_in_flight
 
 NAMES = ("a", "b", "c", "d")
 
@@ -40,14 +40,6 @@ def chosen(router: Router, num: int, now: float = 0.0, tokens: float = 100.0) ->
 
 
 # ---------------------------------------------------------------- shares
-
-
-def test_by_hand_a_peer_twice_as_fast_comes_twice_as_often() -> None:
-    made = measured({"a": 100.0, "b": 50.0})  # a task costs a one second and b two
-    first = chosen(made, 3)
-    assert Counter(first) == {"a": 2, "b": 1}, first
-    assert Counter(chosen(made, 30)) == {"a": 20, "b": 10}
-    assert made.choose(0.0, 100.0)[1] == "the least loaded of 2"
 
 
 def test_the_heap_is_what_a_plain_search_for_the_least_load_gives() -> None:
@@ -291,16 +283,6 @@ def test_the_same_chance_gives_the_same_choices(variant: str) -> None:
     assert played(5) != played(6), "of equals one is taken by chance"
 
 
-def test_memory_is_bounded_whoever_comes_and_goes() -> None:
-    made = router()
-    for generation in range(23):
-        made.set_peers([f"{generation}-{i}" for i in range(50)])
-        chosen(made, 30)
-    assert len(made._gone) <= 1024 and len(made._heap) <= 64 + 4 * 50 + 1
-    with pytest.raises(ValueError, match="no such choice of a stage's peer: fastest; allowed: round-robin"):
-        Router(random.Random(0), "fastest")
-
-
 def test_one_that_left_the_stage_meanwhile_and_a_stranger_are_no_trouble() -> None:
     made = measured({"a": 100.0, "b": 100.0})
     made.begun("a", 100.0)
@@ -359,14 +341,6 @@ def test_what_has_come_back_quickly_or_slowly_and_odd_moments_give_a_number_too(
     assert most_in_flight("somebody", stages([100.0], [1e-300]), 1e-9, 10, 800) == 2
 
 
-def test_a_fast_driver_has_more_under_way_than_a_slow_one() -> None:
-    drivers = [StagePeer(peer=name, stages=(0,), tokens_per_s=rate) for name, rate in (("a", 300.0), ("b", 100.0))]
-    assert [driver_share(name, drivers) for name in "ab"] == [0.75, 0.25]
-    holders = [drivers, *stages([400.0], [400.0])]
-    assert [most_in_flight(name, holders, None, 10, 160) for name in "ab"] == [12, 4]
-    assert driver_share("a", drivers[:1]) == driver_share("a", []) == 1.0
-
-
 def test_a_driver_that_lies_or_says_nothing_starves_nobody() -> None:
     drivers = [StagePeer(peer=name, stages=(0,), tokens_per_s=100.0) for name in "abc"]
     liar = StagePeer(peer="d", stages=(0,), tokens_per_s=9e11)
@@ -375,7 +349,3 @@ def test_a_driver_that_lies_or_says_nothing_starves_nobody() -> None:
     assert driver_share("a", [*drivers, silent]) == driver_share("d", [*drivers, silent]) == 1 / 4
     assert driver_share("d", drivers) == 1 / 4, "its own record says nothing of the first stage yet"
     assert driver_share("a", [silent]) == 1 / 2
-
-
-def test_a_microbatch_is_a_stages_whole_work_once_in_one_piece_or_two() -> None:
-    assert WORK_SHARES["forward"] + WORK_SHARES["backward"] == WORK_SHARES["tail"] == 1.0
