@@ -27,7 +27,6 @@ from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
 from swarmtrain.peer.merging import consensus_state
 from swarmtrain.peer.merging.consensus_state import ConsensusState
 from swarmtrain.protocol.archive.departure import DepartureQueue
-from swarmtrain.protocol.archive.schedule import ArchiveSchedule
 from swarmtrain.protocol.membership.membership import Membership, PeerInfo
 from swarmtrain.protocol.rounds.roles import LinkRates
 from swarmtrain.protocol.tokens.progress import Progress
@@ -364,39 +363,3 @@ def test_an_archive_between_two_looks_that_had_all_tokens_ends_it_when_everyone_
     peer._tell_archived = lambda swarm: told.append(peer.is_final)
     peer._archive_until_the_end(swarm)
     assert peer.is_final and told == [True]
-
-
-def test_started_again_it_asks_at_once_whatever_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A newcomer counts less than the bootstrap, and is archived: what its state holds is asked for, once a round."""
-    run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": "gossip"}})
-    control: Any = SimpleNamespace(emit=None, stop=StopFlag(), board=SimpleNamespace(beat=lambda: None))
-    published, settings = PublishedRun(b"", "ab" * 32, run, b"", b""), PeerSettings(directory=tmp_path, name="b")
-    peer: Any = bootstrap._Bootstrap(published, settings, PeerFolder(tmp_path), cast(Any, None), control)
-    peer.stop, peer.state = SimpleNamespace(sleep=lambda seconds: None), cast(Any, object())
-    peer.progress = Progress(round=50, run_tokens=90_000)
-    watch, now, archived = ArchiveSchedule(), [0.0], list[float]()
-    peer.archived = SimpleNamespace(watch=watch)
-    infos = [PeerInfo(peer="newcomer", round=51, run_tokens=768)]
-    swarm: Any = SimpleNamespace(
-        asynchronous=True,
-        membership=SimpleNamespace(volunteers=lambda: infos),
-        accounting=SimpleNamespace(total=0),
-    )
-
-    def archive(swarm: Any, last: bool) -> bool:
-        archived.append(now[0])
-        watch.archived(infos)
-        return True
-
-    def look(swarm: Any) -> None:
-        now[0] += 1.0
-        if now[0] > 200:
-            raise Interrupted
-        if now[0] == 100.0:
-            infos[0] = PeerInfo(peer="newcomer", round=52, run_tokens=1536)
-
-    peer._ask_how_far, peer._archive = look, archive
-    monkeypatch.setattr(bootstrap, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with pytest.raises(Interrupted):
-        peer._archive_until_the_end(swarm)
-    assert archived == [1.0, 100.0]

@@ -8,22 +8,16 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from lone_exchange import lone_exchange
 from torch import Tensor
 
 from swarmtrain.algorithm.fragments import Fragment, fragments_of
 from swarmtrain.algorithm.gossip import layout_of
 from swarmtrain.algorithm.inner import InnerOptimizer
-from swarmtrain.data.batches import Batches
-from swarmtrain.model.gpt import build_model
-from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.device_parameters import DeviceParameters
-from swarmtrain.peer.training.loop import ModelLoop, inner_constants
-from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
-from swarmtrain.peer.training.session import RoundReport, Session
+from swarmtrain.peer.training.loop import inner_constants
+from swarmtrain.peer.training.parameters import ParameterSource
 from swarmtrain.run import RunFile
 
 
@@ -278,27 +272,6 @@ def test_moments_of_a_checkpoint_are_copied_beside_the_next_step(streams: Stream
 
 # ---------------------------------------------------------------- sessions
 
-TEXT = np.frombuffer(b"whatever a peer trains on, its rounds are the same to the bit. " * 20, dtype=np.uint8)
-
-
-class AsDevice(ComputeDevice):
-    """Processor of which the loop believes that it is a device."""
-
-    @property
-    def is_host(self) -> bool:
-        return False
-
-
-@pytest.mark.parametrize("inner_steps", [1, 3])
-def test_rounds_are_those_of_parameters_in_main_memory_to_the_bit(inner_steps: int) -> None:
-    host, device = (_trained(inner_steps, compute) for compute in (ComputeDevice(), AsDevice()))
-    assert isinstance(host[0].parameters, HostParameters) and isinstance(device[0].parameters, DeviceParameters)
-    assert torch.equal(host[1].replica.state.theta, device[1].replica.state.theta)
-    assert torch.equal(host[1].replica.state.momentum, device[1].replica.state.momentum)
-    assert torch.equal(host[0].parameters.read(), device[0].parameters.read())
-    assert [each.loss for each in host[2]] == [each.loss for each in device[2]] and len(host[2]) > 1
-    assert host[2][-1].loss < host[2][0].loss
-
 
 def run_file(inner_steps: int) -> RunFile:
     return RunFile.model_validate(
@@ -309,13 +282,3 @@ def run_file(inner_steps: int) -> RunFile:
             "merge": {"method": "diloco", "inner_steps": inner_steps, "outer_momentum": 0.5},
         }
     )
-
-
-def _trained(inner_steps: int, compute: ComputeDevice) -> tuple[ModelLoop, Session, list[RoundReport]]:
-    run = run_file(inner_steps)
-    data = Batches(TEXT, context_tokens=16, batch_sequences=4, run_sha256="ab" * 32, peer_id="me")
-    loop, reports = ModelLoop(run, build_model(run.model, 0), data, compute=compute), list[RoundReport]()
-    exchange = lone_exchange(run, inner_steps, 12)
-    session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=reports.append)
-    assert loop.train(session) == "total_tokens"
-    return loop, session, reports

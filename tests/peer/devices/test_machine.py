@@ -169,34 +169,6 @@ def test_why_torch_shows_no_card(
     assert "pytorch.org" in for_processors and too_old and too_old != for_processors
 
 
-@pytest.mark.parametrize(
-    ("cards", "problems", "taken"),
-    [
-        ([], {}, "cpu"),
-        ([NEW], {}, "cuda:0"),
-        ([OLD, NEW], {}, "cuda:1"),
-        ([OLD, NEW], {"cuda:1": "broken"}, "cuda:0"),
-        ([OLD, NEW], {"cuda:0": "broken", "cuda:1": "broken"}, "cpu"),
-        ([Card("tiny", (9, 0), GB // 2)], {}, "cpu"),
-        ([Card("tiny", (9, 0), GB // 2), OLD], {}, "cuda:1"),
-    ],
-)
-def test_auto_takes_the_best_that_works(
-    torch_with: Callable[..., None], cards: list[Card], problems: dict[str, str], taken: str
-) -> None:
-    torch_with(cards, mps=True, xpus=1)
-    choice = choose_device(
-        parse_device("auto"),
-        "auto",
-        find_devices(SMALL),
-        GB,
-        lambda device, precisions: ProbeResult(
-            tokens_per_s=dict.fromkeys(precisions, 1.0), problem=problems.get(device.name, "")
-        ),
-    )
-    assert choice.device == taken and all(name in choice.why for name in problems)
-
-
 # ---------------------------------------------------------------- the probe
 
 

@@ -10,14 +10,10 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from lone_exchange import lone_exchange
 from patience import PATIENCE_S
 
-from swarmtrain.algorithm.pacing import paced_inner_steps
-from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.step_rests import StepRests
 from swarmtrain.peer.lifecycle.context import VolunteerContext
@@ -25,9 +21,7 @@ from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag, StopTraining
 from swarmtrain.peer.training.loop import ModelLoop
 from swarmtrain.peer.training.model_training import ModelTraining
 from swarmtrain.peer.training.pause import LONGEST_SLEEP_S, PauseSwitch
-from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.protocol.limits import Limits
-from swarmtrain.run import parse_run
 
 
 class Card:
@@ -116,53 +110,6 @@ def test_after_a_step_that_was_given_up_there_is_no_rest() -> None:
     assert card.num_waits == 0 and card.now_s == 0.0
 
 
-RUN = parse_run(
-    "[run]\ntotal_tokens = 3840\n[model]\ncontext_tokens = 16\nnum_layers = 1\nwidth = 16\nnum_heads = 2\n"
-    "[data]\nsource = 'text'\npaths = ['x']\n[inner]\nbatch_sequences = 4\n"
-    "[merge]\nmethod = 'diloco'\ninner_steps = 20\n",
-    origin="x.toml",
-)
-
-
-def trained(card: Card, monkeypatch: pytest.MonkeyPatch) -> tuple[Session, list[RoundReport]]:
-    """Train three rounds of 20 steps, each of which the card computes."""
-    text = torch.from_numpy(np.arange(1000) % 200)
-    batches: Any = SimpleNamespace(next_batch=lambda: text[: 4 * 17].reshape(4, 17).long())
-    loop = ModelLoop(RUN, build_model(RUN.model, 0), batches)
-    loop.rests = card.rests
-    optimize = loop._optimize
-
-    def asked(progress: float, scale: float) -> torch.Tensor:
-        card.ask()
-        return optimize(progress, scale)
-
-    monkeypatch.setattr(loop, "_optimize", asked)
-    reports = list[RoundReport]()
-    session = Session(
-        run=RUN,
-        parameters=loop.parameters,
-        loop=loop,
-        exchange=lone_exchange(RUN, 20, 60),
-        report=reports.append,
-        clock=lambda: card.now_s,
-    )
-    loop.train(session)
-    return session, reports
-
-
-def test_others_are_told_the_speed_with_the_rests_so_that_pacing_gives_fewer_steps(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    card = Card(0.25)
-    session, reports = trained(card, monkeypatch)
-    assert len(reports) == 3
-    assert card.busy_s == pytest.approx(60 * 0.1)
-    assert session.steps_per_s == pytest.approx(0.25 / 0.1)
-    assert all(report.seconds == pytest.approx(20 * 0.4) for report in reports)
-    assert sum(report.stall_s for report in reports) == pytest.approx(0.0, abs=0.1), "a rest is no wait for others"
-    assert (paced_inner_steps(session.steps_per_s, 10.0, 20), paced_inner_steps(10.0, 10.0, 20)) == (5, 20)
-
-
 def test_only_a_device_that_is_not_the_processor_rests_and_its_share_may_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -197,25 +144,6 @@ def test_a_pause_gives_the_memory_of_steps_back_to_the_card(monkeypatch: pytest.
     )
     ModelTraining.withdraw(training)
     assert released == [torch.device("cuda:1"), torch.device("cuda:2")] and waited == ["goodbye"]
-
-
-@pytest.mark.parametrize(("name", "rest_s"), [("cuda:1", 0.3), ("cpu", 0.0)])
-def test_a_stage_rests_after_each_piece_of_work_on_a_card(
-    name: str, rest_s: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    card = Card(0.25)
-    compute = ComputeDevice(torch.device(name))
-    context: Any = SimpleNamespace(
-        rests=lambda compute, leaves: nullcontext if compute.is_host else card.rests,
-        slowed=lambda on_processor, leaves: nullcontext if on_processor is compute.is_host else None,
-    )
-    work = VolunteerContext.slowed_work(context, compute, lambda: False)
-    kinds: list[Any] = ["forward", "backward", "tail", None]
-    for number, kind in enumerate(kinds, 1):
-        with work(kind):
-            card.ask()
-            card.finish()
-        assert card.now_s == pytest.approx(number * (0.1 + rest_s))
 
 
 class Volunteer:

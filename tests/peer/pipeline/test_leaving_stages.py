@@ -12,7 +12,6 @@ import pytest
 
 from swarmtrain.errors import RunTimeError
 from swarmtrain.network.daemon import swarm_time
-from swarmtrain.peer.lifecycle import departure
 from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.pipeline import bootstrap as pipeline_bootstrap
 from swarmtrain.peer.pipeline import pipeline_training
@@ -84,33 +83,6 @@ def training_of(*stages: StageReplica) -> Any:
     one._stages, one._first = holding(*stages), SimpleNamespace(stop_soon=lambda: None)
     one.swarm = SimpleNamespace(presence=SimpleNamespace(me=PeerInfo(peer="me", run_tokens=4096)))
     return one
-
-
-def test_it_says_that_it_is_here_only_when_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is paused when it starts would take a stage, and leave it at once."""
-    one, done = training_of(), list[str]()
-    swarm, presence = one.swarm, SimpleNamespace(change=lambda place: None, me=None)
-    swarm.presence, swarm.start, swarm.announce = presence, lambda through: "start", lambda: "announce"
-    swarm.watch_daemon, swarm.node = lambda died: "watch", SimpleNamespace(traffic=None)
-    one._record = SimpleNamespace(place=lambda: None)
-    one._assignment = SimpleNamespace(choose=lambda: done.append("choose"))
-    one._host = SimpleNamespace(serve=None)
-    one._context = SimpleNamespace(
-        network=None,
-        control=SimpleNamespace(starting=lambda what: None, watch=lambda *what: None, joined=done.append),
-        node=SimpleNamespace(serve_pipes=lambda name, serve: "serve"),
-        published=SimpleNamespace(sha256="ab" * 32),
-        fetcher=SimpleNamespace(through=(), invite=SimpleNamespace(peers="inviters")),
-        stop=StopFlag(),
-        folder=None,
-        emit=None,
-        wait=done.append,
-    )
-    monkeypatch.setattr(pipeline_training, "show_invite", lambda *what: done.append("invite"))
-    one.enter()
-    assert done == ["serve", "start", "watch"]
-    one.join()
-    assert done[3:] == ["announce", "invite", "choose", "inviters"]
 
 
 def test_what_ended_a_stage_is_raised_behind_one_that_still_trains() -> None:
@@ -331,18 +303,3 @@ def test_done_tells_the_rounds_since_it_told_the_run_last() -> None:
     assert one._stages.durable().round == 5 and one._stages.numbers == ()
     one._stages.add(stage(2, 10_500))
     assert one._done("interrupted").run_tokens == 10_000
-
-
-def test_a_volunteer_hands_over_all_its_stages_before_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[Any] = []
-    stages = [StageStandIn(ended("interrupted"), []), StageStandIn(ended(BROKEN), [])]
-    for stage in stages:
-        stage.manager = SimpleNamespace(checkpointer=SimpleNamespace(flush=done.append))
-    monkeypatch.setattr(departure, "hand_over", lambda *what: done.append(what))
-    one = training_of(*stages)
-    one._first.stop_soon = lambda: done.append("drives no more")
-    one._context.stop.stop()
-    event = one.hand_over()
-    assert all(stage.pause.held for stage in stages) and done[0] == "drives no more"
-    assert done[3:] == [("control", [stage.swarm for stage in stages], "network", Path("/home/ada/run"))]
-    assert (event.reason, event.tokens) == ("interrupted", 900)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pytest
 
@@ -227,20 +226,6 @@ def test_who_cannot_be_asked_does_not_stay() -> None:
     assert stayed(site.look()) == "does not leave stage 0: b could not be asked to stay: nobody"
 
 
-def test_while_it_wants_to_leave_it_promises_nothing_for_that_stage() -> None:
-    site = Site()
-    told: list[tuple[float, str]] = []
-
-    def while_it_asks(peer: str, stage: int) -> tuple[float, str]:
-        told.extend((site.is_asked("b", 0, (0, 1)), site.is_asked("b", 1, (0, 1))))
-        return 0.0, "no"
-
-    site.asked = while_it_asks
-    site.look()
-    assert told[0] == (0.0, "a wants to leave stage 0 itself") and told[1][0] == 60.0
-    assert site.is_asked("b", 0, (0, 1))[0] == 60.0
-
-
 def test_it_promises_for_what_it_holds_and_to_others_whom_it_knows_only() -> None:
     site = Site()
     assert site.is_asked("b", 1) == (0.0, "a does not serve stage 1")
@@ -248,19 +233,6 @@ def test_it_promises_for_what_it_holds_and_to_others_whom_it_knows_only() -> Non
     assert site.is_asked("b", 0, ())[0] == 0.0
     assert site.mover.asked("b", 0, (0,), False) == (0.0, "nobody here knows that you hold stage 0")
     assert site.mover.bound == ()
-
-
-def test_what_it_has_promised_binds_it_until_that_ends() -> None:
-    site = Site()
-    assert site.is_asked("b", 0) == (60.0, "it stays for 60 s")
-    assert site.mover.bound == (0,)
-    with decided(TO_ONE):
-        assert "promised to stay" in stayed(site.look()) and not site.questions
-        site.clock.now += 59.9 - 1.2 * EVERY_S
-        assert site.mover.bound == (0,)
-        site.clock.now += 0.2
-        assert site.mover.bound == ()
-        assert kinds(site.look()) == MOVES and site.questions == [("b", 0)]
 
 
 @pytest.mark.parametrize(("fetch_s", "again"), [(54.9, 0), (55.0, 1)])
@@ -344,91 +316,3 @@ def test_who_is_moving_already_is_not_asked_to_stay() -> None:
     with decided(TO_ONE):
         stayed(site.look([place("a", 0), place("b", 0, moving_to=(1,)), place("d", 1)]))
     assert not site.questions
-
-
-# ---------------------------------------------------------------- two that would leave each other
-
-
-@dataclass
-class Pair:
-    """Two that hold stage 0 and want to leave it, each the other's anchor; questions and answers take time and are
-    lost. What happens next is chosen at random, and so are the clocks."""
-
-    rng: random.Random
-
-    def __post_init__(self) -> None:
-        self.now = 0.0
-        self.clocks = {name: self.rng.uniform(-1e4, 1e4) for name in "ab"}
-        self.holds = {"a": True, "b": True}
-        policy = MovePolicy(rule=TWO, balance="rates", every_s=EVERY_S, most_stages=2)
-        self.movers = {
-            name: StageMover(name, policy, lambda name=name: self.now + self.clocks[name])  # type: ignore[misc]
-            for name in "ab"
-        }
-        self.depth = 0
-        self.moving: set[str] = set()
-
-    def ask(self, peer: str) -> tuple[float, str]:
-        """While one waits for its answer, anything else may happen."""
-        self.something()
-        if self.rng.random() < 0.1:
-            return 0.0, "lost"
-        answer = self.movers[peer].asked("b" if peer == "a" else "a", 0, (0,) if self.holds[peer] else (1,), True)
-        self.something()
-        return answer if self.rng.random() >= 0.1 else (0.0, "the answer was lost")
-
-    def do(self, name: str, command: MoveCommand) -> MoveEvent | None:
-        match command:
-            case AskToStay():
-                return StayAnswered(command.number, *self.ask(command.peer))
-            case FetchStages():
-                self.something()
-                fetched = StagesFetched(self.records, 0.0)
-                return fetched if self.rng.random() >= 0.3 else FetchFailed("nobody delivers")
-            case LeaveStages(stages=(0,)):
-                self.holds[name] = False
-                assert any(self.holds.values()), "both have left"
-                return StagesLeft()
-        return None
-
-    records: ClassVar = [place("a", 0), place("b", 0), place("c", 1)]
-
-    def something(self) -> None:
-        self.now += self.rng.choice([0.0, 0.1, 3.0, 30.0, 61.0])
-        name = self.rng.choice("ab")
-        if self.depth > 4 or name in self.moving or not self.holds[name] or not self.movers[name].is_due:
-            return
-        self.depth += 1
-        self.moving.add(name)
-        self.movers[name].look(PlacesSeen(self.records, 0.0), lambda command: self.do(name, command))  # as records say
-        self.moving.discard(name)
-        self.depth -= 1
-
-
-def test_two_that_are_each_others_anchor_never_both_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    wants = {name: replace(TO_ONE, peer=name) for name in "ab"}
-    monkeypatch.setattr(moves, "my_change", lambda me, *others: (wants[me], "it wants to"))
-    num_left = 0
-    for seed in range(150):
-        pair = Pair(random.Random(seed))
-        for _ in range(40):
-            pair.something()
-        num_left += not all(pair.holds.values())
-    assert num_left > 20, "one of them should have left often enough to show anything"
-
-
-def test_both_that_ask_at_one_moment_stay_and_one_may_leave_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    wants = {name: replace(TO_ONE, peer=name) for name in "ab"}
-    monkeypatch.setattr(moves, "my_change", lambda me, *others: (wants[me], "it wants to"))
-    clock = Clock()
-    first, second = Site(clock=clock, me="a"), Site(clock=clock, me="b")
-    second.asked = lambda peer, stage: first.is_asked("b", stage)
-
-    def ask(peer: str, stage: int) -> tuple[float, str]:  # meanwhile the other one asks too
-        second.mover.look(PlacesSeen(PILED[:2], 0.0), second.do)
-        assert stayed(second.done) == "does not leave stage 0: a wants to leave stage 0 itself"
-        return second.is_asked("a", stage)
-
-    first.asked = ask
-    assert isinstance(first.look(PILED[:2])[-1], Moved), "the other one has given up by the time it is asked"
-    assert second.mover.bound == (0,)

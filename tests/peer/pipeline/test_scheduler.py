@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from virtual_loop import virtually
 
-from swarmtrain.errors import BadBytesError, GoneError, PeerError, Problem, RunTimeError, UnreachableError
+from swarmtrain.errors import BadBytesError, PeerError, Problem, RunTimeError
 from swarmtrain.events import Event, MicrobatchRetryEvent
 from swarmtrain.peer.pipeline import scheduler
 from swarmtrain.peer.pipeline.driver import StageAttempt, StageResult, Tail
@@ -235,29 +235,6 @@ def test_sequences_are_above_those_of_earlier_lives_and_in_order() -> None:
     _driving(body)
 
 
-@pytest.mark.parametrize("empty", range(STAGES))
-def test_while_a_stage_is_empty_none_begins_and_the_others_come_back(empty: int) -> None:
-    async def body(site: Site) -> None:
-        whole = dict(site.peers)
-        site.peers = whole | {empty: []}
-        driver = site.driving()
-        await driver.start()
-        await asyncio.sleep(5.0)
-        assert driver.num_in_flight == site.drawn == 0
-        site.peers = whole
-        await asyncio.sleep(SOON_S)
-        assert driver.num_in_flight == 4
-        site.peers = whole | {empty: []}
-        await asyncio.sleep(1.0)  # it looks again
-        drawn = site.drawn
-        await asyncio.sleep(5.0)
-        assert site.drawn == drawn
-        await driver.stop()
-        assert not site.failures
-
-    _driving(body)
-
-
 def test_while_the_first_stage_is_merged_none_begins() -> None:
     async def body(site: Site) -> None:
         site.queue.is_open = False
@@ -268,76 +245,6 @@ def test_while_the_first_stage_is_merged_none_begins() -> None:
         site.queue.is_open = True
         await asyncio.sleep(SOON_S)
         assert driver.num_in_flight == 4
-        await driver.stop()
-
-    _driving(body)
-
-
-def test_when_more_peers_come_more_are_under_way() -> None:
-    async def body(site: Site) -> None:
-        site.peers = {0: ["d", "e"], 1: ["p"], 2: ["q"]}
-        driver = site.driving()
-        await driver.start()
-        await asyncio.sleep(SOON_S)
-        assert driver.num_in_flight == 2
-        site.peers = {0: ["d", "e"], 1: ["p", "r"], 2: ["q", "s"]}
-        await asyncio.sleep(SOON_S)
-        assert driver.num_in_flight == 4 and site.stages.asked["r"] and site.stages.asked["s"]
-        await driver.stop()
-
-    _driving(body)
-
-
-def test_what_the_first_stage_gives_up_does_not_count_and_is_no_failure() -> None:
-    async def body(site: Site) -> None:
-        site.stages.wrong["d"] = GoneError("this peer does not train now")
-        driver = site.driving()
-        await driver.start()
-        await asyncio.sleep(10.0)
-        assert site.drawn <= 4 * 21, "it waits a while between two of them"
-        assert not site.failures and not driver.losses
-        del site.stages.wrong["d"]
-        await asyncio.sleep(SOON_S)
-        await driver.stop()
-        assert len(driver.losses) > 4 and not site.failures
-
-    _driving(body)
-
-
-def test_a_peer_that_fails_is_told_of_and_another_is_asked() -> None:
-    async def body(site: Site) -> None:
-        site.peers[1] = ["p", "r"]
-        site.stages.wrong["p"] = UnreachableError("nobody answers there")
-        driver = site.driving()
-        await driver.start()
-        await asyncio.sleep(SOON_S)
-        await driver.stop()
-        assert site.stages.asked["r"] > site.stages.asked["p"] > 0
-        event = site.events[0]
-        assert isinstance(event, MicrobatchRetryEvent)
-        assert (event.stage, event.asked, event.reason) == (1, "p", "nobody answers there")
-        assert driver.losses and not site.failures
-
-    _driving(body)
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_peer_that_hangs_and_is_lost_holds_nothing_up_for_longer_than_the_least_time(backward: bool) -> None:
-    """It has not answered before, or its forward is kept there: it would be waited for for minutes otherwise."""
-
-    async def body(site: Site) -> None:
-        (site.stages.hanging_backward if backward else site.stages.hanging).add("p")
-        driver = site.driving()
-        await driver.start()
-        await asyncio.sleep(8.0)
-        assert site.stages.asked["p"] and not driver.losses
-        site.peers[1] = ["r"]
-        least_s = driver.driver.routers[0].least_limit_s
-        await asyncio.sleep(least_s - 8.0 - 1.0)
-        assert not driver.losses, "it may be back before that"
-        await asyncio.sleep(3.0)
-        assert len(driver.losses) >= 4 and not site.failures
-        assert {event.asked for event in site.events if isinstance(event, MicrobatchRetryEvent)} == {"p"}
         await driver.stop()
 
     _driving(body)

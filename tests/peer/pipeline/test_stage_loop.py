@@ -25,7 +25,6 @@ from swarmtrain.peer.training.loop import InnerStep, RoundOver
 from swarmtrain.protocol.pipeline.ledger import (
     Acknowledged,
     Add,
-    Discard,
     Due,
     Key,
     Kind,
@@ -198,47 +197,6 @@ def test_a_smaller_step_waits_for_what_is_not_acknowledged_and_goes_without_it()
         assert 10.0 <= bench.now < 11.0, "as long as a full batch waits"
         assert [due.key for due in bench.of(Subtract)] == [key(1)]
         assert bench.loop.work.stepped == [({key(0), key(2)}, 2.0)]  # type: ignore[attr-defined]
-        with pytest.raises(RoundOver):
-            bench.step()
-
-    _at(bench, body)
-
-
-def test_an_acknowledgement_that_comes_while_it_waits_still_counts() -> None:
-    bench = Bench()
-
-    async def body() -> None:
-        await _tails(bench, 0, 1)
-        bench.script = [bench.end, lambda: bench.acknowledge(0), lambda: bench.acknowledge(1)]
-        assert bench.step().tokens == 2 * TOKENS and bench.now == 0.0 and not bench.of(Subtract)
-
-    _at(bench, body)
-
-
-def test_a_batch_of_which_nothing_is_acknowledged_is_no_step() -> None:
-    bench = Bench()
-
-    async def body() -> None:
-        await _tails(bench, 0, 1)
-        bench.script = [bench.end]
-        with pytest.raises(RoundOver):
-            bench.step()
-        assert len(bench.of(Subtract)) == 2 and len(bench.of(Discard)) == 1
-        assert not bench.of(TakeStep) and not bench.loop.inner.steps  # type: ignore[attr-defined]
-
-    _at(bench, body)
-
-
-def test_what_is_acknowledged_after_it_was_taken_out_is_one_more_step() -> None:
-    bench = Bench()
-
-    async def body() -> None:
-        await _tails(bench, 0, 1)
-        bench.script = [bench.end, lambda: bench.acknowledge(0)]
-        assert bench.step().tokens == TOKENS
-        bench.acknowledge(1)
-        assert not bench.queue.has_nothing_open
-        assert bench.step() == InnerStep(TOKENS, 2.0, 7.0)
         with pytest.raises(RoundOver):
             bench.step()
 

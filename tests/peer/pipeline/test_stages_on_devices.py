@@ -9,7 +9,6 @@ import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from swarmtrain.algorithm.inner import InnerConstants, InnerOptimizer
 from swarmtrain.errors import RunTimeError
-from swarmtrain.model.stage_work import DeviceStageWork, StageWork
+from swarmtrain.model.stage_work import DeviceStageWork
 from swarmtrain.model.stages import build_stage, stage_shapes
 from swarmtrain.network.codec import ActivationCodec
 from swarmtrain.peer.devices import host_copies
 from swarmtrain.peer.devices.choice import ChosenCompute
-from swarmtrain.peer.devices.compute import ComputeDevice, autocast
+from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.host_copies import HostCopier, HostCopy
 from swarmtrain.peer.devices.machine import least_bytes
 from swarmtrain.peer.lifecycle.node import PeerSettings
@@ -38,7 +37,7 @@ from swarmtrain.peer.pipeline.driver import Tail
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
 from swarmtrain.peer.pipeline.stage_loop import StageLoop, StageTransfer
 from swarmtrain.peer.pipeline.stage_replica import StageReplica
-from swarmtrain.protocol.devices import DeviceChoice, Precision
+from swarmtrain.protocol.devices import DeviceChoice
 from swarmtrain.protocol.limits import Limits
 from swarmtrain.protocol.pipeline.ledger import Key, Kind, LedgerLimits, StageLedger, TakeStep
 from swarmtrain.run import RunFile
@@ -65,44 +64,6 @@ def microbatch(number: int) -> tuple[Tensor, Tensor]:
     starts, steps = torch.randint(0, 40, (2, SEQUENCES, 1), generator=generator)
     tokens = starts + (1 + steps % 2) * torch.arange(SECTION.context_tokens + 1)
     return tokens[:, :-1], tokens[:, 1:]
-
-
-# ---------------------------------------------------------------- unlike peers
-
-
-def losses_of(computes: type[StageWork], *precisions: Precision) -> list[float]:
-    """Train a pipeline of one peer a stage, each in its own precision; returns the mean loss of each batch."""
-    shapes = stage_shapes(SECTION, range(1, len(precisions)))
-    works = [
-        computes(build_stage(shape, 5), autocast=partial(autocast, CPU, precision))
-        for shape, precision in zip(shapes, precisions, strict=True)
-    ]
-    inners = [InnerOptimizer(work.stage.named_parameters(), CONSTANTS) for work in works]
-    losses = [0.0] * BATCHES
-    for number in range(BATCHES * MICROBATCHES):
-        batch = number // MICROBATCHES
-        x, targets = microbatch(number)
-        for work in works[:-1]:
-            x = work.forward(number, x)
-        result = works[-1].tail(number, x, targets, 1 / MICROBATCHES, batch)
-        losses[batch] += result.loss / MICROBATCHES
-        gradient = result.gradient
-        for work in reversed(works[:-1]):
-            assert gradient is not None and gradient.dtype is torch.float32
-            gradient = work.backward(number, gradient, batch)
-        for work, inner in zip(works, inners, strict=True):
-            work.forget(number)
-            if number % MICROBATCHES == MICROBATCHES - 1:
-                work.gradients(batch, 1.0)
-                inner.step(batch / BATCHES)
-                work.replaced()
-    return losses
-
-
-def test_stages_in_bf16_and_fp32_learn_together_what_stages_in_fp32_learn() -> None:
-    full, unlike = losses_of(StageWork, "fp32", "fp32"), losses_of(DeviceStageWork, "bf16", "fp32")
-    assert full[-1] < 0.75 * full[0], "they learn"
-    assert unlike != full and unlike[-1] == pytest.approx(full[-1], rel=0.02)
 
 
 # ---------------------------------------------------------------- what crosses, and what waits for it

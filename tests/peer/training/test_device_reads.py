@@ -106,20 +106,6 @@ def test_a_number_that_is_read_is_seen(read: Callable[[Tensor], Any]) -> None:
     assert len(reads.found) <= 2, "what is read afterwards does not count"
 
 
-def test_a_read_within_a_step_is_seen() -> None:
-    loop = loop_on("cpu")
-    step, norms = loop.inner.step, list[float]()
-
-    def reading_step(progress: float, scale: float = 1.0) -> Tensor:
-        norms.append(float(norm := step(progress, scale)))
-        return norm
-
-    loop.inner.step = reading_step  # type: ignore[method-assign]
-    with DeviceReads() as reads:
-        loop.take_step(0.5)
-    assert reads.found == ["aten._local_scalar_dense.default"] and len(norms) == 1
-
-
 def test_copies_between_devices_are_seen() -> None:
     with DeviceReads() as reads:
         there = torch.ones(3).to("meta")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from codes import raises_code
-from lone_exchange import lone_exchange
 from torch import Tensor
 
 from swarmtrain.data.batches import Batches
@@ -21,7 +20,6 @@ from swarmtrain.peer.devices.compute import ComputeDevice, is_out_of_memory
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.training import loop as loop_module
 from swarmtrain.peer.training.loop import ModelLoop
-from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.run import RunFile
 
 TEXT = np.frombuffer(b"as much as fits, and not a sequence more at once than that. " * 30, dtype=np.uint8)
@@ -188,14 +186,6 @@ def test_a_loop_computes_as_it_is_told_from_the_start() -> None:
     assert model.recomputes_blocks
 
 
-def test_training_goes_on_with_what_fits_and_tells_it_once() -> None:
-    trainer, plain = Trainer(Memory(3)), Trainer(Memory(BATCH))
-    losses = [(float(a.loss), float(b.loss)) for a, b in [_both(trainer, plain, step) for step in range(12)]]
-    assert trainer.told == [(8, 4), (4, 2)] and trainer.loop.microbatch_sequences == 2
-    assert trainer.memory.asked == [8, 4, *[2] * 4 * 12], "what does not fit is not tried again"
-    assert all(a == pytest.approx(b, rel=1e-4) for a, b in losses) and losses[-1][0] < losses[0][0]
-
-
 def _both(trainer: Trainer, plain: Trainer, step: int) -> Any:
     return trainer.loop.take_step(step / 12), plain.loop.take_step(step / 12)
 
@@ -332,22 +322,6 @@ def test_nothing_of_a_step_that_did_not_fit_is_held_when_it_is_repeated() -> Non
     finally:
         gc.enable()
     assert len(held) == 6 and not any(alive)
-
-
-def test_rounds_are_those_of_a_peer_with_enough_memory() -> None:
-    reports = tuple[list[RoundReport], list[RoundReport]](([], []))
-    states = list[Tensor]()
-    for fitting, told in zip((BATCH, 3), reports, strict=True):
-        loop = Trainer(Memory(fitting)).loop
-        session = Session(
-            run=RUN, parameters=loop.parameters, loop=loop, exchange=lone_exchange(RUN, 2, 6), report=told.append
-        )
-        assert loop.train(session) == "total_tokens"
-        states.append(session.replica.state.theta)
-    assert len(reports[0]) == len(reports[1]) == 3
-    assert [each.contribution.tokens for each in reports[1]] == [16 * BATCH * 2] * 3
-    assert reports[1][-1].loss == pytest.approx(reports[0][-1].loss, rel=1e-3)
-    assert torch.allclose(*states, atol=1e-3)
 
 
 def test_words_of_memory_that_ran_out() -> None:

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lone_exchange import lone_exchange
 from torch import Tensor
 
 from swarmtrain.algorithm.inner import Moments
 from swarmtrain.data.batches import Batches
 from swarmtrain.model.gpt import build_model
 from swarmtrain.peer.devices.compute import ComputeDevice
-from swarmtrain.peer.merging.updates import LocalUpdate
 from swarmtrain.peer.training.loop import ModelLoop
-from swarmtrain.peer.training.session import RoundReport, Session
 from swarmtrain.protocol.devices import PRECISIONS, Precision
 from swarmtrain.run import RunFile
 
@@ -90,36 +87,6 @@ def test_what_is_kept_is_fp32_and_products_are_not(precision: Precision) -> None
     moments = loop.kept(torch.empty(2, loop.parameters.read().numel())).moments
     assert isinstance(moments, Moments) and moments.vectors.dtype is torch.float32 and moments.vectors.any()
     assert isinstance(done.loss, Tensor) and done.loss.dtype is torch.float64
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_round_publishes_fp32_and_merges_what_it_published(precision: Precision) -> None:
-    run, loop, reports = run_file(), loop_in(precision), list[RoundReport]()
-    published, exchange = list[LocalUpdate](), lone_exchange(run, 10, STEPS)
-    publish = exchange.publish
-
-    def note(contribution: LocalUpdate) -> None:
-        published.append(contribution)
-        publish(contribution)
-
-    exchange.publish = note  # type: ignore[method-assign]
-    before = loop.parameters.read()
-    session = Session(run=run, parameters=loop.parameters, loop=loop, exchange=exchange, report=reports.append)
-    assert loop.train(session) == "total_tokens"
-    assert len(reports) == 4 and reports[-1].loss < 0.9 * reports[0].loss
-    for each in published:
-        assert each.reached is not None
-        assert {each.gradient.dtype, each.thetas[0].dtype, each.reached.dtype} == {torch.float32}
-        assert torch.equal(each.gradient, each.thetas[0] - each.reached)
-    assert torch.equal(published[0].thetas[0], before) and published[0].gradient.any()
-    assert session.replica.state.theta.dtype is torch.float32
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_same_run_twice_is_the_same_to_the_bit(precision: Precision) -> None:
-    loop, (losses, weights) = loop_in(precision), trained_in(precision)
-    assert losses_of(loop) == losses
-    assert torch.equal(loop.parameters.read(), weights)
 
 
 def test_only_fp16_scales_its_losses() -> None:

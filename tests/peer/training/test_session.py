@@ -250,11 +250,6 @@ def test_a_slow_peers_steps_are_its_own_and_its_speed_is_told_in_the_runs() -> N
     assert session.steps_per_s == pytest.approx(0.25), "two steps of the run's batch in eight seconds"
 
 
-def test_speed_is_told_in_full_steps() -> None:
-    session, _, _, _ = rounds([16] * 8, 2)
-    assert session.steps_per_s == 2 / 8
-
-
 # ---------------------------------------------------------------- what a session does after which step
 
 
@@ -409,34 +404,6 @@ def test_steps_train_the_groups_of_their_round_and_the_others_are_not_published_
     assert [each.trained for each in one.exchange.published] == 4 * [frozenset([1])] + 4 * [frozenset([0])]
 
 
-def test_its_merges_are_plain_outer_steps_of_each_fragment_to_the_bit() -> None:
-    one = Lived(Fragments(4))
-    one.train()
-    expected = four_tensors()
-    fragments = [fragment.tensors for fragment in one.session.replica.fragments]
-    assert sorted(number for fragment in fragments for number in fragment) == [0, 1, 2, 3] and len(fragments) == 2
-    outer = {name: tensor.clone() for name, tensor in expected.items()}
-    section = GOSSIP.merge
-    optimizers = [
-        torch.optim.SGD(
-            [outer["abcd"[number]] for number in fragment], section.outer_learning_rate, momentum=0.5, nesterov=True
-        )
-        for fragment in fragments
-    ]
-    for step in range(1, 9):
-        for tensor in expected.values():
-            tensor += 0.125 * step
-        if step % 2 == 0:
-            fragment = step // 2 % 2 - 1
-            for number in fragments[fragment]:
-                outer["abcd"[number]].grad = outer["abcd"[number]] - expected["abcd"[number]]
-            optimizers[fragment].step()
-            for number in fragments[fragment]:
-                expected["abcd"[number]].copy_(outer["abcd"[number]])
-    assert all(torch.equal(one.tensors[name], expected[name]) for name in "abcd")
-    assert torch.equal(one.session.replica.state.theta, torch.cat([outer[name].reshape(-1) for name in "abcd"]))
-
-
 def test_what_a_round_took_is_told_apart_from_what_it_waited() -> None:
     one = Lived(Fragments(4))
     one.train(4)
@@ -508,14 +475,6 @@ def test_a_state_of_others_in_place_of_a_merge_is_settled_and_not_reported() -> 
     assert torch.equal(one.parameters.read(), theta), "the round begins with these"
     published = state.theta - one.session.replica.fragments[1].of(reached)
     assert torch.equal(lent.gradient_of(1), published), "nobody had asked for it before"
-
-
-def test_a_shard_is_told_once_as_a_round_begins() -> None:
-    one, shards = Lived(Fragments(4, shard=3)), list[int | None]()
-    while (ahead := one.session.next_step()) is not None:
-        shards.append(ahead.shard)
-        one.step()
-    assert shards == [3, None, None, None, 3, None, None, None]
 
 
 def test_training_that_diverged_is_told_in_one_line() -> None:
@@ -622,18 +581,6 @@ def test_parameters_of_less_precision_take_merges_as_differences() -> None:
     assert torch.allclose(state, plain.session.replica.state.theta, atol=0.05)
     assert torch.allclose(one.parameters.read(), plain.parameters.read(), atol=0.1)
     assert one.tensors["a"].dtype is torch.bfloat16
-
-
-def test_parameters_on_a_device_take_the_same_merges_to_the_bit() -> None:
-    """On the processor as the device: no step is taken between a publication and its merge."""
-    one, plain = Lived(Fragments(4), source=DeviceParameters), Lived(Fragments(4))
-    assert one.train() == plain.train() == "total_tokens"
-    assert one.exchange.calls == plain.exchange.calls
-    for ours, theirs in zip(one.exchange.gradients, plain.exchange.gradients, strict=True):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(one.session.replica.state.theta, plain.session.replica.state.theta)
-    assert torch.equal(one.session.replica.state.momentum, plain.session.replica.state.momentum)
-    assert all(torch.equal(one.tensors[name], plain.tensors[name]) for name in "abcd")
 
 
 @pytest.mark.parametrize("stops_at", ["publish 1", "collect 0", "publish 4", "collect 1"])
