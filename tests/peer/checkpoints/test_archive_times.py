@@ -27,8 +27,7 @@ from swarmtrain.peer.lifecycle.stop import Interrupted, StopFlag
 from swarmtrain.peer.merging import consensus_state
 from swarmtrain.peer.merging.consensus_state import ConsensusState
 from swarmtrain.protocol.archive.departure import DepartureQueue
-from swarmtrain.protocol.membership.membership import Membership, PeerInfo
-from swarmtrain.protocol.rounds.roles import LinkRates
+from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.protocol.tokens.progress import Progress
 from swarmtrain.run import RunFile
 
@@ -188,31 +187,6 @@ def test_an_archive_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypa
     assert peer._archive(swarm) and len(offered) == 1
     (event,) = events
     assert isinstance(event, WarningEvent) and event.code == "archive-not-written"
-
-
-def test_the_last_one_is_asked_though_its_link_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those on fast links were killed, and are believed alive until their presence expires; calls to them fail."""
-    run = RunFile.model_validate({"run": {"total_tokens": 100_000}, "merge": {"method": "diloco"}})
-    anything: Any = None
-    control: Any = SimpleNamespace(emit=None, stop=StopFlag())
-    settings = PeerSettings(directory=Path("/nowhere"), name="bootstrap")
-    peer = bootstrap._Bootstrap(PublishedRun(b"", "ab" * 32, run, b"", b""), settings, anything, anything, control)
-    peer.network = cast(Any, SimpleNamespace(submit=lambda future: future))
-    membership, asked = Membership("me"), list[list[str]]()
-    for name, rate in {"fast": 1e7, "quick": 2e7, "slow": 1e6}.items():
-        membership.saw_presence(PeerInfo(peer=name, training=True, stamp=1.0, link=LinkRates(rate, rate)), 99.0, 1.0)
-
-    def fetch(swarm: Any, peers: list[str], *given: Any) -> None:
-        asked.append(sorted(peers))
-        for name in peers:
-            if name != "slow":
-                membership.call_failed(name, 2.0, "it was killed")
-
-    monkeypatch.setattr(bootstrap, "fetch_consensus_state", fetch)
-    monkeypatch.setattr(bootstrap, "wait_for", lambda future, stop: future)
-    swarm: Any = SimpleNamespace(membership=membership, asynchronous=False)
-    assert [peer._archive(swarm) for _ in range(2)] == [False, False]
-    assert asked == [["fast", "quick"], ["slow"]] and len(membership.volunteers()) == 3
 
 
 # ---------------------------------------------------------------- when it is asked to leave

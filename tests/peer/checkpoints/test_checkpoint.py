@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -235,32 +235,6 @@ def test_a_bootstraps_checkpoint_has_no_moments(tmp_path: Path, identity: Identi
     assert torch.equal(after.state.theta, trained.replica.state.theta)
 
 
-def test_training_goes_on_to_the_bit(tmp_path: Path, identity: Identity) -> None:
-    whole = peer(identity, 4)
-    whole.train()
-
-    first = peer(identity, 2)
-    first.train()
-    save(checkpoints(tmp_path, identity), first.checkpoint())
-    kept = load(checkpoints(tmp_path, identity))
-    assert kept is not None
-    second = peer(identity, 2, kept)
-    second.train()
-
-    assert second.replica.progress == whole.replica.progress and whole.replica.progress.round == 4
-    assert second.bytes() == whole.bytes()
-    assert [r.loss for r in first.reports + second.reports] == [r.loss for r in whole.reports]
-    assert second.replica.own_tokens == whole.replica.own_tokens
-    assert second.loop.batches.position == whole.loop.batches.position == 12
-
-
-def test_what_others_merged_is_not_trained_again(identity: Identity, trained: Peer) -> None:
-    after = peer(identity, 0, trained.checkpoint())
-    after.session.skip_merged(3 * run_file().tokens_per_step)
-    assert after.loop.batches.position == 9
-    assert after.replica.own_tokens == trained.replica.own_tokens + 3 * run_file().tokens_per_step
-
-
 def test_an_old_folder_that_was_put_back_counts_on_from_what_others_count_of_it(
     identity: Identity, trained: Peer
 ) -> None:
@@ -273,49 +247,7 @@ def test_an_old_folder_that_was_put_back_counts_on_from_what_others_count_of_it(
     assert after.replica.own_tokens == before + 10**6
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(identity: Identity, trained: Peer) -> None:
-    kept = trained.checkpoint()
-    assert kept.own is not None
-    other = peer(identity, 0)
-    with pytest.raises(ValueError, match="stands at batch 6, the data at 0"):
-        other.session.resume(kept.state, kept.progress, kept.own)
-
-
 # ---------------------------------------------------------------- damage
-
-
-def _newest(folder: CheckpointFolder, suffix: str) -> Path:
-    return max(folder.path.glob(f"*.{suffix}"))
-
-
-def _alter(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-100] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda folder: _alter(_newest(folder, "safetensors")), "its tensors were torn or altered"),
-        (lambda folder: os.truncate(_newest(folder, "safetensors"), 500), "its tensors were torn or altered"),
-        (lambda folder: _newest(folder, "safetensors").unlink(), "its tensors are missing"),
-        (lambda folder: os.truncate(_newest(folder, "json"), 200), "its manifest was torn or altered"),
-        (lambda folder: _alter(_newest(folder, "json")), "its manifest was torn or altered"),
-    ],
-)
-def test_the_one_before_a_damaged_one_is_used(
-    tmp_path: Path, identity: Identity, trained: Peer, damage: Callable[[CheckpointFolder], None], said: str
-) -> None:
-    folder = checkpoints(tmp_path, identity)
-    save(folder, trained.checkpoint(number=1))
-    save(folder, trained.checkpoint(number=2))
-    damage(folder)
-    warnings: list[str] = []
-    kept = load(checkpoints(tmp_path, identity), warnings)
-    assert kept is not None and kept.extra == {"number": 1}
-    (warning,) = warnings
-    assert said in warning and "00000002-round-00000002.json is not used" in warning and "one before" in warning
 
 
 def test_another_model_or_other_counters_are_not_used(tmp_path: Path, identity: Identity, trained: Peer) -> None:
@@ -336,17 +268,6 @@ def test_another_model_or_other_counters_are_not_used(tmp_path: Path, identity: 
         "it is of another model",
         "its counters do not fit its roster",
     ]
-
-
-def test_checkpoints_of_others_are_no_trouble(
-    tmp_path: Path, identity: Identity, trained: Peer, caplog: pytest.LogCaptureFixture
-) -> None:
-    save(CheckpointFolder(tmp_path / "checkpoints", "77" * 32, identity.peer_id), trained.checkpoint())
-    save(CheckpointFolder(tmp_path / "checkpoints", RUN_SHA256, new_identity().peer_id), trained.checkpoint())
-    with caplog.at_level("INFO"):
-        assert load(checkpoints(tmp_path, identity)) is None
-    assert "it is of another run" in caplog.text and "it is another peer's" in caplog.text
-    assert {record.levelname for record in caplog.records} == {"INFO"}
 
 
 def test_what_is_lacking_is_named_and_nothing_promised(tmp_path: Path, identity: Identity, trained: Peer) -> None:
@@ -505,14 +426,6 @@ def test_what_is_kept_beside_does_not_fail_a_checkpoint(
     assert checkpointer.close(LIMIT_S) and not events
 
 
-def test_what_others_keep_comes_along(tmp_path: Path, identity: Identity, trained: Peer) -> None:
-    beside: list[str] = []
-    checkpointer, _, _ = writer(tmp_path, identity)
-    checkpointer.offer(trained.checkpoint(tally={"anna": 3}), lambda: beside.append("written"))
-    assert checkpointer.close(LIMIT_S) and beside == ["written"]
-    assert extra_of(load(checkpoints(tmp_path, identity))) == {"tally": {"anna": 3}}
-
-
 def test_who_reads_lent_moments_is_nice_only_when_it_has_them(
     tmp_path: Path, identity: Identity, trained: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -581,23 +494,6 @@ def test_a_mistake_of_ours_ends_neither_writer_nor_training(tmp_path: Path, iden
     checkpointer.offer(trained.checkpoint(right=1))
     assert checkpointer.close(LIMIT_S)
     assert extra_of(load(checkpoints(tmp_path, identity))) == {"right": 1}
-
-
-def test_a_batch_that_was_given_up_halfway_does_not_count_in_the_next_step(identity: Identity) -> None:
-    """A pause between two microbatches: the step after it is that of a peer which never began the batch."""
-    given_up, fresh = peer(identity, 1), peer(identity, 1)
-    stops = iter([False, False, True])  # the step's own look, the first microbatch, the second
-    for one in (given_up, fresh):
-        one.loop.compute = replace(one.loop.compute, microbatch_sequences=2)
-    given_up.session.should_stop = lambda: next(stops)
-    assert given_up.train() == "interrupted"
-    given_up.session.should_stop = lambda: False
-    given_up.exchange.rounds_left = 1
-    fresh.loop.batches.next_batch()
-    for one in (given_up, fresh):
-        one.train()
-    assert given_up.replica.progress.round == fresh.replica.progress.round == 1
-    assert given_up.bytes() == fresh.bytes()
 
 
 def in_shards(identity: Identity, rounds: int, kept: Checkpoint | None = None) -> Peer:

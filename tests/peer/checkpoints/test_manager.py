@@ -14,7 +14,7 @@ from codes import raises_code
 
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError, UserError
-from swarmtrain.events import Event, JoinedEvent, WarningEvent, to_plain_line
+from swarmtrain.events import Event, WarningEvent, to_plain_line
 from swarmtrain.model.parameter_count import num_parameters
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.discovery.run_lookup import PublishedRun
@@ -273,15 +273,6 @@ def test_a_restart_finds_what_was_kept(tmp_path: Path, published: PublishedRun) 
     assert len(events) == 1 and "is not used: its tensors were torn or altered" in to_plain_line(events[0])
 
 
-def test_a_model_is_exported_from_a_checkpoint(tmp_path: Path, published: PublishedRun) -> None:
-    kept, _ = manager(tmp_path / "peer", published)
-    kept.keep(merged(published, 0.5))
-    kept.close()
-    place = onlooker_place(tmp_path, None, StopFlag())
-    assert export_from_folder(tmp_path / "peer", tmp_path / "model", place) == published.run.tokens_per_step
-    assert (tmp_path / "model" / "model.safetensors").exists()
-
-
 def test_the_model_of_a_running_peer_is_its_newest_checkpoint(tmp_path: Path, published: PublishedRun) -> None:
     """Read while the peer holds its folder. Beside the final model or an archive, those are taken."""
     folder, place = tmp_path / "peer", onlooker_place(tmp_path, None, StopFlag())
@@ -357,15 +348,3 @@ def test_who_holds_stages_takes_the_model_from_the_swarm(
     model_of_folder(folder, place)
     assert [[each.peer for each in invite.peers] for invite in asked] == [[ME], [BEN]]
     assert {invite.run_sha256 for invite in asked} == {published.sha256}
-
-
-def test_joining_says_where_it_goes_on() -> None:
-    def said(state_from: str, resumed: int | None) -> str:
-        event = JoinedEvent(
-            round=7, run_tokens=9, num_peers=2, state_from=state_from, resumed_round=resumed, wall_s=1.0
-        )
-        return to_plain_line(event)
-
-    assert "joined at round 7 with its own checkpoint of round 7" in said("", 7)
-    assert "with its own checkpoint of round 5, then the state of abcdef" in said("xxabcdef", 5)
-    assert "with the initial weights" in said("", None)
