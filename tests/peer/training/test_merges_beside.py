@@ -248,20 +248,6 @@ class Plans(Fragments):
             self.inner_steps = self.rng.choice([1, 2, 5, 8, 11])
 
 
-def test_nothing_is_published_while_a_fragment_is_merged() -> None:
-    """Its publication would be counted in the round that ends and in the next one."""
-    one, _ = beside(Fragments(16, num_parts=16), 3, 64)
-    assert one.train() == "total_tokens"
-    under_way = False
-    for call in one.exchange.calls:
-        assert not (call.startswith("publish") and under_way)
-        if call in ("publish 8", "publish 16"):
-            under_way = True
-        elif call.startswith("merged"):
-            under_way = False
-    is_as_replayed(one)
-
-
 def test_steps_that_fill_the_next_round_end_it_at_once() -> None:
     one, _ = beside(Shorter(8, num_parts=8), 3, 24)
     assert one.train() == "total_tokens"

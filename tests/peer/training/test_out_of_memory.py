@@ -134,7 +134,6 @@ class Trainer:
 ERRORS = [of_a_card, of_main_memory, of_python]
 
 
-@pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("is_backward", [False, True])
 @pytest.mark.parametrize(
     ("fitting", "microbatch", "told", "asked"),
@@ -153,22 +152,18 @@ def test_a_step_is_repeated_with_half_the_sequences_until_they_fit(
     told: list[tuple[int, int]],
     asked: list[int],
     is_backward: bool,
-    error: Callable[[], BaseException],
 ) -> None:
-    whole, halved = Trainer(Memory(BATCH)), Trainer(Memory(fitting, error, is_backward=is_backward), microbatch)
+    whole, halved = Trainer(Memory(BATCH)), Trainer(Memory(fitting, is_backward=is_backward), microbatch)
     expected, found = whole.gradient(), halved.gradient()
     assert halved.told == told and halved.memory.asked == asked
     assert halved.batches.drawn == halved.batches.position == 1, "the batch is drawn once"
     assert torch.linalg.vector_norm(found - expected) <= 1e-6 * torch.linalg.vector_norm(expected)
 
 
-@pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("is_backward", [False, True])
-def test_blocks_are_computed_again_before_a_peer_gives_up(
-    is_backward: bool, error: Callable[[], BaseException]
-) -> None:
+def test_blocks_are_computed_again_before_a_peer_gives_up(is_backward: bool) -> None:
     whole = Trainer(Memory(BATCH))
-    short = Trainer(Memory(BATCH, error, is_backward=is_backward, needs_recomputing=True), 2)
+    short = Trainer(Memory(BATCH, is_backward=is_backward, needs_recomputing=True), 2)
     expected, found = whole.gradient(), short.gradient()
     assert short.told == [(2, 1), (1, 1)] and short.memory.asked == [2, 1, *[1] * 8]
     assert short.batches.drawn == short.batches.position == 1, "the batch is drawn once"
@@ -241,14 +236,11 @@ def test_other_errors_pass_through_at_once(error: Exception) -> None:
     assert raised.value is error and trainer.memory.asked == [8] and not trainer.told
 
 
-@pytest.mark.parametrize("error", ERRORS)
-def test_moments_that_do_not_fit_end_training_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]
-) -> None:
+def test_moments_that_do_not_fit_end_training_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are made by the first step, and no smaller microbatch makes room for them."""
 
     def fail(tensor: Tensor) -> Tensor:
-        raise error()
+        raise of_a_card()
 
     trainer = Trainer(Memory(BATCH))
     before = trainer.loop.parameters.read()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +17,13 @@ from codes import raises_code
 from torch import Tensor
 
 from swarmtrain.algorithm.common_step import CommonOptimizer, CommonStep
-from swarmtrain.algorithm.fragments import Fragment
 from swarmtrain.algorithm.gossip import layout_of, prepare
 from swarmtrain.algorithm.inner import Moments
 from swarmtrain.algorithm.outer import OuterState
 from swarmtrain.errors import RunTimeError
 from swarmtrain.peer.devices.device_parameters import DeviceParameters
 from swarmtrain.peer.lifecycle.stop import StopTraining
-from swarmtrain.peer.merging.updates import Averaged, BatchMean, Gathered, LentWeights, LocalUpdate, Replaced
+from swarmtrain.peer.merging.updates import Averaged, BatchMean, Gathered, LocalUpdate, Replaced
 from swarmtrain.peer.training.loop import inner_constants
 from swarmtrain.peer.training.parameters import HostParameters, ParameterSource
 from swarmtrain.peer.training.session import LoopCheckpoint, RoundReport, Session, Start, Worker
@@ -548,39 +547,6 @@ def test_at_the_end_what_is_lent_is_taken_back_and_the_loop_lets_go() -> None:
 
 
 # ---------------------------------------------------------------- parameters of other kinds
-
-
-class BFloat16(HostParameters):
-    """Weights as on a device: bf16, of which fp32 copies are published; a merge enters as a difference."""
-
-    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        super().__init__(named)
-        for tensor in self.named.values():
-            tensor.data = tensor.data.to(torch.bfloat16)
-        self._read = self.read()
-
-    def lend(self, fragment: Fragment, theta: Tensor) -> LentWeights:
-        self._read = self.read()
-        return LentWeights(theta, [fragment.of(self._read)])
-
-    def write(self, theta: Tensor, fragment: Fragment | None = None) -> None:
-        tensors = [*self.named.values()]
-        difference = theta - (self._read if fragment is None else fragment.of(self._read))
-        picked = tensors if fragment is None else fragment.pick(tensors)
-        for tensor, part in zip(picked, torch.split(difference, [one.numel() for one in picked]), strict=True):
-            tensor += part.view_as(tensor).to(torch.bfloat16)
-
-
-def test_parameters_of_less_precision_take_merges_as_differences() -> None:
-    """The state stays fp32 in main memory, whatever the loop trains."""
-    one, plain = Lived(Fragments(4), source=BFloat16), Lived(Fragments(4))
-    assert one.train() == plain.train() == "total_tokens"
-    assert one.exchange.calls == plain.exchange.calls
-    state = one.session.replica.state.theta
-    assert state.dtype is torch.float32 and not torch.equal(state, state.bfloat16().float())
-    assert torch.allclose(state, plain.session.replica.state.theta, atol=0.05)
-    assert torch.allclose(one.parameters.read(), plain.parameters.read(), atol=0.1)
-    assert one.tensors["a"].dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("stops_at", ["publish 1", "collect 0", "publish 4", "collect 1"])
