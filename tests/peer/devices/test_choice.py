@@ -202,19 +202,6 @@ def test_main_memory_counts_what_computing_blocks_again_imports() -> None:
     assert not fitting_microbatch(run, CPU, usual.memory_bytes).recomputes
 
 
-def test_what_is_chosen_is_what_the_loop_computes_with(machine_with: Callable[..., Probed]) -> None:
-    machine_with(card(5.5))
-    chosen = choose_compute(run_file(), AUTO, "auto")
-    assert chosen.compute.microbatch_sequences == 5 and chosen.microbatch_why and not chosen.compute.recomputes
-    machine_with(card(1.1, recomputes=True))
-    chosen = choose_compute(run_file(), AUTO, "auto")
-    assert chosen.compute.microbatch_sequences == 1 and chosen.compute.recomputes
-    assert "computed again in the backward pass" in chosen.microbatch_why
-    machine_with()
-    chosen = choose_compute(run_file(), AUTO, "auto")
-    assert chosen.compute.microbatch_sequences == 4 and not chosen.microbatch_why
-
-
 def test_a_limit_of_a_cards_memory_counts_as_its_free_memory(
     machine_with: Callable[..., Probed], monkeypatch: pytest.MonkeyPatch
 ) -> None:

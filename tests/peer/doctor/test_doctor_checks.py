@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
 import types
@@ -16,7 +15,6 @@ import torch
 
 from swarmtrain.cli.main import run as run_command
 from swarmtrain.errors import RunTimeError, UnreachableError
-from swarmtrain.events import CheckEvent, parse_event
 from swarmtrain.network.discovery.invite import Invite, InvitedPeer, format_invite
 from swarmtrain.network.identity import Identity, new_identity
 from swarmtrain.network.reachability.probe import DialOutcome, GreetingAnswer
@@ -45,8 +43,6 @@ from swarmtrain.peer.training.speed import measure_speed
 from swarmtrain.protocol.devices import FoundDevice, ProbeResult
 from swarmtrain.protocol.membership.membership import PeerInfo
 from swarmtrain.run import RunFile, parse_run
-
-PARAMETERS = 1_000_000
 
 
 def a_run(text: str = "") -> RunFile:
@@ -525,16 +521,6 @@ def test_lines_and_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(FakeDoctor, "findings_to_give", (FINE,))
     assert run_command(["doctor"]) == 0
     assert capsys.readouterr().out.endswith("all is well\n")
-
-
-def test_json_is_one_event_a_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(doctor_module, "Doctor", FakeDoctor)
-    monkeypatch.setattr(FakeDoctor, "findings_to_give", (FINE, BAD))
-    assert run_command(["doctor", "--json"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    events = [parse_event(line) for line in lines]
-    assert [event.check for event in events if isinstance(event, CheckEvent)] == ["python", "ports"]
-    assert json.loads(lines[1])["advice"] == "choose another" and events[0].time > 1e9
 
 
 def test_wrong_use_is_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from swarmtrain.errors import RunTimeError
 from swarmtrain.network.daemon import swarm_time
+from swarmtrain.peer.lifecycle import departure
 from swarmtrain.peer.lifecycle.stop import StopFlag
 from swarmtrain.peer.pipeline import bootstrap as pipeline_bootstrap
 from swarmtrain.peer.pipeline import pipeline_training
@@ -303,3 +304,18 @@ def test_done_tells_the_rounds_since_it_told_the_run_last() -> None:
     assert one._stages.durable().round == 5 and one._stages.numbers == ()
     one._stages.add(stage(2, 10_500))
     assert one._done("interrupted").run_tokens == 10_000
+
+
+def test_a_volunteer_hands_over_all_its_stages_before_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    stages = [StageStandIn(ended("interrupted"), []), StageStandIn(ended(BROKEN), [])]
+    for stage in stages:
+        stage.manager = SimpleNamespace(checkpointer=SimpleNamespace(flush=done.append))
+    monkeypatch.setattr(departure, "hand_over", lambda *what: done.append(what))
+    one = training_of(*stages)
+    one._first.stop_soon = lambda: done.append("drives no more")
+    one._context.stop.stop()
+    event = one.hand_over()
+    assert all(stage.pause.held for stage in stages) and done[0] == "drives no more"
+    assert done[3:] == [("control", [stage.swarm for stage in stages], "network", Path("/home/ada/run"))]
+    assert (event.reason, event.tokens) == ("interrupted", 900)

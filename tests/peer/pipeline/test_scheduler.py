@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from virtual_loop import virtually
 
-from swarmtrain.errors import BadBytesError, PeerError, Problem, RunTimeError
+from swarmtrain.errors import BadBytesError, GoneError, PeerError, Problem, RunTimeError, UnreachableError
 from swarmtrain.events import Event, MicrobatchRetryEvent
 from swarmtrain.peer.pipeline import scheduler
 from swarmtrain.peer.pipeline.driver import StageAttempt, StageResult, Tail
@@ -246,6 +246,39 @@ def test_while_the_first_stage_is_merged_none_begins() -> None:
         await asyncio.sleep(SOON_S)
         assert driver.num_in_flight == 4
         await driver.stop()
+
+    _driving(body)
+
+
+def test_what_the_first_stage_gives_up_does_not_count_and_is_no_failure() -> None:
+    async def body(site: Site) -> None:
+        site.stages.wrong["d"] = GoneError("this peer does not train now")
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(10.0)
+        assert site.drawn <= 4 * 21, "it waits a while between two of them"
+        assert not site.failures and not driver.losses
+        del site.stages.wrong["d"]
+        await asyncio.sleep(SOON_S)
+        await driver.stop()
+        assert len(driver.losses) > 4 and not site.failures
+
+    _driving(body)
+
+
+def test_a_peer_that_fails_is_told_of_and_another_is_asked() -> None:
+    async def body(site: Site) -> None:
+        site.peers[1] = ["p", "r"]
+        site.stages.wrong["p"] = UnreachableError("nobody answers there")
+        driver = site.driving()
+        await driver.start()
+        await asyncio.sleep(SOON_S)
+        await driver.stop()
+        assert site.stages.asked["r"] > site.stages.asked["p"] > 0
+        event = site.events[0]
+        assert isinstance(event, MicrobatchRetryEvent)
+        assert (event.stage, event.asked, event.reason) == (1, "p", "nobody answers there")
+        assert driver.losses and not site.failures
 
     _driving(body)
 

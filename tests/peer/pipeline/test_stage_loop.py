@@ -10,13 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 from codes import raises_code
-from torch import Tensor
 
 from swarmtrain.errors import BadBytesError
-from swarmtrain.model.stage_work import BadGradientError, StageWork
-from swarmtrain.model.stages import Stage, build_stage, stage_shapes
+from swarmtrain.model.stage_work import BadGradientError
 from swarmtrain.peer.lifecycle.stop import StopTraining
 from swarmtrain.peer.pipeline.driver import Tail
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
@@ -25,6 +22,7 @@ from swarmtrain.peer.training.loop import InnerStep, RoundOver
 from swarmtrain.protocol.pipeline.ledger import (
     Acknowledged,
     Add,
+    Discard,
     Due,
     Key,
     Kind,
@@ -34,7 +32,6 @@ from swarmtrain.protocol.pipeline.ledger import (
     Subtract,
     TakeStep,
 )
-from swarmtrain.run_model import ModelSection
 
 TOKENS = 10
 LIMITS = LedgerLimits(batch_tokens=4 * TOKENS, ack_wait_s=10.0)
@@ -203,6 +200,20 @@ def test_a_smaller_step_waits_for_what_is_not_acknowledged_and_goes_without_it()
     _at(bench, body)
 
 
+def test_a_batch_of_which_nothing_is_acknowledged_is_no_step() -> None:
+    bench = Bench()
+
+    async def body() -> None:
+        await _tails(bench, 0, 1)
+        bench.script = [bench.end]
+        with pytest.raises(RoundOver):
+            bench.step()
+        assert len(bench.of(Subtract)) == 2 and len(bench.of(Discard)) == 1
+        assert not bench.of(TakeStep) and not bench.loop.inner.steps  # type: ignore[attr-defined]
+
+    _at(bench, body)
+
+
 def test_the_round_is_not_over_while_drivers_are_there() -> None:
     bench = Bench()
 
@@ -279,41 +290,6 @@ def test_a_gradient_that_would_spoil_the_others_is_refused_and_the_step_goes_wit
             await asking[1]
 
     _at(bench, body)
-
-
-def test_the_gradient_of_a_smaller_step_is_the_mean_over_what_it_has() -> None:
-    """As if the batch had been of that size: clip and AdamW see no difference."""
-    section = ModelSection(context_tokens=5, num_layers=1, width=16, num_heads=2)
-    shape = stage_shapes(section, (0,))[1]
-    generator = torch.Generator().manual_seed(1)
-    inputs = [
-        (torch.randn(2, 5, 16, generator=generator), torch.randint(0, 256, (2, 5), generator=generator))
-        for _ in range(3)
-    ]
-    bench = Bench()
-    stage = build_stage(shape, 3)
-    seen: dict[str, Tensor] = {}
-
-    class Look:
-        def step(self, progress: float, scale: float) -> float:
-            seen.update({name: each.grad.clone() for name, each in stage.named_parameters() if each.grad is not None})
-            return 1.0
-
-    bench.loop.work, bench.loop.inner = StageWork(stage), Look()  # type: ignore[assignment]
-
-    async def body() -> None:
-        for number, (x, targets) in enumerate(inputs):
-            task = asyncio.create_task(bench.queue.ask(key(number), "tail", TOKENS, (x, targets)))
-            await asyncio.sleep(0)
-            assert not task.done()
-        bench.script = [bench.end, lambda: bench.acknowledge(0, 2)]  # the second one is taken out again
-        assert bench.step().tokens == 2 * TOKENS
-
-    _at(bench, body)
-    plain: Stage = build_stage(shape, 3)
-    (sum(plain.loss(*inputs[number]) for number in (0, 2)) / 2).backward()  # type: ignore[union-attr]
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_late_gradient_that_would_spoil_the_others_ends_nobody(caplog: pytest.LogCaptureFixture) -> None:

@@ -249,60 +249,6 @@ def test_a_stage_that_is_told_to_stop_stops_within_a_batch() -> None:
     assert ended == ["interrupted"]
 
 
-def test_stages_end_with_what_there_is_when_drivers_have_no_more_and_the_first_one_when_it_is_not_waited_for() -> None:
-    stop, over, is_late = threading.Event(), threading.Event(), threading.Event()
-    reports: list[list[RoundReport]] = [[], [], []]
-    shapes = stage_shapes(RUN.model, BOUNDARIES)
-    trainers = [
-        _trainer(
-            build_stage(shape, RUN.run.seed), each, stop, float("inf"), event.is_set, ends_by_count=event is is_late
-        )
-        for shape, each, event in zip(shapes, reports, (is_late, over, over), strict=True)
-    ]
-    ended: dict[int, str] = {}
-
-    def train(stage: int) -> None:
-        ended[stage] = trainers[stage].train()
-
-    threads = [threading.Thread(target=train, args=(stage,)) for stage in range(3)]
-    for thread in threads:
-        thread.start()
-
-    async def drive() -> list[float]:
-        routers = [Router(random.Random(0)) for _ in trainers[1:]]
-        for stage, router in enumerate(routers, 1):
-            router.set_peers([f"peer of stage {stage}"])
-        driver = Driver("d", routers, Direct([each.queue for each in trainers]), Told(), time.monotonic, 0)
-        losses = []
-        for number in range(6):
-            sequences = _microbatch(number)
-            losses.append((await driver.drive(32, sequences[:, :-1], sequences[:, 1:])).loss)
-            if number == 3:
-                await driver.settled()
-        await driver.settled()
-        return losses
-
-    try:
-        losses = asyncio.run(asyncio.wait_for(drive(), 60.0))
-        assert not ended, "a batch that is not full waits for more"
-        over.set()
-        for thread in threads[1:]:
-            thread.join(PATIENCE_S)
-        assert ended == {1: "total_tokens", 2: "total_tokens"}, "the first one ends by its tokens"
-        is_late.set()
-        threads[0].join(PATIENCE_S)
-        assert ended[0] == "total_tokens"
-    finally:
-        stop.set()
-    for trainer, each in zip(trainers, reports, strict=True):
-        (report,) = each
-        assert (report.contribution.tokens, report.contribution.inner_steps, report.contribution.part) == (192, 2, 2)
-        assert report.loss == pytest.approx((sum(losses[:4]) / 4 + sum(losses[4:]) / 2) / 2, abs=1e-6)
-        session = trainer.session
-        assert session.finished and session.progress.run_tokens == 192
-        assert session.steps_per_s > 0 and torch.isfinite(session.replica.state.theta).all()
-
-
 def test_only_the_first_stage_ends_by_its_own_count() -> None:
     for ends_by_count in (True, False):
         stage = build_stage(stage_shapes(RUN.model, BOUNDARIES)[1], 5)

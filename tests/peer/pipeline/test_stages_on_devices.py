@@ -9,7 +9,6 @@ import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,20 +26,13 @@ from swarmtrain.model.stage_work import DeviceStageWork
 from swarmtrain.model.stages import build_stage, stage_shapes
 from swarmtrain.network.codec import ActivationCodec
 from swarmtrain.peer.devices import host_copies
-from swarmtrain.peer.devices.choice import ChosenCompute
-from swarmtrain.peer.devices.compute import ComputeDevice
 from swarmtrain.peer.devices.host_copies import HostCopier, HostCopy
-from swarmtrain.peer.devices.machine import least_bytes
-from swarmtrain.peer.lifecycle.node import PeerSettings
-from swarmtrain.peer.pipeline import pipeline_training, stage_loop
+from swarmtrain.peer.pipeline import stage_loop
 from swarmtrain.peer.pipeline.driver import Tail
 from swarmtrain.peer.pipeline.request_queue import StageRequestQueue, Task
 from swarmtrain.peer.pipeline.stage_loop import StageLoop, StageTransfer
 from swarmtrain.peer.pipeline.stage_replica import StageReplica
-from swarmtrain.protocol.devices import DeviceChoice
-from swarmtrain.protocol.limits import Limits
 from swarmtrain.protocol.pipeline.ledger import Key, Kind, LedgerLimits, StageLedger, TakeStep
-from swarmtrain.run import RunFile
 from swarmtrain.run_model import ModelSection
 
 SECTION = ModelSection(context_tokens=16, num_layers=2, width=16, num_heads=2)
@@ -207,56 +199,6 @@ def test_what_arrives_is_pinned_by_another_thread_and_sent_without_waiting(monke
 
 
 # ---------------------------------------------------------------- memory
-
-
-def test_what_is_chosen_at_the_start_is_told_measured_and_limits_how_many_stages(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    run = RunFile.model_validate(
-        {
-            "run": {"total_tokens": 10**6},
-            "model": SECTION.model_dump(),
-            "pipeline": {"stages": 2, "boundaries": (1,)},
-            "published": {
-                "created": "2030-01-02T03:04:05Z",
-                "swarmtrain": "1",
-                "held_out_sha256": "ab" * 32,
-                "held_out_bytes": 1,
-                "boundaries": (1,),
-                "stage_costs": (0.5, 0.5),
-            },
-        }
-    )
-    compute = ComputeDevice(torch.device("cuda:0"), "bf16", run.microbatch_sequences)
-    choice = DeviceChoice(device="cuda:0", title="Card 9", precision="bf16", why="it works")
-    chosen = ChosenCompute(compute, choice, "", least_bytes(run))
-    measured, events, devices = list[ComputeDevice](), list[Any](), list[str]()
-
-    def speed(run: RunFile, compute: ComputeDevice) -> float:
-        measured.append(compute)
-        return 12.0
-
-    monkeypatch.setattr(pipeline_training, "choose_compute", lambda run, device, precision, vram_bytes: chosen)
-    monkeypatch.setattr(pipeline_training, "training_data", lambda *given: None)
-    monkeypatch.setattr(pipeline_training, "whole_tokens_per_s", speed)
-    monkeypatch.setattr(pipeline_training, "PipelineTraining", lambda context, prepared: prepared)
-    monkeypatch.setattr(pipeline_training.sys, "setswitchinterval", lambda seconds: None)
-    settings = PeerSettings(directory=Path(), name="anna", limits=Limits(slowdown=3.0))
-    context: Any = SimpleNamespace(
-        run=run,
-        published=SimpleNamespace(held_out=b"", tokenizer=b""),
-        model_folder=None,
-        settings=settings,
-        control=SimpleNamespace(starting=lambda what: None),
-        limits=SimpleNamespace(between_steps=lambda: None, trains_on=devices.extend, card_share=0.5),
-        emit=events.append,
-    )
-    prepared: Any = pipeline_training.prepare_pipeline(context)
-    (event,) = events
-    assert (event.device, event.precision, event.microbatch_sequences) == ("cuda:0", "bf16", run.microbatch_sequences)
-    assert prepared.compute is compute and measured == [compute] and devices == ["cuda:0"]
-    assert prepared.whole_tokens_per_s == 2.0, "a third for --slowdown, and half of the card's time"
-    assert prepared.room.most_stages == 1, "main memory has room for both, and the card has not"
 
 
 def test_a_stage_whose_memory_runs_out_ends_with_one_line() -> None:
