@@ -510,24 +510,6 @@ def test_a_restart_merges_nothing_that_was_merged_before() -> None:
         again.engine.load([[["nonsense"]]])
 
 
-def test_the_same_events_have_the_same_answers() -> None:
-    told = []
-    for _ in range(2):
-        me = Driven("ben", "carl", "dora", "emil")
-        me.plan()
-        told.append([repr(ask) for ask in me.asks()])
-    assert told[0] == told[1] and len(told[0]) == 4
-
-
-def test_news_of_a_whole_round_are_whole() -> None:
-    me = Driven("ben", wanted=1)
-    me.plan()
-    ask = of(me.asks(), "gradient")
-    me.tells(PartnerReplied(ask.pull, WHOLE, "g"))
-    (decode,) = me.tells(PublicationDownloaded(ask.pull, 250))
-    assert decode.news == Full(400, "nothing of its round 0 was merged") and decode.earlier is None
-
-
 def test_of_two_the_one_behind_goes_by_what_it_has_merged_of_the_other_and_not_by_its_word() -> None:
     """It stood still, and all that it publishes is too old for the other, who would never merge it again."""
     me = Driven("ben", wanted=1)

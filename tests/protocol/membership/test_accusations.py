@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from swarmtrain.protocol.membership.budgets import NamedOnce
 
 HOUR_S = 3600.0
@@ -36,13 +33,3 @@ def test_a_flood_comes_through_at_a_bounded_rate_and_so_does_an_honest_report() 
         if second % 7 == 0 and named.is_due("eve", float(second), "hash"):
             eve_s.append(second)
     assert 180 <= passed <= 180 + 16 and eve_s == [0.0]
-
-
-@given(st.lists(st.tuples(st.integers(0, 5000), st.floats(0, 1e9), st.integers(0, 200)), max_size=300))
-def test_memory_is_bounded(calls: list[tuple[int, float, int]]) -> None:
-    named = NamedOnce(again_s=1e12)
-    for peer, now, rule in calls:
-        named.is_due(str(peer), now, str(rule))
-    for number in range(3000):
-        named.is_due(f"more {number}", 60.0 * number, str(number % 100))
-    assert len(named._named_s) <= 1024 and len(named._rates) <= 64

@@ -19,7 +19,7 @@ from swarmtrain.protocol.rounds.signers import Signers
 from swarmtrain.protocol.server import UploadVersions
 from swarmtrain.protocol.tokens.tally import CountingRules, Tally
 
-NUMBER = 10_000
+NUMBER = 6000
 
 
 def stranger(number: int) -> str:

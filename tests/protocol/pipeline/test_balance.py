@@ -129,16 +129,6 @@ def test_a_move_is_worth_five_percent_or_half_of_the_peer(rate: float, big: floa
         assert reason == f"stage 0 is the slowest (100 tokens/s of {big + small:.0f}): no move makes it 5% faster"
 
 
-def test_a_stage_of_many_is_helped_though_no_single_peer_is_five_percent_of_it() -> None:
-    after, moves = settled(pile(140, 100), rule(2))
-    assert moves == 15 and counts(after, 2) == [125, 115], "until they are 5 % from being even"
-
-
-def test_a_move_that_only_exchanges_who_is_slow_is_none() -> None:
-    peers = [peer("a", 0), peer("b", 1, rate=100.0), peer("c", 1, rate=60.0)]
-    assert changes(peers, NOW, rule(2))[0] == [], "160 and 100 would be 100 and 160, or 60 and 200"
-
-
 @pytest.mark.parametrize(
     ("last", "mover"),
     [(20.0, "x"), (200.0, "w")],  # then the stages do 200 and 210, or 290 and 300

@@ -283,6 +283,16 @@ def test_the_same_chance_gives_the_same_choices(variant: str) -> None:
     assert played(5) != played(6), "of equals one is taken by chance"
 
 
+def test_memory_is_bounded_whoever_comes_and_goes() -> None:
+    made = router()
+    for generation in range(23):
+        made.set_peers([f"{generation}-{i}" for i in range(50)])
+        chosen(made, 30)
+    assert len(made._gone) <= 1024 and len(made._heap) <= 64 + 4 * 50 + 1
+    with pytest.raises(ValueError, match="no such choice of a stage's peer: fastest; allowed: round-robin"):
+        Router(random.Random(0), "fastest")
+
+
 def test_one_that_left_the_stage_meanwhile_and_a_stranger_are_no_trouble() -> None:
     made = measured({"a": 100.0, "b": 100.0})
     made.begun("a", 100.0)
