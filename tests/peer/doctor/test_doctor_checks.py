@@ -148,7 +148,7 @@ def test_own_addresses() -> None:
     a_warning(check_addresses(["127.0.0.1", "::1", "fe80::1%lo"]), "loopback only", "connect it to a network")
     assert "private only: 10.0.0.5" in check_addresses(["127.0.0.1", "10.0.0.5"]).found
     assert "public: 8.8.8.8, and private ones" in check_addresses(["10.0.0.5", "8.8.8.8"]).found
-    assert check_addresses(machine.own_addresses()).check == "addresses"
+    assert check_addresses(doctor_module.own_addresses()).check == "addresses"
 
 
 # ---------------------------------------------------------------- the run's cost
