@@ -256,8 +256,7 @@ class ChainView:
 
     ours: Chain
     shown: Mapping[str, Chain] = field(default_factory=dict)
-    """Chains that other peers have sent, keyed by the digest of the last roster. For a peer that cannot send its chain,
-    the chain has its last roster alone."""
+    """Chains that other peers have sent, keyed by the digest of the last roster."""
     heads: Mapping[str, Roster] = field(default_factory=dict)
     """Rosters that other peers say they applied last, by digest."""
     stands: Mapping[str, str] = field(default_factory=dict)
@@ -416,11 +415,6 @@ class Chains(Generic[Link]):
         self._shown[shown.chain.digest] = shown
         while len(self._shown) > _MAX_SHOWN:
             del self._shown[next(iter(self._shown))]
-
-    def keep_head(self, roster: Roster) -> None:
-        """Remember the last roster of a peer that cannot send its chain, because it runs an older version."""
-        if self.lacks(roster):
-            self.keep(ShownChain(Chain((ChainLink(roster=roster),))))
 
     def tokens_behind(self, base: str) -> int | None:
         """Return the run's tokens after the roster `base`, as far as this peer has evidence; None without any.

@@ -328,7 +328,7 @@ class RoundEngine(Generic[Envelope, Link]):
     def _over(self, known: KnownRound[Envelope, Link], now: float) -> _Commands[Envelope]:
         """End the round: stop all questions about it, and record who did not sign."""
         view = self._view(known)
-        commands = [*self._unproved(known), *self._hang_up(known, view, list(known.asking), now)]
+        commands = self._hang_up(known, view, list(known.asking), now)
         if len(self._in_vain) > MAX_PEERS:  # identities cost nothing
             self._in_vain.clear()
         self._in_vain |= {peer for peer, roster in known.tried_again if not roster and peer in known.unobtainable}
@@ -341,20 +341,6 @@ class RoundEngine(Generic[Envelope, Link]):
         if known.state_fetch is not None:
             commands += self._seeker.drop(StateSearches.CATCH_UP)
             known.state_fetch = None
-        return commands
-
-    def _unproved(self, known: KnownRound[Envelope, Link]) -> _Commands[Envelope]:
-        """Return commands that report peers whose last roster claims more tokens than this peer has, which send no
-        chain as proof and whose weights do not hold."""
-        commands: _Commands[Envelope] = []
-        view, shown = self.hearsay.in_round(self.hearsay.of_those_who_train(), known.started_s), self.chains.shown
-        for peer, digest in view.stands.items():
-            head, chain = view.heads.get(digest), shown.get(digest)
-            if head is None or chain is None or len(chain.links) > 1 or view.holds(head):
-                continue
-            if head.total_tokens > self._tokens:
-                detail = f"a roster with {head.base_tokens} tokens behind it, of which it shows nothing"
-                commands.append(ev.NamePeer(peer, detail, "bad-tokens"))
         return commands
 
     # ------------------------------------------------------------- deciding

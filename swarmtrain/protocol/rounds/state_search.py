@@ -64,28 +64,22 @@ class Hearsay(Generic[Envelope, Link]):
         if reply.last is not None and (found := self.chains.wrong_with(reply.last.roster)):
             return found
         shown = reply.shown
-        if not asked_for_chain or shown is None or last is None or last.digest in self.chains.chain:
+        if not asked_for_chain or last is None or last.digest in self.chains.chain:
             return None
-        if shown.chain.digest != last.digest:
-            return Flaw("a chain of rosters that does not lead to its last one", "bad-chain")
+        if shown is None or shown.chain.digest != last.digest:
+            return Flaw("no chain of rosters that leads to its last one", "bad-chain")
         return flaw(shown.chain, self.chains.chain)
 
     def receive(
         self, peer: str, reply: PeerReply[Envelope, Link], asked_for_chain: bool, now: float
     ) -> MembershipChange | None:
-        """Record an answer, and the chain in it. Return the change of membership if the peer says that it is away.
-
-        A peer that was asked for its chain and sends none runs an older version, and only its last roster is recorded.
-        """
+        """Record an answer, and the chain in it. Return the change of membership if the peer says that it is away."""
         advertised = reply.advertised
         done = min(reply.inner_steps_done, _MOST_STEPS)
         self.membership.heard(peer, now, round=advertised.round, inner_steps_done=done)
         self.advertised[peer] = (now, advertised)
-        if asked_for_chain and advertised.last is not None and advertised.last.digest not in self.chains.chain:
-            if reply.shown is None:
-                self.chains.keep_head(advertised.last)
-            else:
-                self.chains.keep(reply.shown)
+        if asked_for_chain and reply.shown is not None and reply.shown.chain.digest not in self.chains.chain:
+            self.chains.keep(reply.shown)
         return self.membership.left(peer, now) if reply.away else None
 
     def wants_chain(self, peer: str, now: float) -> bool:

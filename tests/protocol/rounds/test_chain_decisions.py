@@ -149,15 +149,6 @@ def test_without_a_common_roster_the_peers_of_our_own_last_one_decide() -> None:
     assert not moves(strangers, ours, at(strangers, "xyz"), "a")
 
 
-def test_what_a_peer_of_before_tells_is_judged_by_who_stands_there() -> None:
-    """It cannot show its chain: its last roster is all there is."""
-    head = grown(COMMON, ["abcde"] * 4).links[-1]
-    theirs = Chain((ChainLink(roster=head.roster),))
-    assert holds(theirs, COMMON, at(theirs, "bc"), "a", is_away=True)
-    assert moves(theirs, COMMON, at(theirs, "bc"), "a")
-    assert not moves(theirs, COMMON, at(theirs, "e") | at(COMMON, "bcd"), "a")
-
-
 def test_everybody_moves_the_same_way() -> None:
     """Whatever tree of chains there is: of two on different ones, one moves and the other stays."""
     for seed in range(200):
