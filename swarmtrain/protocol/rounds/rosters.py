@@ -393,12 +393,11 @@ def decide(view: RoundView, now: float) -> Decision:
     fitting = [roster for roster in view.rosters if roster.round == view.round and roster.base == view.base]
     roster = better_roster([roster for roster in fitting if view.unobtainable.isdisjoint(roster.peers)])
     # If the others have applied another roster of this round, this peer's own gives way although it ranks first:
-    # otherwise many would have to give up a round for one (decision 35). So does one that its signer and somebody else
-    # have given up: they could not get what is on it.
+    # otherwise many would have to give up a round for one (decision 35).
     if roster is not None and (
         not view.ahead
         or roster.digest in view.applied
-        or (roster.signer != view.me and roster == better_roster(fitting) and not _is_given_up(roster, view))
+        or (roster.signer != view.me and roster == better_roster(fitting))
     ):
         return ApplyDecision(roster=roster, reason=f"signed by {roster.signer}")
     if view.ahead:
@@ -407,12 +406,6 @@ def decide(view: RoundView, now: float) -> Decision:
     if turn.signer != view.me:
         return WaitDecision(until_s=turn.ends_s, reason=f"{turn.signer} signs the roster")
     return _sign_or_wait(view, turn.passed_over, now)
-
-
-def _is_given_up(roster: Roster, view: RoundView) -> bool:
-    """Return whether its signer and another peer have finished the round with another roster. One peer alone may lie
-    about that."""
-    return roster.signer in view.ahead and len(view.ahead) > 1 and roster.digest not in view.applied
 
 
 def _sign_or_wait(view: RoundView, passed_over: frozenset[str], now: float) -> Decision:

@@ -316,16 +316,6 @@ def test_the_signer_signs_again_without_what_nobody_has() -> None:
     assert isinstance(decide(ahead, 101), CatchUpDecision), "somebody applied the first attempt"
 
 
-def test_a_roster_that_its_signer_has_given_up_is_given_up() -> None:
-    """Its signer could not get what is on it. One that slept went on with it, alone."""
-    fits = {"rosters": [roster("a"), roster("b", "bc")]}
-    assert isinstance(decide(view("c", "ab", ahead=frozenset("ab"), **fits), 101), CatchUpDecision)
-    assert isinstance(decide(view("c", "ab", ahead=frozenset("a"), **fits), 101), ApplyDecision), "it may lie"
-    assert isinstance(decide(view("c", "ab", ahead=frozenset("bd"), **fits), 101), ApplyDecision), "it ranks first"
-    applied = frozenset([roster("a").digest])
-    assert isinstance(decide(view("c", "ab", ahead=frozenset("ab"), applied=applied, **fits), 101), ApplyDecision)
-
-
 def test_catching_up() -> None:
     assert decide(view("a", "b", ahead=frozenset("dc")), 101) == CatchUpDecision(
         sources=("c", "d"), reason="others have finished this round"
